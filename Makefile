@@ -1,0 +1,92 @@
+# The chapters are the source; `make sync` writes the rest from them.
+# `make run` and `make test` need Python 3.11 or later with `venv`, no more.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PORT ?= 8000
+
+# `make run PROMPT='...'`. It travels through the environment, so that quotes
+# and dollars in it reach the program, and neither make nor the shell.
+PROMPT ?= In the beginning
+override export PROMPT := $(value PROMPT)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test env sync check lint unit notebooks wheel-notebooks \
+	book book-html train clean
+
+help:
+	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
+	@echo 'make test              drift, lint, unit tests, every notebook'
+	@echo 'make sync              write notebooks and package from the chapters'
+	@echo 'make check             fail if they differ from the chapters'
+	@echo 'make book              build the book, serve it, open it'
+	@echo 'make book-html         build the book; a warning is an error'
+	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'
+	@echo 'make train             train the small model again'
+	@echo 'make lint | unit | notebooks | env | clean'
+
+run: env
+	@$(BIN)/annotated-moe generate --devices 8 --prompt "$$PROMPT"
+
+test: check lint unit notebooks
+
+env: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or later: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@echo 'Creating the environment in $(VENV) (once; some minutes) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# As a file and not as a module: it then runs even when a chapter has just
+# broken the package. `-P` keeps the package's folder off `sys.path`.
+sync: env
+	@$(BIN)/python -P annotated_moe/tangle.py
+
+check: env
+	@$(BIN)/python -P annotated_moe/tangle.py --check
+
+lint: env
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+unit: env
+	$(BIN)/pytest -n 2 --dist worksteal tests
+
+notebooks: env
+	$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=300 book/chapters
+
+# What a reader in Colab has: a fresh environment, an empty directory.
+wheel-notebooks: env
+	rm -rf _build/wheel && mkdir -p _build/wheel/empty
+	$(PIP) wheel --no-deps --no-build-isolation -w _build/wheel .
+	$(PYTHON) -m venv _build/wheel/venv
+	_build/wheel/venv/bin/pip install --quiet -c requirements.txt \
+		_build/wheel/*.whl ipykernel matplotlib jupytext nbmake pytest-xdist
+	cp book/chapters/*.ipynb _build/wheel/empty
+	cd _build/wheel/empty && \
+		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
+
+book-html: env
+	rm -rf _build/html _build/.doctrees _build/jupyter_execute
+	$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going .
+
+book: book-html
+	@echo 'The book is at http://localhost:$(PORT)/ (Ctrl-C stops it)'
+	@(sleep 1; $(BIN)/python -m webbrowser -t http://localhost:$(PORT)/) \
+		>/dev/null 2>&1 &
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+train: env
+	$(BIN)/python scripts/train_small.py
+
+clean:
+	rm -rf $(VENV) _build dist build *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

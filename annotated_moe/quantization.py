@@ -1,0 +1,243 @@
+# Generated from book/chapters/06_quantization.md by `make sync`; edit the chapter.
+"""Grok-1 has 316 billion weights. In float32 they fill 1.3 terabytes,
+in bfloat16 half of that, and the published files half of that again,
+because nearly every weight is an eight-bit integer that shares a scale
+with its neighbours. This chapter builds the format, derives how wrong
+it can make a matrix product, and measures that the product is no worse.
+It ends with a product that reads the integers a tile at a time and
+never writes the matrix out in a wider type, so that what was saved on
+disk stays saved while the model runs.
+"""
+
+# %% book/chapters/06_quantization.md, cell 1
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+Index = tuple[Any, ...]                                     # into a stack
+
+
+# %% book/chapters/06_quantization.md, cell 9
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """int8 `weight` [*E, D, F] times bfloat16 `scales` [*E, G, F].
+
+    Input feature d belongs to group d // (D / G). A pytree of two
+    leaves: whatever maps over arrays (`jit`, `scan`, `device_put`,
+    partition specs) sees `weight` and `scales`.
+    Source: `QuantizedWeight8bit` of the Grok-1 release.
+    """
+
+    weight: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix (or stack) that this stands for."""
+        return tuple(self.weight.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+# %% book/chapters/06_quantization.md, cell 10
+def group_size(q: QuantizedTensor) -> int:
+    """How many input features share a scale: D / G.
+
+    Raises ValueError when `scales` does not belong to `weight`.
+    """
+    *lead, d, f = q.shape
+    scales = tuple(q.scales.shape)
+    fits = (*scales[:-2], *scales[-1:]) == (*lead, f)
+    if len(scales) != q.ndim or not fits or d % scales[-2]:
+        raise ValueError(
+            f"scales {scales} do not fit a weight of shape {q.shape}"
+        )
+    return d // scales[-2]
+
+
+# %% book/chapters/06_quantization.md, cell 11
+def quantize(
+    w: Float[Array, "*E D F"], groups: int = 1
+) -> QuantizedTensor:
+    """Round `w` to int8, one bfloat16 scale a group and column.
+
+    Groups cut the input axis D into equal runs. A group whose peak is
+    below 1.5e-36 becomes zeros. Raises ValueError when `groups` does
+    not divide D, or when `w` is concrete and not finite.
+    """
+    *lead, d, f = w.shape
+    if groups < 1 or d % groups:
+        raise ValueError(f"{groups} groups do not divide {d} inputs")
+    grouped = w.astype(jnp.float32).reshape(*lead, groups, -1, f)
+    peak = jnp.max(jnp.abs(grouped), axis=-2)               # [*E, G, F]
+    traced = isinstance(peak, jax.core.Tracer)
+    if not traced and not jnp.isfinite(peak).all():
+        raise ValueError("cannot quantize a weight with NaN or inf")
+    scales = bfloat16_scales(peak)
+    step = jnp.where(scales == 0, 1, scales)
+    q = jnp.round(grouped / step[..., None, :]).astype(jnp.int8)
+    scales = scales.astype(jnp.bfloat16)
+    return QuantizedTensor(q.reshape(w.shape), scales)
+
+
+# %% book/chapters/06_quantization.md, cell 12
+def bfloat16_scales(
+    peak: Float[Array, "*E G F"],
+) -> Float[Array, "*E G F"]:
+    """peak / 127 in float32, already rounded to bfloat16's 8 bits.
+
+    Zero where the quotient is too small to be a normal number.
+    """
+    tiny = jnp.finfo(jnp.float32).tiny
+    scales = jnp.where(peak < 127 * tiny, 0, peak / 127)
+    return jax.lax.reduce_precision(scales, 8, 7)
+
+
+# %% book/chapters/06_quantization.md, cell 13
+def dequantize(
+    q: QuantizedTensor, dtype: Any = jnp.float32
+) -> Float[Array, "*E D F"]:
+    """The matrix that `q` stands for: product in float32, then cast.
+
+    Raises ValueError when `scales` does not belong to `weight`.
+    """
+    *lead, _, f = q.shape
+    w = q.weight.reshape(*lead, -1, group_size(q), f)
+    scales = q.scales.astype(jnp.float32)[..., None, :]
+    w = w.astype(jnp.float32) * scales
+    return w.reshape(q.shape).astype(dtype)
+
+
+# %% book/chapters/06_quantization.md, cell 28
+def whole_matmul(
+    x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
+) -> Float[Array, "N F"]:
+    """x times q[index]: product first, scale after; float32.
+
+    The int8 weights are cast to `x.dtype`, which is exact.
+    """
+    scales = q.scales[index].astype(jnp.float32)            # [G, F]
+    groups, f = scales.shape
+    xg = x.reshape(len(x), groups, -1).swapaxes(0, 1)       # [G, N, D/G]
+    wg = q.weight[index].reshape(groups, -1, f).astype(x.dtype)
+    y = jnp.einsum(
+        "gnd,gdf->gnf", xg, wg, preferred_element_type=jnp.float32
+    )
+    return jnp.sum(y * scales[:, None], axis=0)
+
+
+# %% book/chapters/06_quantization.md, cell 37
+def read_rows(
+    stack: Shaped[Array, "*E D F"],
+    index: Index,
+    start: Any,
+    rows: int,
+) -> Shaped[Array, "{rows} F"]:
+    """Rows start : start + rows of stack[index], and nothing else."""
+    size = (1,) * len(index) + (rows, stack.shape[-1])
+    tile = jax.lax.dynamic_slice(stack, (*index, start, 0), size)
+    return tile.reshape(rows, stack.shape[-1])
+
+
+# %% book/chapters/06_quantization.md, cell 38
+def tile_rows(group: int, target: int) -> int:
+    """The divisor of `group` nearest to `target`, as a ratio."""
+    divisors = [t for t in range(1, group + 1) if group % t == 0]
+    return min(divisors, key=lambda t: max(t / target, target / t))
+
+
+# %% book/chapters/06_quantization.md, cell 41
+def tiled_matmul(
+    x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
+) -> Float[Array, "N F"]:
+    """`whole_matmul` a tile of rows at a time: memory sees only int8.
+
+    One row is multiplied in float32, more rows in `x.dtype`; sums are
+    float32 in both cases.
+    """
+    (n, d), f = x.shape, q.shape[-1]
+    group = d // q.scales.shape[-2]
+    few_and_narrow = n < 32 and f < 1024
+    target = 128 if few_and_narrow else max(128, 2**20 // f)
+    rows = tile_rows(group, target)
+    dtype = jnp.float32 if n == 1 else x.dtype
+
+    def add_tile(t, total):
+        start = t * rows
+        w = read_rows(q.weight, index, start, rows).astype(dtype)
+        s = read_rows(q.scales, index, start // group, 1)   # [1, F]
+        xt = jax.lax.dynamic_slice(x, (0, start), (n, rows))
+        xt = xt.astype(dtype)
+        y = jnp.dot(xt, w, preferred_element_type=jnp.float32)
+        return total + y * s.astype(jnp.float32)
+
+    zero = jnp.zeros((n, f), jnp.float32)
+    return jax.lax.fori_loop(0, d // rows, add_tile, zero)
+
+
+# %% book/chapters/06_quantization.md, cell 50
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Row:
+    """`stack[index]` of a stack of weights, not read yet.
+
+    `stack` is an array or a `QuantizedTensor` [L, *E, D, F], `index`
+    an int32 scalar. A pytree of both.
+    """
+
+    stack: Any
+    index: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one row of the stack: [*E, D, F]."""
+        return tuple(self.stack.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+# %% book/chapters/06_quantization.md, cell 51
+Weight = jax.Array | QuantizedTensor | Row
+
+
+# %% book/chapters/06_quantization.md, cell 52
+def matmul(
+    x: Float[Array, "N D"], w: Weight, index: Index = ()
+) -> Float[Array, "N F"]:
+    """x times w[index], summed and returned in float32.
+
+    `index` holds one integer for each leading axis of `w`. Float
+    weights are cast to `x.dtype`. Raises ValueError when the shapes do
+    not fit.
+    """
+    if isinstance(w, Row):
+        return matmul(x, w.stack, (w.index, *index))
+    check_fits(x, w, index)
+    if isinstance(w, QuantizedTensor):
+        index = tuple(jnp.asarray(i, jnp.int32) for i in index)
+        return jax.lax.platform_dependent(
+            x, w, index, cpu=tiled_matmul, default=whole_matmul
+        )
+    w = w[index].astype(x.dtype)
+    return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+
+# %% book/chapters/06_quantization.md, cell 53
+def check_fits(x: Any, w: Any, index: Index) -> None:
+    """Raise ValueError unless x [N, D] times w[index] [D, F] exists."""
+    if isinstance(w, QuantizedTensor):
+        group_size(w)
+    shape = tuple(w.shape[len(index) :])
+    if len(shape) != 2 or shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"x of {x.shape[-1]} features does not fit a weight of"
+            f" shape {tuple(w.shape)} under {len(index)} indices"
+        )

@@ -1,0 +1,257 @@
+# Generated from book/chapters/01_tokenizer.md by `make sync`; edit the chapter.
+"""A model computes with integers; people write characters. Between the
+two stands a table of text pieces, one integer each, and a rule that
+cuts any string into pieces of the table. This chapter learns such a
+table by hand, then with the library that Grok-1 uses, and ends with a
+`Tokenizer` that opens any SentencePiece model and turns the ids of a
+running model back into text as they come, without ever tearing a
+character in two.
+"""
+
+# %% book/chapters/01_tokenizer.md, cell 1
+import io
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import sentencepiece as spm
+
+
+# %% book/chapters/01_tokenizer.md, cell 19
+def training_bytes(texts: Iterable[str]) -> Iterable[bytes]:
+    """The texts as UTF-8, without the trainer's reserved character."""
+    for text in [texts] if isinstance(texts, str) else texts:
+        yield text.replace("\u2585", " ").encode()
+
+
+def reason(error: Exception) -> str:
+    """What SentencePiece complains of, without its source lines."""
+    if "sentences_.empty()" in str(error):
+        return "there is no text to learn from"
+    return str(error).rpartition("] ")[2] or str(error)
+
+
+# %% book/chapters/01_tokenizer.md, cell 20
+TRAINER_OPTIONS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "max_sentence_length": 2**30,
+    "minloglevel": 2,
+}
+SPECIAL_PIECES: dict[str, Any] = {
+    "pad_id": 0, "pad_piece": "[PAD]",
+    "bos_id": 1, "bos_piece": "[BOS]",
+    "eos_id": 2, "eos_piece": "[EOS]",
+    "unk_id": 3, "unk_piece": "[UNK]",
+}
+
+
+# %% book/chapters/01_tokenizer.md, cell 21
+def train_model(
+    texts: Iterable[str],
+    vocab_size: int,
+    whole: Sequence[str] = ("\n", "\t"),
+    **options: Any,
+) -> bytes:
+    """Learn a vocabulary; returns the bytes of a `.model` file.
+
+    `whole` are strings that are always one piece; `options` override
+    or extend `TRAINER_OPTIONS`. Writes no file and prints nothing.
+    Raises ValueError if `texts` cannot fill a table of `vocab_size`.
+    Source: Kudo & Richardson (2018); layout of ids as in Grok-1.
+    """
+    model = io.BytesIO()
+    settings = TRAINER_OPTIONS | SPECIAL_PIECES | options
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=training_bytes(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            user_defined_symbols=list(whole),
+            **settings,
+        )
+    except (RuntimeError, ValueError) as error:
+        message = f"cannot learn {vocab_size} pieces: {reason(error)}"
+        raise ValueError(message) from error
+    return model.getvalue()
+
+
+# %% book/chapters/01_tokenizer.md, cell 31
+def read_model(source: str | os.PathLike[str] | bytes) -> bytes:
+    """The bytes of a `.model` file, given its path or the bytes."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise type(error)(
+            f"cannot read the tokenizer {os.fspath(source)!r} "
+            f"({error.strerror}); give the path of a SentencePiece "
+            "model, such as 'tokenizer.model'"
+        ) from error
+
+
+# %% book/chapters/01_tokenizer.md, cell 32
+def open_model(model: bytes, name: str) -> spm.SentencePieceProcessor:
+    """Parse `model`; `name` is what an error message calls it."""
+    if not model:
+        raise ValueError(f"{name} is empty; copy the file again")
+    processor = spm.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+        processor.decode(list(range(processor.get_piece_size())))
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"{name} is not a SentencePiece model or is damaged; "
+            "compare its size with the original and copy it again"
+        ) from error
+    return processor
+
+
+# %% book/chapters/01_tokenizer.md, cell 33
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` to `path`; on failure `path` stays as it was."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# %% book/chapters/01_tokenizer.md, cell 36
+class Vocabulary:
+    """The pieces of one SentencePiece model, numbered from 0.
+
+    Takes the path of a `.model` file, or its bytes, and keeps those
+    as `model_bytes`. `pad_id`, `bos_id`, `eos_id` and `unk_id` are
+    None where the model has no such piece.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
+        given = isinstance(source, bytes)
+        name = "the tokenizer" if given else repr(os.fspath(source))
+        self.model_bytes = read_model(source)
+        self.processor = open_model(self.model_bytes, name)
+        self.vocab_size: int = self.processor.get_piece_size()
+        self.pad_id = optional(self.processor.pad_id())
+        self.bos_id = optional(self.processor.bos_id())
+        self.eos_id = optional(self.processor.eos_id())
+        self.unk_id = optional(self.processor.unk_id())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to `path`, all of it or nothing."""
+        write_whole(Path(path), self.model_bytes)
+
+
+# %% book/chapters/01_tokenizer.md, cell 37
+def optional(token: int) -> int | None:
+    """SentencePiece says -1 for a piece that does not exist."""
+    return token if token >= 0 else None
+
+
+def required(token: int | None, piece: str) -> int:
+    """`token`, or ValueError if the model has no such piece."""
+    if token is None:
+        raise ValueError(f"this vocabulary has no {piece} piece")
+    return token
+
+
+def in_range(token: SupportsIndex, vocab_size: int) -> int:
+    """`token` as an int, or ValueError if no piece has this id."""
+    token = operator.index(token)
+    if not 0 <= token < vocab_size:
+        message = f"token id {token} is not one of the {vocab_size} ids"
+        raise ValueError(f"{message} of this vocabulary")
+    return token
+
+
+# %% book/chapters/01_tokenizer.md, cell 41
+def take_characters(data: bytes, final: bool) -> tuple[str, bytes]:
+    """Split UTF-8 `data` into text and the bytes still to wait for.
+
+    With `final` there is nothing to wait for. Each byte that belongs
+    to no character becomes one U+FFFD, as in SentencePiece.
+    """
+    text = ""
+    while data:
+        try:
+            return text + data.decode(), b""
+        except UnicodeDecodeError as error:
+            text += data[: error.start].decode()
+            data = data[error.start :]
+            if error.reason == "unexpected end of data" and not final:
+                break
+            text, data = text + "\ufffd", data[1:]
+    return text, data
+
+
+# %% book/chapters/01_tokenizer.md, cell 43
+class TokenStream:
+    """Ids to text as they come; joined, the text is `decode(ids)`.
+
+    Shows no character in part, and nothing for [PAD] and its like.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._head: list[int] = []
+        self._bytes = b""
+
+    def push(self, token: SupportsIndex) -> str:
+        """The text that `token` completes, often all of its own."""
+        token = in_range(token, self.vocabulary.vocab_size)
+        table = self.vocabulary.processor
+        before = table.decode(self._head)
+        if table.is_byte(token):
+            self._bytes += bytes.fromhex(table.id_to_piece(token)[3:5])
+            text, self._bytes = take_characters(self._bytes, False)
+        else:
+            after = table.decode([*self._head, token])
+            text = self.flush() + after[len(before) :]
+        if not before:
+            self._head.append(token)
+        return text
+
+    def flush(self) -> str:
+        """The rest: U+FFFD for the bytes of an unfinished character."""
+        text, self._bytes = take_characters(self._bytes, True)
+        return text
+
+
+# %% book/chapters/01_tokenizer.md, cell 48
+class Tokenizer(Vocabulary):
+    """Text to token ids and back, by any SentencePiece model."""
+
+    def encode(
+        self, text: str, add_bos: bool = False, add_eos: bool = False
+    ) -> list[int]:
+        """Ids of `text`; like Grok-1, adds no [BOS] unless asked."""
+        bos = [required(self.bos_id, "[BOS]")] if add_bos else []
+        eos = [required(self.eos_id, "[EOS]")] if add_eos else []
+        return bos + self.processor.encode(text.encode()) + eos
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Text of `ids`; ValueError if one is out of range."""
+        checked = [in_range(i, self.vocab_size) for i in ids]
+        return self.processor.decode(checked)
+
+    def stream(self) -> TokenStream:
+        """A `TokenStream`: `push(id)` each id, then `flush()`."""
+        return TokenStream(self)
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, **options: Any
+    ) -> "Tokenizer":
+        """Learn from `texts`; options are those of `train_model`."""
+        return cls(train_model(texts, vocab_size, **options))

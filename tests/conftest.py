@@ -1,0 +1,15 @@
+"""What every test shares: checked signatures and eight devices.
+
+The import hook must be in place before anything imports the package.
+It makes each exported function check its arguments and its result
+against the shapes and dtypes that its signature promises.
+"""
+
+import sys
+
+import jax
+from jaxtyping import install_import_hook
+
+assert not any(name.startswith("annotated_moe.") for name in sys.modules)
+install_import_hook("annotated_moe", "beartype.beartype")
+jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,538 @@
+"""The tangler: what it refuses and where, and what it writes."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from annotated_moe import tangle
+
+REPOSITORY = Path(__file__).parent.parent
+CHAPTERS = sorted(REPOSITORY.glob("book/chapters/*.md"))
+HEAD = """\
+---
+jupytext:
+  formats: md:myst,ipynb
+kernelspec:
+  display_name: Python 3
+  name: python3
+annotated_moe:
+  module: {module}
+---
+
+(the-{module})=
+# A chapter
+
+It promises {{ref}}`a result <the-{module}>` {{cite}}`knuth1984`.
+Twice.
+
+"""
+FIRST = HEAD.count("\n") + 1  # the line of the first cell's fence
+
+
+def page(*cells: str, module: str = "one", tags: str = "export") -> str:
+    """A chapter; a cell that starts with a fence is taken as it is."""
+    text = HEAD.format(module=module)
+    for cell in cells:
+        if not cell.startswith(("```", "~~~")):
+            cell = f"```{{code-cell}} ipython3\n:tags: [{tags}]\n\n{cell}\n```\n"
+        text += f"{cell}\n"
+    return text
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Writes chapters by name into an empty book; returns its root."""
+    (tmp_path / "book/chapters").mkdir(parents=True)
+    config = "title: Tiny\nrepository:\n  url: https://example.org/tiny\n"
+    (tmp_path / "_config.yml").write_text(config)
+
+    def write(**chapters: str) -> Path:
+        for name, text in chapters.items():
+            path = tmp_path / f"book/chapters/{name}.md"
+            path.write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def refusals(root: Path) -> list[str]:
+    """What the tangler says; asserts that it writes nothing."""
+    before = sorted(root.rglob("*"))
+    with pytest.raises(tangle.TangleError) as info:
+        tangle.sync(root)
+    assert sorted(root.rglob("*")) == before
+    return str(info.value).splitlines()
+
+
+# Each case: the cells of a chapter, the line after the first cell's
+# source line (0 is that line itself), and what the message must say.
+REFUSED = {
+    "undefined": (["x = missing"], 0, "defines `missing`"),
+    "undefined, later": (["def f():\n    return missing"], 1, "`missing`"),
+    "undefined in nested function": (
+        ["def f():\n    def g():\n        return missing\n    return g"],
+        2,
+        "`missing`",
+    ),
+    "undefined in method": (
+        ["class A:\n    x = 1\n\n    def f(self):\n        return x"],
+        4,
+        "`x`",
+    ),
+    "class scope in comprehension": (
+        ["class A:\n    x = 1\n    y = [x for _ in [1]]"],
+        2,
+        "`x`",
+    ),
+    "comprehension variable outside": (["[i for i in []]\nprint(i)"], 1, "`i`"),
+    "annotation": (["def f(x: Missing): pass"], 0, "`Missing`"),
+    "keyword-only annotation": (["def f(*, x: Missing): pass"], 0, "`Missing`"),
+    "annotated field": (["class A:\n    x: Missing"], 1, "`Missing`"),
+    "default": (["def f(x=missing): pass"], 0, "`missing`"),
+    "decorator": (["@missing\ndef f(): pass"], 0, "`missing`"),
+    "base class": (["class A(Missing): pass"], 0, "`Missing`"),
+    "f-string": (["x = f'{missing}'"], 0, "`missing`"),
+    "match": (["match 1:\n    case missing.x: pass"], 1, "`missing`"),
+    "augmented": (["count += 1"], 0, "`count`"),
+    "lambda": (["f = lambda: missing"], 0, "`missing`"),
+    "deleted name": (["del missing"], 0, "`missing`"),
+    "except": (["try: pass\nexcept Missing as e: pass"], 1, "`Missing`"),
+    "too early": (["a = b\nb = 1"], 0, "used before line"),
+    "too early, class": (["class A:\n    y = x\nx = 1"], 1, "used before line"),
+    "too early, default": (["def f(y=x): pass\nx = 1"], 0, "used before line"),
+    "own class": (["class A:\n    child: A"], 1, "used before line"),
+    "twice": (["x = 1", "x = 2"], 6, "`x` is exported already, on line"),
+    "twice, function": (["def f(): pass\ndef f(): pass"], 1, "exported already"),
+    "twice, import": (["import os", "import os"], 6, "exported already"),
+    "star": (["from os import *"], 0, "import *"),
+    "relative": (["from .two import x"], 0, "relative import"),
+    "syntax": (["x = 1\ny = = 2"], 1, "syntax error"),
+    "syntax, last line": (["f("], 0, "syntax error"),
+    "return outside": (["x = 1\nreturn x"], 1, "syntax error"),
+    "newer Python": (["type X = int"], 0, "syntax error"),
+    "magic": (["x = 1\n%timeit x"], 1, "magics cannot be exported"),
+    "shell": (["!ls"], 0, "magics cannot be exported"),
+    "no module": (["import annotated_moe.nowhere"], 0, "nowhere"),
+    "itself": (["import annotated_moe.one"], 0, "import cycle"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_chapter_and_line(book, case):
+    cells, offset, message = REFUSED[case]
+    (line, *rest) = refusals(book(c1=page(*cells)))
+    assert line.startswith(f"book/chapters/c1.md:{FIRST + 3 + offset}: ")
+    assert message in line and not rest
+
+
+ACCEPTED = {
+    "axes are no names": (
+        "from jaxtyping import Array, Float\n"
+        'def f(x: Float[Array, "*B D"], y: Float[Array, " N"]) -> "Unknown": ...'
+    ),
+    "later": "def f():\n    return g()\n\n\ndef g(): ...",
+    "recursion": "class A:\n    def f(self):\n        return A()",
+    "global": "def f():\n    global g\n    g = 1\n\n\ndef h():\n    return g",
+    "nonlocal": (
+        "def f():\n    x = 1\n\n    def g():\n        nonlocal x\n"
+        "        x += 1\n        return x\n    return g"
+    ),
+    "walrus": "if any((n := i) > 1 for i in range(9)):\n    print(n)",
+    "comprehension": "f = [a + b for a in range(3) for b in range(a) if a]",
+    "class comprehension": "class A:\n    x = [1]\n    y = [i for i in x]",
+    "match": (
+        "import os\n\n\ndef f(x):\n    match x:\n"
+        "        case {'a': a, **rest}:\n            return a, rest\n"
+        "        case [os.sep, *tail] | (*tail, 1):\n            return tail\n"
+        "        case str() as s if s:\n            return s"
+    ),
+    "except": "try:\n    import os\nexcept ImportError as error:\n    print(error)",
+    "either branch": "try:\n    import os\nexcept ImportError:\n    os = None",
+    "with": "with open('x') as f, open(f.name) as g:\n    print(f, g)",
+    "for": "for i, (j, *k) in enumerate([]):\n    print(i, j, k)\nelse:\n    i",
+    "dunder": "if __name__ == '__main__' and __file__:\n    print(__doc__)",
+    "super": "class A:\n    def f(self):\n        return super().f(), __class__",
+    "lambda": "f = lambda a, /, b=1, *c, d, **e: (a, b, c, d, e)",
+    "star args": "def f(*args: int, **kwargs: str): return args, kwargs",
+    "async": "async def f():\n    async for x in g():\n        yield x\n\n\ng = f",
+    "augmented": "x = 1\nx += 1",
+    "underscore": "_ = 1\n_ = 2",
+    "dotted import": "import os.path\nprint(os.path)",
+    "annotated only": "class A:\n    x: int\n    y: list[int] = []",
+    "import later": "def f():\n    from annotated_moe.one import g\n\n\ndef g(): ...",
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted(book, case):
+    root = book(c1=page(ACCEPTED[case]))
+    tangle.sync(root)
+    text = (root / "annotated_moe/one.py").read_text()
+    assert text.endswith(f"cell 1\n{ACCEPTED[case]}\n")
+
+
+# Faults of the page itself: the text, the line, the message.
+PAGES = {
+    "no header": ("# Title\n\nText.\n", 1, "annotated_moe: module:"),
+    "no module": ("---\njupytext: 1\n---\n# T\n\nText.\n", 1, "module:"),
+    "header is no YAML": ("---\na: [\n---\n# T\n\nText.\n", 2, "not YAML"),
+    "no title": (page().replace("# A chapter", "A chapter"), FIRST - 5, "title"),
+    "no opening": (
+        "---\nannotated_moe: {module: one}\n---\n# T\n\n```\nx\n```\n",
+        4,
+        "a paragraph",
+    ),
+    "unclosed at the end": (page("```{code-cell}\nx = 1"), FIRST, "still open"),
+    "unclosed before the next": (
+        page("```{code-cell}\nx = 1\n\n```{code-cell}\nx = 2\n```"),
+        FIRST,
+        f"still open on line {FIRST + 3}",
+    ),
+    "unknown tag": (page("x = 1", tags="exprot"), FIRST, "unknown tag `exprot`"),
+    "install tag": (page("x = 1", tags="install"), FIRST, "`install`"),
+    "unknown option": (
+        page("```{code-cell}\n:tag: [export]\n\nx = 1\n```"),
+        FIRST,
+        "unknown option `tag`",
+    ),
+    "tags not a list": (
+        page("```{code-cell}\n:tags: export\n\nx = 1\n```"),
+        FIRST,
+        "takes a list",
+    ),
+    "options no YAML": (
+        page("```{code-cell}\n---\nmystnb: {\n---\nx = 1\n```"),
+        FIRST + 2,
+        "not YAML",
+    ),
+    "module without export": (
+        page("```{code-cell}\n:module: cli\n\nx = 1\n```"),
+        FIRST,
+        "tagged `export`",
+    ),
+    "module is no name": (
+        page("```{code-cell}\n:tags: [export]\n:module: a-b\n\nx = 1\n```"),
+        FIRST,
+        "`a-b`",
+    ),
+    "syntax in a cell not exported": (
+        page("```{code-cell}\nx = 1\ny = = 2\n```"),
+        FIRST + 2,
+        "syntax error",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAGES)
+def test_page_refused(book, case):
+    text, number, message = PAGES[case]
+    (line,) = refusals(book(c1=text))
+    assert line.startswith(f"book/chapters/c1.md:{number}: "), line
+    assert message in line
+
+
+def test_not_utf8(book):
+    root = book()
+    (root / "book/chapters/c1.md").write_bytes(b"\xff\xfe")
+    assert refusals(root) == ["book/chapters/c1.md:1: not UTF-8"]
+
+
+def test_says_where_the_name_is(book):
+    text = page("```{code-cell}\nimport numpy as np\n```", "def f(): return np")
+    (line,) = refusals(book(c1=text))
+    assert f"; line {FIRST + 1} does, not exported" in line
+
+
+def test_every_problem_is_reported_and_nothing_written(book):
+    root = book(c1=page("x = 1"))
+    tangle.sync(root)
+    module = (root / "annotated_moe/one.py").read_bytes()
+    book(c1=page("x = 2"), c2=page("y = a", module="two"), c3=page("z = b; c"))
+    lines = refusals(root)
+    assert [line.split(":")[0][-5:] for line in lines] == ["c3.md"]
+    book(c3=page("z = b\nc", module="three"))
+    assert [re.sub(r"\D+(\d).md:(\d+):.*", r"\1 \2", p) for p in refusals(root)] == [
+        f"2 {FIRST + 3}",
+        f"3 {FIRST + 3}",
+        f"3 {FIRST + 4}",
+    ]
+    assert (root / "annotated_moe/one.py").read_bytes() == module
+
+
+def test_cycle(book):
+    first = page("from annotated_moe.two import g\n\n\ndef f(): g()")
+    second = "from annotated_moe.three import h\n\n\ndef g(): h()"
+    third = "import annotated_moe.one\n\n\ndef h(): return annotated_moe"
+    root = book(c1=first, c2=page(second, module="two"))
+    book(c3=page(third, module="three"))
+    (line,) = refusals(root)
+    found = re.fullmatch(
+        rf"book/chapters/c(\d).md:{FIRST + 3}: import cycle: (\w+) imports .*", line
+    )
+    assert found and {"1": "one", "2": "two", "3": "three"}[found[1]] == found[2]
+    assert line.count("imports") == 3
+    # The same import, put off until it is needed, closes no cycle.
+    book(c3=page("def h():\n    import annotated_moe.one", module="three"))
+    assert tangle.sync(root)
+
+
+def test_cycle_through_the_front_door(book):
+    door = "```{code-cell}\n:tags: [export]\n:module: __init__\n\n%s\n```"
+    front = door % '"""Front."""\n\nfrom annotated_moe.one import f as f'
+    (line,) = refusals(book(c1=page("from annotated_moe import f", front)))
+    assert "import cycle" in line or "exported already" in line
+    book(c1=page("import annotated_moe as am\n\n\ndef f(): return am", front))
+    (line,) = refusals(book())
+    assert "import cycle" in line
+
+
+def test_import_of_what_is_not_exported(book):
+    second = "def f():\n    from annotated_moe.one import x, y"
+    root = book(c1=page("x = 1"), c2=page(second, module="two"))
+    assert refusals(root) == [
+        f"book/chapters/c2.md:{FIRST + 4}: `annotated_moe.one` exports no `y`"
+    ]
+
+
+def test_a_module_has_one_chapter(book):
+    (line,) = refusals(book(c1=page("x = 1"), c2=page("y = 1")))
+    assert line == (
+        f"book/chapters/c2.md:{FIRST + 3}: `one` belongs to book/chapters/c1.md"
+    )
+
+
+def test_no_address(book):
+    root = book(c1=page("x = 1"))
+    (root / "_config.yml").write_text("title: x\n")
+    assert refusals(root)[0].startswith("_config.yml:1: ")
+
+
+def test_empty_book(book):
+    assert refusals(book()) == ["book/chapters:1: no chapters here"]
+
+
+def test_module_text(book):
+    other = "```{code-cell}\n:tags: [export]\n:module: cli\n\n%s\n```"
+    quiet = "```{code-cell}\nprint(1)\n```"
+    shown = "````markdown\n```{code-cell}\n:tags: [export]\n\nbad(\n```\n````"
+    front = other % '"""The command line."""\n\nfrom annotated_moe.one import x'
+    root = book(c1=page("x = 1", quiet, shown, "def f():\n    return x", front))
+    assert sorted(tangle.sync(root)) == [
+        "wrote annotated_moe/cli.py",
+        "wrote annotated_moe/one.py",
+        "wrote book/chapters/c1.ipynb",
+    ]
+    assert (root / "annotated_moe/one.py").read_text() == (
+        "# Generated from book/chapters/c1.md by `make sync`; edit the chapter.\n"
+        '"""It promises a result. Twice.\n"""\n\n'
+        "# %% book/chapters/c1.md, cell 1\nx = 1\n\n\n"
+        "# %% book/chapters/c1.md, cell 3\ndef f():\n    return x\n"
+    )
+    cli = (root / "annotated_moe/cli.py").read_text()
+    assert ast.get_docstring(ast.parse(cli)) == "The command line."
+    assert "# %% book/chapters/c1.md, cell 4\n" in cli
+
+
+def test_docstring_of_mathematics(book):
+    text = page("x = 1").replace("Twice.", r"As $\varepsilon$, \"x\".")
+    tangle.sync(book(c1=text))
+    module = (book() / "annotated_moe/one.py").read_text()
+    assert 'r"""It promises' in module
+    assert r"$\varepsilon$" in ast.get_docstring(ast.parse(module))
+
+
+def test_notebook(book):
+    text = page("```{code-cell}\n%config A.b = 1\n```", "x = 'é'").replace(
+        "  module: one", "  module: one\n  needs: [jupytext]"
+    )
+    root = book(c1=text)
+    tangle.sync(root)
+    raw = (root / "book/chapters/c1.ipynb").read_bytes()
+    notebook = json.loads(raw)
+    import nbformat
+
+    nbformat.validate(nbformat.from_dict(notebook))
+    assert raw.endswith(b"}\n") and "é".encode() in raw and b"\r" not in raw
+    first, second, *rest = notebook["cells"]
+    source = "".join(first["source"])
+    assert first["id"] == "install" and second["id"] == "markdown-1"
+    assert [cell["id"] for cell in rest] == ["code-1", "code-2"]
+    assert '"annotated-moe @ git+https://example.org/tiny" "jupytext"' in source
+    assert 'needed = ["annotated_moe", "jupytext"]' in source
+    for cell in [first, *rest]:
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+    body = raw.split(b'"nbformat"')[0]
+    assert not re.search(rb"version|\d{4}-\d\d-\d\d", body)
+
+
+def test_byte_stable_in_another_process(book):
+    root = book(c1=page("x = {1: 'é', **{}}"), c2=page("y = 1", module="two"))
+    tangle.sync(root)
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        if path.suffix in (".py", ".ipynb"):
+            path.unlink()
+    script = REPOSITORY / "annotated_moe/tangle.py"
+    subprocess.run(
+        [sys.executable, "-P", script, "--root", root],
+        env={**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"},
+        check=True,
+        capture_output=True,
+    )
+    assert [path.read_bytes() for path in files] == before
+    assert tangle.check(root) == [] and tangle.sync(root) == []
+
+
+@pytest.mark.parametrize("change", ["edit", "newline", "delete"])
+@pytest.mark.parametrize("name", ["annotated_moe/two.py", "book/chapters/c2.ipynb"])
+def test_drift_is_named(book, capsys, name, change):
+    root = book(c1=page("x = 1"), c2=page("y = 1", module="two"))
+    assert tangle.main(["--root", str(root)]) == 0
+    assert tangle.main(["--root", str(root), "--check"]) == 0
+    path, before = root / name, (root / name).read_bytes()
+    if change == "edit":
+        path.write_bytes(before.replace(b"y = 1", b"y = 2"))
+    elif change == "newline":
+        path.write_bytes(before.replace(b"\n", b"\r\n"))
+    else:
+        path.unlink()
+    capsys.readouterr()
+    assert tangle.main(["--root", str(root), "--check"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"book/chapters/c2.md: {name} ")
+    assert ("missing" in line) == (change == "delete")
+    if change == "edit" and name.endswith(".py"):
+        assert "differs from line 6 on" in line
+    assert tangle.sync(root) == [f"wrote {name}"]
+    assert path.read_bytes() == before
+
+
+def test_error_exit(book, capsys):
+    root = book(c1=page("x = y"))
+    for arguments in [[], ["--check"]]:
+        assert tangle.main(["--root", str(root), *arguments]) == 1
+        captured = capsys.readouterr()
+        assert "book/chapters/c1.md" in captured.err and not captured.out
+
+
+def test_stale_files(book):
+    root = book(c1=page("x = 1"), c2=page("y = 1", module="two"))
+    tangle.sync(root)
+    (root / "book/chapters/c2.md").unlink()
+    gone = ["annotated_moe/two.py", "book/chapters/c2.ipynb"]
+    assert tangle.check(root) == [f"{g}: no chapter makes this file" for g in gone]
+    assert tangle.sync(root) == [f"removed {g}" for g in gone]
+    assert not any((root / g).exists() for g in gone)
+
+
+def test_a_file_written_by_hand_is_kept_and_refused(book):
+    root = book(c1=page("x = 1"))
+    tangle.sync(root)
+    hand = root / "annotated_moe/hand.py"
+    hand.write_text("x = 1\n")
+    assert refusals(root)[0].startswith("annotated_moe/hand.py:1: ")
+    assert hand.exists()
+
+
+def test_jupytext_agrees_on_every_chapter():
+    """`notebook_text` refuses a page that the two read differently."""
+    pytest.importorskip("jupytext")
+    for path in CHAPTERS:
+        name = path.relative_to(REPOSITORY).as_posix()
+        chapter = tangle.read_file(name, path)
+        assert tangle.notebook_text(chapter, "https://example.org")
+
+
+def test_a_page_read_differently_is_refused(book):
+    """A cell in a list item: Jupytext takes it for text, we do not."""
+    nested = "1. a\n\n   ```{code-cell}\n   # y = 1\n   ```\n"
+    (line,) = refusals(book(c1=page("x = 1") + nested))
+    assert line == "book/chapters/c1.md:1: Jupytext finds other code cells on this page"
+
+
+def test_the_tangler_tangles_itself(tmp_path):
+    """The installed tangler and the one in the chapter agree to the byte."""
+    here = tangle.tangle(REPOSITORY)
+    (own,) = [o for o in here if o.path == "annotated_moe/tangle.py"]
+    assert (REPOSITORY / own.path).read_text(encoding="utf-8") == own.text
+    script = tmp_path / "tangle.py"
+    script.write_text(own.text, encoding="utf-8")
+    root = tmp_path / "copy"
+    (root / "book/chapters").mkdir(parents=True)
+    (root / "_config.yml").write_bytes((REPOSITORY / "_config.yml").read_bytes())
+    for path in CHAPTERS:
+        (root / "book/chapters" / path.name).write_bytes(path.read_bytes())
+    subprocess.run(
+        [sys.executable, "-P", script, "--root", root],
+        check=True,
+        capture_output=True,
+    )
+    for output in here:
+        assert (root / output.path).read_bytes() == output.text.encode()
+
+
+def test_no_drift():
+    assert tangle.check(REPOSITORY) == []
+
+
+def test_one_address():
+    """The repository's address stands in `_config.yml` and nowhere else."""
+    address = tangle.repository(REPOSITORY)
+    places = subprocess.run(
+        ["git", "grep", "-lF", "--untracked", address.removeprefix("https://")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    if places.returncode > 1:
+        pytest.skip("not a git checkout")
+    generated = re.compile(r"_config\.yml|book/chapters/.*\.ipynb")
+    extra = [p for p in places.stdout.split() if not generated.fullmatch(p)]
+    assert extra == []
+
+
+MODULES = sorted(path.stem for path in REPOSITORY.glob("annotated_moe/*.py"))
+
+
+def test_importing_prints_nothing_and_starts_no_backend():
+    names = ["annotated_moe"]
+    names += [f"annotated_moe.{m}" for m in MODULES if m != "__init__"]
+    code = (
+        "import importlib, jax._src.xla_bridge as bridge\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert not bridge._backends, name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_tangler_needs_only_the_standard_library():
+    code = (
+        "import sys, runpy\n"
+        f"runpy.run_path({str(REPOSITORY / 'annotated_moe/tangle.py')!r})\n"
+        "heavy = {'jax', 'numpy', 'yaml', 'jupytext', 'haiku'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_the_form_of_the_page(path):
+    """Code is at most 72 columns wide and cells are short."""
+    name = path.relative_to(REPOSITORY).as_posix()
+    lengths = []
+    for cell in tangle.read_file(name, path).cells:
+        lines = cell.source.split("\n")
+        lengths.append(len(lines))
+        for number, line in enumerate(lines, cell.line):
+            assert len(line) <= 72, f"{name}:{number}: {len(line)} columns"
+        assert len(lines) <= 30, f"{name}:{cell.line}: a cell of {len(lines)} lines"
+    assert sorted(lengths)[len(lengths) // 2] <= 10

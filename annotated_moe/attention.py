@@ -41,7 +41,7 @@ def attention_scores(
         raise ValueError(
             f"{heads} query heads cannot share {k.shape[2]} key heads"
         )
-    q = q.reshape(b, t, k.shape[2], -1, h)                  # [B, T, K, R, H]
+    q = q.reshape(b, t, k.shape[2], -1, h)             # [B, T, K, R, H]
     s = jnp.einsum(
         "btkrh,bskh->bkrts", q, k, preferred_element_type=jnp.float32
     )
@@ -53,7 +53,7 @@ def attention_scores(
 def causal_mask(
     positions: Int32[Array, "B T"], slots: int
 ) -> Bool[Array, "B T {slots}"]:
-    """True where the token at `positions` may read a slot: s <= position.
+    """True where a token may read a slot: slot <= position.
 
     Positions count from 0. One at or past `slots` sees every slot.
     """
@@ -79,7 +79,7 @@ def attend(
     Source: Vaswani et al. (2017), section 3.2; casts as in Grok-1.
     """
     s = attention_scores(q, k, multiplier, softcap)
-    s = jnp.where(mask[:, None, None], s, HIDDEN)           # [B, K, R, T, S]
+    s = jnp.where(mask[:, None, None], s, HIDDEN)      # [B, K, R, T, S]
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     y = jnp.einsum(
         "bkrts,bskh->btkrh", p, v, preferred_element_type=jnp.float32
@@ -118,7 +118,7 @@ def write_cache(
     if isinstance(layer, int) and not 0 <= layer < len(stack):
         raise ValueError(f"no layer {layer} in a cache of {len(stack)}")
     if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
-        raise ValueError(f"{x.shape} does not fit a cache {stack.shape}")
+        raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
     rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
     return stack.at[layer, rows, positions].set(
         x.astype(stack.dtype), mode="drop", wrap_negative_indices=False
@@ -145,9 +145,9 @@ def absorb_block(
     Source: Milakov & Gimelshein (2018), algorithm 3.
     """
     top, total, y = running
-    higher = jnp.maximum(top, s.max(-1))                    # [B, K, R, T]
+    higher = jnp.maximum(top, s.max(-1))                  # [B, K, R, T]
     fade = jnp.exp(top - higher)
-    p = jnp.exp(s - higher[..., None])                      # [B, K, R, T, S]
+    p = jnp.exp(s - higher[..., None])                 # [B, K, R, T, S]
     part = jnp.einsum(
         "bkrts,bskh->bkrth", p.astype(v.dtype), v,
         preferred_element_type=jnp.float32,
@@ -157,14 +157,14 @@ def absorb_block(
 
 # %% book/chapters/04_attention.md, cell 39
 def absorb_all(
-    score: Callable[[Float[Array, "B S K H"]], Float32[Array, "B K R T S"]],
+    score: Callable[[Array], Float32[Array, "B K R T S"]],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     last: Int32[Array, "B T"],
     r: int,
     block: int,
 ) -> Running:
-    """Absorb all slots up to `last`; `block` must divide their number."""
+    """Absorb the slots up to `last`; `block` divides their number."""
     (b, slots, kv, h), t = k.shape, last.shape[1]
 
     def body(running, start):
@@ -190,7 +190,7 @@ def attend_blockwise(
     softcap: float | None = None,
     block: int = 512,
 ) -> Float[Array, "B T Q H"]:
-    """`attend` under `causal_mask`, in memory that grows with T x block.
+    """`attend` under `causal_mask`, in memory that grows with T.
 
     The same casts; sums in another order. Returns `q.dtype`.
     A `block` below 1, or K not dividing Q, is a ValueError.
@@ -206,8 +206,8 @@ def attend_blockwise(
         attention_scores, q, multiplier=multiplier, softcap=softcap
     )
     _, total, y = absorb_all(score, k, v, last, r, block)
-    y = (y / total[..., None]).transpose(0, 3, 1, 2, 4)     # [B, T, K, R, H]
-    return y.reshape(q.shape).astype(q.dtype)
+    y = (y / total[..., None]).transpose(0, 3, 1, 2, 4)
+    return y.reshape(q.shape).astype(q.dtype)             # [B, T, Q, H]
 
 
 # %% book/chapters/04_attention.md, cell 47
@@ -223,7 +223,9 @@ class Linear(hk.Module):
         super().__init__(name=name)
         self.size, self.axes = size, axes
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B F"]:
+    def __call__(
+        self, x: Float[Array, "*B D"]
+    ) -> Float32[Array, "*B F"]:
         *lead, d = x.shape
         init = hk.initializers.VarianceScaling(1.0)
         w = hk.get_parameter("w", (d, self.size), jnp.float32, init)
@@ -243,7 +245,7 @@ def attend_causal(
     multiplier: float,
     softcap: float | None,
 ) -> Float[Array, "B T Q H"]:
-    """Causal attention, in blocks where all scores would be too many."""
+    """Causal attention, in blocks where the scores would be many."""
     if q.shape[1] > 1 and k.shape[1] > BLOCKWISE_ABOVE:
         return attend_blockwise(q, k, v, positions, multiplier, softcap)
     mask = causal_mask(positions, k.shape[1])
@@ -276,7 +278,7 @@ def extend(
 
 # %% book/chapters/04_attention.md, cell 50
 class AttentionSizes(hk.Module):
-    """What `MultiHeadAttention` is told: sizes, scale, cap, RoPE base."""
+    """What `MultiHeadAttention` is told, checked."""
 
     def __init__(
         self,
@@ -290,13 +292,12 @@ class AttentionSizes(hk.Module):
     ):
         super().__init__(name=name)
         if kv_heads < 1 or q_heads % kv_heads:
-            raise ValueError(
-                f"{q_heads} query heads cannot share {kv_heads} key heads"
-            )
+            heads = f"{q_heads} query heads cannot share {kv_heads}"
+            raise ValueError(f"{heads} key heads")
         if head_size % 2:
-            raise ValueError(f"RoPE needs an even head size: {head_size}")
+            raise ValueError(f"RoPE needs even heads, not {head_size}")
         if softcap is not None and softcap <= 0:
-            raise ValueError(f"a soft cap is positive or None: {softcap}")
+            raise ValueError(f"softcap is positive or None: {softcap}")
         self.q_heads, self.kv_heads = q_heads, kv_heads
         self.head_size, self.rope_base = head_size, rope_base
         self.multiplier, self.softcap = multiplier, softcap
@@ -304,7 +305,7 @@ class AttentionSizes(hk.Module):
 
 # %% book/chapters/04_attention.md, cell 51
 class MultiHeadAttention(AttentionSizes):
-    """Grouped-query attention with RoPE, a soft cap and maybe a cache."""
+    """Grouped-query attention with RoPE, soft cap, maybe a cache."""
 
     def __call__(
         self,
@@ -313,7 +314,7 @@ class MultiHeadAttention(AttentionSizes):
         cache: KVCache | None = None,
         layer: int | Int32[Array, ""] = 0,
     ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
-        """Attend from `x` at `positions`; with a cache, extend it first.
+        """Attend from `x` at `positions`, a cache extended first.
 
         Heads are rounded to `x.dtype`; the result is float32.
         """
@@ -324,7 +325,9 @@ class MultiHeadAttention(AttentionSizes):
         q, k, v = (z.astype(x.dtype) for z in (q, k, v))
         if cache is not None:
             cache = extend(cache, layer, k, v, positions)
-            k, v = cache.k[layer], cache.v[layer]           # [B, S, K, H]
-        y = attend_causal(q, k, v, positions, self.multiplier, self.softcap)
-        y = y.reshape(*x.shape[:2], -1)                     # [B, T, Q*H]
-        return Linear(x.shape[-1], ("model", "data"), "linear")(y), cache
+            k, v = cache.k[layer], cache.v[layer]         # [B, S, K, H]
+        scale = self.multiplier, self.softcap
+        y = attend_causal(q, k, v, positions, *scale)
+        y = y.reshape(*x.shape[:2], -1)                     # [B, T, QH]
+        out = Linear(x.shape[-1], ("model", "data"), "linear")
+        return out(y), cache

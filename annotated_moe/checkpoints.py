@@ -1,5 +1,10 @@
 # Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""Load real checkpoints without running a byte of them.
+"""The weights of Grok-1 were published as 770 pickles, and a pickle is
+a program: whoever wrote it decides what runs on your machine when you
+load it. This chapter reads such files without running any of them. By
+its end you will have `load`, which looks at a folder, works out its
+layout, holds every tensor against the configuration, and puts each on
+its devices while reading only the bytes that a device keeps.
 """
 
 # %% book/chapters/09_checkpoints.md, cell 1
@@ -18,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -28,232 +34,333 @@ from annotated_moe.quantization import QuantizedTensor, quantize
 from annotated_moe.tokenizer import Tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 2
+# %% book/chapters/09_checkpoints.md, cell 6
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, unsafe, incomplete or not supported."""
+    """A checkpoint is damaged, unsafe, incomplete or not supported."""
 
 
-# %% book/chapters/09_checkpoints.md, cell 3
 @dataclass
 class Node:
-    """A pickled object, described and never made."""
+    """A pickled object as described by its file; nothing is made.
 
-    kind: str                                               # a dotted global name
-    args: tuple = ()
+    `kind` is a dotted name, `args` what it would be called with
+    (None before the call), `state` what `BUILD` hands it.
+    """
+
+    kind: str
+    args: tuple | None = None
     state: Any = None
 
 
-# %% book/chapters/09_checkpoints.md, cell 4
-MARK = object()
-
-
-# %% book/chapters/09_checkpoints.md, cell 5
-ARRAY = "numpy.core.multiarray._reconstruct"
-
-
-# %% book/chapters/09_checkpoints.md, cell 6
-DTYPE = "numpy.dtype"
-
-
 # %% book/chapters/09_checkpoints.md, cell 7
+ARRAY = "numpy.core.multiarray._reconstruct"
+DTYPE = "numpy.dtype"
+BFLOAT16 = "ml_dtypes.bfloat16"
 QUANTIZED = "__main__.QuantizedWeight8bit"
-
-
-# %% book/chapters/09_checkpoints.md, cell 8
 ALLOWED = {
     ARRAY: ARRAY,
     "numpy._core.multiarray._reconstruct": ARRAY,
     "numpy.ndarray": "numpy.ndarray",
     DTYPE: DTYPE,
-    "ml_dtypes.bfloat16": "ml_dtypes.bfloat16",
+    BFLOAT16: BFLOAT16,
     QUANTIZED: QUANTIZED,
 }
+MARK = object()
 
 
-# %% book/chapters/09_checkpoints.md, cell 9
-class Parser:
-    """A pickle machine that knows the two dozen opcodes an array needs."""
+# %% book/chapters/09_checkpoints.md, cell 8
+class Reader:
+    """A cursor over the bytes of one file."""
 
-    def __init__(self, data: memoryview):
+    def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 0
-        self.stack: list[Any] = []
-        self.memo: list[Any] = []
 
     def take(self, size: int) -> memoryview:
-        if size > len(self.data) - self.at:
+        """The next `size` bytes, not copied."""
+        left = len(self.data) - self.at
+        if size > left:
             raise CheckpointError(
-                f"ends early: byte {self.at} announces {size} bytes, {len(self.data) - self.at} are left"
+                f"ends early: {size} bytes are announced at byte "
+                f"{self.at}, {left} are left; fetch the file again"
             )
         self.at += size
         return self.data[self.at - size : self.at]
 
-    def number(self, size: int, signed: bool = False) -> int:
-        return int.from_bytes(self.take(size), "little", signed=signed)
+    def number(self, width: int, signed: bool = False) -> int:
+        return int.from_bytes(self.take(width), "little", signed=signed)
 
     def text(self, width: int) -> str:
         return str(self.take(self.number(width)), "utf-8")
 
+
+# %% book/chapters/09_checkpoints.md, cell 9
+class Machine(Reader):
+    """Pickle's stack machine, describing where pickle would act."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__(data)
+        self.stack: list[Any] = []
+        self.memo: list[Any] = []
+
+    def broken(self, why: str) -> CheckpointError:
+        return CheckpointError(f"is malformed at byte {self.at}: {why}")
+
     def pop(self) -> Any:
         if not self.stack:
-            raise CheckpointError(f"is malformed: empty stack at byte {self.at}")
+            raise self.broken("the stack is empty")
         return self.stack.pop()
 
+    def several(self, count: int) -> tuple:
+        return tuple(reversed([self.pop() for _ in range(count)]))
+
     def since_mark(self) -> list[Any]:
-        for i in range(len(self.stack) - 1, -1, -1):
-            if self.stack[i] is MARK:
-                items = self.stack[i + 1 :]
-                del self.stack[i:]
-                return items
-        raise CheckpointError(f"is malformed: no mark before byte {self.at}")
-
-    def named(self) -> Node:
-        name, module = self.pop(), self.pop()
-        full = f"{module}.{name}"
-        if full not in ALLOWED:
-            raise CheckpointError(f"names {full}, which no tensor needs: refused, nothing was run")
-        return Node(ALLOWED[full])
-
-    def call(self, new: bool) -> Node:
-        args, function = self.pop(), self.pop()
-        callable_ = (QUANTIZED,) if new else (ARRAY, DTYPE)
-        if not isinstance(function, Node) or function.kind not in callable_ or function.args:
-            raise CheckpointError(f"calls something that is not an array at byte {self.at}: refused, nothing was run")
-        return Node(function.kind, ("called", *args))
-
-    def build(self) -> None:
-        state, target = self.pop(), self.stack[-1] if self.stack else None
-        if not isinstance(target, Node) or not target.args or target.state is not None:
-            raise CheckpointError(f"is malformed: nothing to build at byte {self.at}")
-        target.state = state
-
-    def set_items(self) -> None:
-        items = self.since_mark()
-        if not self.stack or not isinstance(self.stack[-1], dict) or len(items) % 2:
-            raise CheckpointError(f"is malformed: no dict before byte {self.at}")
-        self.stack[-1].update(zip(items[::2], items[1::2]))
-
-    def get(self, index: int) -> Any:
-        if index >= len(self.memo):
-            raise CheckpointError(f"is malformed: memo {index} does not exist at byte {self.at}")
-        return self.memo[index]
+        items = []
+        while (item := self.pop()) is not MARK:
+            items.append(item)
+        return items[::-1]
 
 
 # %% book/chapters/09_checkpoints.md, cell 10
-def tuple_of(n):
-    return lambda p: tuple(reversed([p.pop() for _ in range(n)]))
+def named(machine: Machine) -> Node:
+    """STACK_GLOBAL: pickle imports here. We look the name up."""
+    module, name = machine.several(2)
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise machine.broken("a name that is not text")
+    kind = ALLOWED.get(f"{module}.{name}")
+    if kind is None:
+        raise CheckpointError(
+            f"names {module[:80]}.{name[:80]}, which no tensor needs; it "
+            "was refused and nothing was run: do not use this file"
+        )
+    return Node(kind)
 
 
 # %% book/chapters/09_checkpoints.md, cell 11
-PUSH: dict[int, Callable[[Parser], Any]] = {
-    ord("N"): lambda p: None,
-    0x88: lambda p: True,
-    0x89: lambda p: False,
-    ord("K"): lambda p: p.number(1),
-    ord("M"): lambda p: p.number(2),
-    ord("J"): lambda p: p.number(4, signed=True),
-    0x8A: lambda p: p.number(p.number(1), signed=True),
-    0x8C: lambda p: p.text(1),
-    ord("X"): lambda p: p.text(4),
-    ord("C"): lambda p: p.take(p.number(1)),
-    ord("B"): lambda p: p.take(p.number(4)),
-    0x8E: lambda p: p.take(p.number(8)),
-    ord(")"): lambda p: (),
-    0x85: tuple_of(1),
-    0x86: tuple_of(2),
-    0x87: tuple_of(3),
-    ord("t"): lambda p: tuple(p.since_mark()),
-    ord("}"): lambda p: {},
-    ord("("): lambda p: MARK,
-    ord("h"): lambda p: p.get(p.number(1)),
-    ord("j"): lambda p: p.get(p.number(4)),
-    0x93: lambda p: p.named(),
-    ord("R"): lambda p: p.call(new=False),
-    0x81: lambda p: p.call(new=True),
-}
+def call(machine: Machine, callable_kinds: tuple[str, ...]) -> Node:
+    """REDUCE, NEWOBJ: pickle calls here. We note the arguments."""
+    function, args = machine.several(2)
+    good = isinstance(function, Node) and function.args is None
+    if not good or function.kind not in callable_kinds:
+        raise machine.broken("a call that makes no array")
+    if not isinstance(args, tuple):
+        raise machine.broken("a call without arguments")
+    return Node(function.kind, args)
+
+
+def build(machine: Machine) -> None:
+    """BUILD: pickle runs `__setstate__` here. We note the state."""
+    target, state = machine.several(2)
+    good = isinstance(target, Node) and target.args is not None
+    if not good or target.state is not None:
+        raise machine.broken("a state for something that takes none")
+    target.state = state
+    machine.stack.append(target)
 
 
 # %% book/chapters/09_checkpoints.md, cell 12
-DO: dict[int, Callable[[Parser], Any]] = {
-    0x80: lambda p: p.take(1),
-    0x95: lambda p: p.take(8),
-    0x94: lambda p: p.memo.append(p.stack[-1] if p.stack else None),
-    ord("b"): Parser.build,
-    ord("u"): Parser.set_items,
-}
+def set_items(machine: Machine) -> None:
+    """SETITEMS: names and values into the dict below the mark."""
+    items = machine.since_mark()
+    target, names = machine.pop(), items[::2]
+    named_by_text = all(isinstance(name, str) for name in names)
+    if not isinstance(target, dict) or len(items) % 2 or not named_by_text:
+        raise machine.broken("a dict of something else than names")
+    target.update(zip(names, items[1::2], strict=True))
+    machine.stack.append(target)
+
+
+def recall(machine: Machine, index: int) -> Any:
+    if index >= len(machine.memo):
+        raise machine.broken(f"memo {index} was never written")
+    return machine.memo[index]
+
+
+def memorize(machine: Machine) -> None:
+    item = machine.pop()
+    machine.stack.append(item)
+    machine.memo.append(item)
 
 
 # %% book/chapters/09_checkpoints.md, cell 13
-def parse(data: memoryview) -> Any:
-    """What a pickle describes, as Nodes; only arrays and their parts are let through."""
-    p = Parser(data)
-    while (code := p.number(1)) != ord("."):
-        if code in PUSH:
-            p.stack.append(PUSH[code](p))
-        elif code in DO:
-            DO[code](p)
-        else:
-            raise CheckpointError(f"uses pickle opcode {code:#04x} at byte {p.at - 1}, which no tensor needs: refused, nothing was run")
-    if len(p.stack) != 1 or p.at != len(data):
-        raise CheckpointError("is malformed: bytes are left over at its end")
-    return p.stack[0]
+PUSH: dict[str, Callable[[Machine], Any]] = {
+    "NONE": lambda m: None,
+    "NEWTRUE": lambda m: True,
+    "NEWFALSE": lambda m: False,
+    "BININT1": lambda m: m.number(1),
+    "BININT2": lambda m: m.number(2),
+    "BININT": lambda m: m.number(4, signed=True),
+    "LONG1": lambda m: m.number(m.number(1), signed=True),
+    "SHORT_BINUNICODE": lambda m: m.text(1),
+    "BINUNICODE": lambda m: m.text(4),
+    "SHORT_BINBYTES": lambda m: m.take(m.number(1)),
+    "BINBYTES": lambda m: m.take(m.number(4)),
+    "BINBYTES8": lambda m: m.take(m.number(8)),
+    "EMPTY_TUPLE": lambda m: (),
+    "TUPLE1": lambda m: m.several(1),
+    "TUPLE2": lambda m: m.several(2),
+    "TUPLE3": lambda m: m.several(3),
+    "TUPLE": lambda m: tuple(m.since_mark()),
+    "EMPTY_DICT": lambda m: {},
+    "MARK": lambda m: MARK,
+}
 
 
 # %% book/chapters/09_checkpoints.md, cell 14
-DTYPES = {"f4": np.dtype("<f4"), "i1": np.dtype("i1"), "ml_dtypes.bfloat16": np.dtype(ml_dtypes.bfloat16)}
+PUSH |= {
+    "BINGET": lambda m: recall(m, m.number(1)),
+    "LONG_BINGET": lambda m: recall(m, m.number(4)),
+    "STACK_GLOBAL": named,
+    "REDUCE": lambda m: call(m, (ARRAY, DTYPE)),
+    "NEWOBJ": lambda m: call(m, (QUANTIZED,)),
+}
+DO: dict[str, Callable[[Machine], Any]] = {
+    "PROTO": lambda m: m.take(1),
+    "FRAME": lambda m: m.take(8),
+    "MEMOIZE": memorize,
+    "SETITEMS": set_items,
+    "BUILD": build,
+}
 
 
 # %% book/chapters/09_checkpoints.md, cell 15
-def as_dtype(node):
-    code = node.args[1] if isinstance(node, Node) and node.kind == DTYPE and len(node.args) > 1 else None
-    name = code.kind if isinstance(code, Node) else code
-    order = node.state[1] if node and isinstance(node.state, tuple) and len(node.state) > 1 else None
-    if name not in DTYPES or order not in ("<", "|"):
-        raise CheckpointError(f"holds dtype {name!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+def opcode_names() -> dict[int, str]:
+    """Byte -> name of every instruction that pickle knows."""
+    import pickletools
+
+    return {ord(op.code): op.name for op in pickletools.opcodes}
 
 
-# %% book/chapters/09_checkpoints.md, cell 16
-def as_array(node) -> np.ndarray:
-    state = node.state if isinstance(node, Node) and node.kind == ARRAY else None
-    if not isinstance(state, tuple) or len(state) != 5:
-        raise CheckpointError("does not hold an array")
-    _, shape, dtype, fortran, raw = state
-    dtype = as_dtype(dtype)
-    good = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-    if not good or not isinstance(raw, memoryview) or fortran:
-        raise CheckpointError(f"holds an array of shape {shape} that is not plain C order")
-    if math.prod(shape) * dtype.itemsize != len(raw):
-        raise CheckpointError(f"announces shape {shape} of {dtype}, but holds {len(raw)} bytes")
-    return np.frombuffer(raw, dtype).reshape(shape)
+def parse(data: memoryview) -> Any:
+    """What a pickle describes. Runs nothing, imports nothing."""
+    machine, names = Machine(data), opcode_names()
+    while (code := machine.number(1)) != ord("."):
+        name = names.get(code, f"{code:#04x}")
+        if name in PUSH:
+            machine.stack.append(PUSH[name](machine))
+        elif name in DO:
+            DO[name](machine)
+        else:
+            raise CheckpointError(
+                f"uses the pickle instruction {name}, which no tensor "
+                "needs; it was refused and nothing was run"
+            )
+    if len(machine.stack) != 1 or machine.at != len(data):
+        raise machine.broken("something is left over at the end")
+    return machine.stack[0]
 
 
 # %% book/chapters/09_checkpoints.md, cell 17
-def as_tensor(node):
-    if isinstance(node, Node) and node.kind == QUANTIZED:
-        state = node.state
-        if not isinstance(state, dict) or set(state) != {"weight", "scales"}:
-            raise CheckpointError("is a QuantizedWeight8bit without `weight` and `scales`")
-        weight, scales = as_array(state["weight"]), as_array(state["scales"])
-        return QuantizedTensor(weight, scales)
-    return as_array(node)
+DTYPES = {
+    "f4": np.dtype("<f4"),
+    "i1": np.dtype("i1"),
+    BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def as_dtype(node: Any) -> np.dtype:
+    """The dtype that a node describes, if tensors come in it."""
+    good = isinstance(node, Node) and node.kind == DTYPE and node.args
+    code = node.args[0] if good else None
+    name = code.kind if isinstance(code, Node) else code
+    state = node.state if good else None
+    order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+    if not isinstance(name, str) or name not in DTYPES:
+        shown = name[:40] if isinstance(name, str) else "an odd one"
+        wanted = ", ".join(DTYPES)
+        raise CheckpointError(f"has dtype {shown}; expected one of {wanted}")
+    if order not in ("<", "|"):
+        raise CheckpointError("has a byte order other than little-endian")
+    return DTYPES[name]
 
 
 # %% book/chapters/09_checkpoints.md, cell 18
-def read_pickled(path: Path):
-    """One tensor of a Grok-1 checkpoint, mapped from disk: nothing is copied or run."""
+def as_array(node: Any) -> np.ndarray:
+    """The array that a node describes, as a view of its file."""
+    whole = isinstance(node, Node) and node.kind == ARRAY
+    state = node.state if whole else None
+    if not isinstance(state, tuple) or len(state) != 5:
+        raise CheckpointError("holds no array where one was expected")
+    _, shape, dtype_node, fortran, raw = state
+    dtype = as_dtype(dtype_node)
+    sizes = shape if isinstance(shape, tuple) else (None,)
+    if not all(type(n) is int and n >= 0 for n in sizes):
+        raise CheckpointError("has a shape that is no list of sizes")
+    if fortran is not False or not isinstance(raw, memoryview):
+        raise CheckpointError("holds an array that is not in C order")
+    size = math.prod(sizes) * dtype.itemsize
+    if size != len(raw):
+        raise CheckpointError(
+            f"announces {dtype} of shape {sizes}, which is {size} bytes, "
+            f"but holds {len(raw)}"
+        )
+    return np.frombuffer(raw, dtype).reshape(sizes)
+
+
+# %% book/chapters/09_checkpoints.md, cell 19
+Tensor = np.ndarray | QuantizedTensor
+
+
+def as_tensor(node: Any) -> Tensor:
+    """A plain array, or the release's pair of int8 and scales."""
+    if not (isinstance(node, Node) and node.kind == QUANTIZED):
+        return as_array(node)
+    state = node.state
+    if not isinstance(state, dict) or set(state) != {"weight", "scales"}:
+        raise CheckpointError("lacks `weight` and `scales`")
+    weight, scales = as_array(state["weight"]), as_array(state["scales"])
+    return QuantizedTensor(weight, scales)
+
+
+def read_pickled(path: Path) -> Tensor:
+    """One tensor of a Grok-1 file, mapped into memory, not copied.
+
+    Raises CheckpointError, naming the file. Nothing in it is run.
+    """
     try:
         return as_tensor(parse(memoryview(np.memmap(path, np.uint8, "r"))))
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
-    except (ValueError, TypeError, UnicodeDecodeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a pickled tensor: {error}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no pickled tensor: {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 19
-IGNORED = {"shard_activations", "data_axis", "model_axis", "embedding_init_scale"}
+# %% book/chapters/09_checkpoints.md, cell 28
+def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter; layers are stacked in front."""
+    tree = jax.eval_shape(
+        lambda seed: init_params(jax.random.key(seed), config),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+    )
+    return {
+        f"{module}/{name}": tuple(leaf.shape)
+        for module, leaves in tree.items()
+        for name, leaf in leaves.items()
+    }
 
 
-# %% book/chapters/09_checkpoints.md, cell 20
+def grok_paths(config: ModelConfig) -> list[str]:
+    """The release's path of every file, in the order of their numbers."""
+    paths = []
+    for path in expected(config):
+        top, rest = path.split("/", 1)
+        if top == "decoder_layer":
+            layers = range(config.num_layers)
+            paths += [f"transformer/{top}_{i}/{rest}" for i in layers]
+        else:
+            paths.append(f"language_model/{path}")
+    return sorted(paths)
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """All parameters, and those that one token makes use of."""
+    sizes = {path: math.prod(s) for path, s in expected(config).items()}
+    experts = sum(n for path, n in sizes.items() if "/moe/" in path)
+    total = sum(sizes.values())
+    idle = experts * (config.num_experts - config.top_k)
+    return total, total - idle // config.num_experts
+
+
+# %% book/chapters/09_checkpoints.md, cell 33
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -270,290 +377,393 @@ GROK_NAMES = {
     "num_experts": "num_experts",
     "num_selected_experts": "top_k",
 }
+# How the release was sharded and initialized: no part of the model.
+IGNORED = {
+    "shard_activations",
+    "data_axis",
+    "model_axis",
+    "embedding_init_scale",
+}
 
 
-# %% book/chapters/09_checkpoints.md, cell 21
-def ffn_size(d_model, widening):
-    """Two thirds of the widened size, rounded up to a multiple of 8."""
-    return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
-
-
-# %% book/chapters/09_checkpoints.md, cell 22
-def read_json(path):
+# %% book/chapters/09_checkpoints.md, cell 34
+def read_json(path: Path) -> dict[str, Any]:
+    """The one JSON object in a file, or a CheckpointError."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold one JSON object")
     return content
 
 
-# %% book/chapters/09_checkpoints.md, cell 23
-def grok_config(path):
-    """The release's config.json, with its own field names, or Grok-1 itself."""
-    if not path.exists():
-        return PRESETS["grok-1"]
-    raw = read_json(path)
-    flat = {**raw, **raw.get("model", {})}
-    flat = {k: v for k, v in flat.items() if k != "model" and k[0] != "_" and k not in IGNORED}
-    widening = flat.pop("widening_factor", 8)
-    values = {}
-    for name, value in flat.items():
-        if name not in GROK_NAMES:
-            raise CheckpointError(f"{path} has a field {name!r} that is not supported; remove it if it changes nothing")
-        values[GROK_NAMES[name]] = value
-    config = make_config(path, values)
-    return replace(config, d_ff=ffn_size(config.d_model, widening))
-
-
-# %% book/chapters/09_checkpoints.md, cell 24
-def make_config(path, values):
+def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 25
-def expected(config):
-    """path -> shape of every parameter, layers stacked; nothing is allocated."""
-    tree = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
-    return {f"{m}/{n}": w.shape for m, leaves in tree.items() for n, w in leaves.items()}
+def refuse_unknown(path: Path, names: Any, known: Any) -> None:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise CheckpointError(
+            f"{path} has the field {unknown[0]!r}, which is not supported; "
+            f"known are {', '.join(sorted(known))}"
+        )
 
 
-# %% book/chapters/09_checkpoints.md, cell 26
-def grok_paths(config):
-    """Every file's parameter path, in the order in which the release numbers them."""
-    paths = []
-    for path in expected(config):
-        if path.startswith("decoder_layer/"):
-            rest = path.removeprefix("decoder_layer/")
-            paths += [f"transformer/decoder_layer_{i}/{rest}" for i in range(config.num_layers)]
-        else:
-            paths.append(f"language_model/{path}")
-    return sorted(paths)
+# %% book/chapters/09_checkpoints.md, cell 35
+def ffn_size(d_model: int, widening: float) -> int:
+    """F of the release: 8 and 6144 give 32768."""
+    return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09_checkpoints.md, cell 27
-def check_shape(where, path, w, shape):
-    if tuple(w.shape) != tuple(shape):
-        raise CheckpointError(f"{where} holds {path} of shape {tuple(w.shape)}; expected {tuple(shape)}")
-    if isinstance(w, QuantizedTensor):
-        lead, groups, out = w.scales.shape[:-2], *w.scales.shape[-2:]
-        good = lead == w.shape[:-2] and out == w.shape[-1] and groups and w.shape[-2] % groups == 0
-        if w.weight.dtype != np.int8 or not good:
-            raise CheckpointError(f"{where} holds scales of shape {w.scales.shape} that do not fit {path} of shape {w.shape}")
+def grok_config(path: Path) -> ModelConfig:
+    """A `config.json` of the release, or Grok-1 where there is none."""
+    if not path.exists():
+        return PRESETS["grok-1"]
+    raw = read_json(path)
+    inner = raw.pop("model", {})
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path}: 'model' must be an object")
+    flat = {k: v for k, v in {**raw, **inner}.items() if k[:1] != "_"}
+    flat = {k: v for k, v in flat.items() if k not in IGNORED}
+    widening = flat.pop("widening_factor", 8)
+    refuse_unknown(path, flat, GROK_NAMES)
+    if type(widening) not in (int, float) or widening <= 0:
+        raise CheckpointError(f"{path}: widening_factor must be above 0")
+    values = {GROK_NAMES[name]: value for name, value in flat.items()}
+    config = make_config(path, values)
+    return replace(config, d_ff=ffn_size(config.d_model, widening))
 
 
-# %% book/chapters/09_checkpoints.md, cell 28
-def read_grok(folder, config):
-    """path -> tensor, the layers of one path stacked but not copied."""
-    names = grok_paths(config)
-    files = {i: folder / f"tensor{i:05d}_000" for i in range(len(names))}
-    present = {f.name for f in folder.iterdir() if f.name.startswith("tensor")}
-    missing = [f"{f.name} ({names[i]})" for i, f in files.items() if f.name not in present]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more files")
-    extra = sorted(present - {f.name for f in files.values()})
+# %% book/chapters/09_checkpoints.md, cell 37
+def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
+    *lead, d, f = w.shape
+    *above, groups, out = w.scales.shape if w.scales.ndim > 1 else (0, 0)
+    fits = above == lead and out == f and groups and d % groups == 0
+    dtypes = (w.weight.dtype, w.scales.dtype)
+    if not fits or dtypes != (np.int8, ml_dtypes.bfloat16):
+        raise CheckpointError(
+            f"{where}: {name} is {dtypes[0]} of shape {w.shape} with "
+            f"{dtypes[1]} scales of shape {tuple(w.scales.shape)}; expected "
+            f"int8 with bfloat16 scales of shape {(*lead, 'G', f)}"
+        )
+
+
+def may_be_quantized(path: str) -> bool:
+    """Attention's and the experts' matrices; no norm, no router."""
+    return path.endswith("/w") and "/router/" not in path
+
+
+def check_tensor(where: Path, name: str, w: Tensor, shape: tuple) -> None:
+    if tuple(w.shape) != shape:
+        raise CheckpointError(
+            f"{where}: {name} has shape {tuple(w.shape)}; the "
+            f"configuration expects {shape}"
+        )
+    if not isinstance(w, QuantizedTensor):
+        if w.dtype not in (np.float32, ml_dtypes.bfloat16):
+            raise CheckpointError(f"{where}: {name} is {w.dtype}, not float")
+    elif may_be_quantized(name):
+        check_scales(where, name, w)
+    else:
+        raise CheckpointError(f"{where}: {name} may not be quantized")
+
+
+# %% book/chapters/09_checkpoints.md, cell 38
+def grok_files(folder: Path, names: list[str]) -> list[Path]:
+    """One file a name, in order; both sets must be the same."""
+    wanted = [f"tensor{i:05d}_000" for i in range(len(names))]
+    found = {p.name for p in folder.iterdir() if p.name.startswith("tensor")}
+    for file, name in zip(wanted, names, strict=True):
+        if file not in found:
+            raise CheckpointError(f"{folder} lacks {file}, which is {name}")
+    extra = sorted(found - set(wanted))
     if extra:
-        raise CheckpointError(f"{folder} holds {extra[0]}, which this configuration of {config.num_layers} layers has no place for")
-    shapes = expected(config)
-    tensors: dict[str, Any] = {}
-    for i, name in enumerate(names):
-        path, layer = split_name(name)
-        w = read_pickled(files[i])
-        check_shape(files[i], name, w, shapes[path][layer is not None :])
-        if layer is None:
-            tensors[path] = w
-        else:
-            tensors.setdefault(path, {})[layer] = w
-    return {p: stack(w, names) if isinstance(w, dict) else w for p, w in tensors.items()}
+        raise CheckpointError(
+            f"{folder} holds {extra[0]}, but this configuration has only "
+            f"{len(wanted)} tensors: does config.json belong to it?"
+        )
+    return [folder / file for file in wanted]
 
 
-# %% book/chapters/09_checkpoints.md, cell 29
-def split_name(name):
-    """transformer/decoder_layer_3/router/w -> (decoder_layer/router/w, 3)."""
-    module, rest = name.split("/", 1)
-    if module == "language_model":
+def our_path(name: str) -> tuple[str, int | None]:
+    """transformer/decoder_layer_3/router/w -> decoder_layer/router/w, 3."""
+    top, rest = name.split("/", 1)
+    if top == "language_model":
         return rest, None
     layer, rest = rest.split("/", 1)
-    return f"decoder_layer/{rest}", int(layer.removeprefix("decoder_layer_"))
+    return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 30
+# %% book/chapters/09_checkpoints.md, cell 39
 @dataclass(frozen=True)
 class Stack:
-    """Arrays of equal shape behind one another, copied only where they are indexed."""
+    """Arrays of one shape and dtype behind one another, not copied."""
 
     parts: list
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return (len(self.parts), *self.parts[0].shape)
 
-    @property
-    def dtype(self):
-        return self.parts[0].dtype
-
-    def __getitem__(self, index):
+    def __getitem__(self, index: tuple) -> np.ndarray:
         layers = range(len(self.parts))[index[0]]
         return np.stack([self.parts[i][index[1:]] for i in layers])
 
 
-# %% book/chapters/09_checkpoints.md, cell 31
-def stack(layers, names):
-    parts = [layers[i] for i in range(len(layers))]
-    quantized = [isinstance(w, QuantizedTensor) for w in parts]
-    if not any(quantized):
+def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
+    """One lazily stacked tensor from those of all layers."""
+    plain = [w for w in parts if not isinstance(w, QuantizedTensor)]
+    if plain and len(plain) == len(parts):
         return Stack(parts)
-    if not all(quantized) or len({w.scales.shape for w in parts}) > 1:
-        raise CheckpointError("layers disagree on how they are quantized")
-    return QuantizedTensor(Stack([w.weight for w in parts]), np.stack([w.scales for w in parts]))
+    if plain or len({w.scales.shape for w in parts}) > 1:
+        raise CheckpointError(
+            f"{where}: the layers of {path} are not all quantized alike"
+        )
+    scales = np.stack([w.scales for w in parts])
+    return QuantizedTensor(Stack([w.weight for w in parts]), scales)
 
 
-# %% book/chapters/09_checkpoints.md, cell 32
-def on_devices(source, spec, mesh, dtype):
-    """One array of which every device reads only the part that it keeps."""
+# %% book/chapters/09_checkpoints.md, cell 40
+def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
+    names, shapes = grok_paths(config), expected(config)
+    tensors: dict[str, Any] = {}
+    layers: dict[str, dict[int, Tensor]] = {}
+    for file, name in zip(grok_files(folder, names), names, strict=True):
+        path, layer = our_path(name)
+        w = read_pickled(file)
+        if layer is None:
+            check_tensor(file, name, w, shapes[path])
+            tensors[path] = w
+        else:
+            check_tensor(file, name, w, shapes[path][1:])
+            layers.setdefault(path, {})[layer] = w
+    for path, by_layer in layers.items():
+        parts = [by_layer[i] for i in range(config.num_layers)]
+        tensors[path] = stack_layers(folder, path, parts)
+    return tensors
+
+
+# %% book/chapters/09_checkpoints.md, cell 41
+def on_devices(source: Any, spec: P, mesh: Any, dtype: Any) -> jax.Array:
+    """An array of which each device reads the part that it keeps."""
     if mesh is None:
-        return jnp.asarray(source[(slice(None),) * len(source.shape)], dtype)
-    where = jax.sharding.NamedSharding(mesh, sharding.fit_spec(spec, source.shape, mesh))
-    def piece(index):
-        return np.asarray(source[index], dtype)
-    return jax.make_array_from_callback(source.shape, where, piece)
+        return jnp.array(source[(slice(None),) * len(source.shape)], dtype)
+    where = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(
+        source.shape, where, lambda index: np.asarray(source[index], dtype)
+    )
 
 
-# %% book/chapters/09_checkpoints.md, cell 33
-def place(path, w, mesh, dtype):
-    """A parameter, read onto its devices in the dtype that the model computes with."""
+# %% book/chapters/09_checkpoints.md, cell 42
+def place(path: str, w: Any, mesh: Any, dtype: str) -> Any:
+    """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
     if path.startswith("decoder_layer/"):
         spec = P(None, *spec)
     if isinstance(w, QuantizedTensor):
-        scales = w.scales if mesh is None else sharding.fit_groups(w, spec, mesh).scales
-        spec = P(*spec, *(None,) * (len(w.shape) - len(spec)))
-        specs = spec if mesh is None else sharding.weight_spec(spec, QuantizedTensor(w.weight, scales), mesh)
-        if mesh is None:
-            return QuantizedTensor(on_devices(w.weight, None, None, np.int8), on_devices(scales, None, None, jnp.bfloat16))
-        return QuantizedTensor(on_devices(w.weight, specs.weight, mesh, np.int8), on_devices(np.asarray(scales), specs.scales, mesh, jnp.bfloat16))
-    kept = path.endswith("/scale") or "router" in path
-    return on_devices(w, spec, mesh, jnp.float32 if kept else dtype)
+        return place_quantized(w, spec, mesh)
+    if path.endswith("/scale") or "/router/" in path:
+        dtype = "float32"
+    if mesh is not None:
+        spec = sharding.fit_spec(spec, w.shape, mesh)
+    return on_devices(w, spec, mesh, dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 34
+def place_quantized(w: Any, spec: P, mesh: Any) -> QuantizedTensor:
+    """Both arrays; scales repeated until each device's rows own theirs."""
+    specs = QuantizedTensor(spec, spec)
+    if mesh is not None:
+        w = sharding.fit_groups(w, spec, mesh)
+        specs = sharding.weight_spec(spec, w, mesh)
+    scales = np.asarray(w.scales)
+    return QuantizedTensor(
+        on_devices(w.weight, specs.weight, mesh, jnp.int8),
+        on_devices(scales, specs.scales, mesh, jnp.bfloat16),
+    )
+
+
+# %% book/chapters/09_checkpoints.md, cell 43
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 35
-def read_ours(folder, config):
-    path = folder / "model.safetensors"
+def flat_arrays(params: dict) -> dict[str, np.ndarray]:
+    """Haiku's dict of dicts as path -> array; scales get their own."""
+    flat = {}
+    for module, leaves in params.items():
+        for name, w in leaves.items():
+            path = f"{module}/{name}"
+            if isinstance(w, QuantizedTensor):
+                flat[f"{path}.weight"] = np.asarray(w.weight)
+                flat[f"{path}.scales"] = np.asarray(w.scales)
+            else:
+                flat[path] = np.asarray(w)
+    return flat
+
+
+def write_parts(model: Model, folder: Path) -> None:
+    arrays = flat_arrays(model.params)
+    save_file(arrays, folder / "model.safetensors")
+    settings = {"format": OUR_FORMAT, **asdict(model.config)}
+    text = json.dumps(settings, indent=1) + "\n"
+    (folder / "config.json").write_text(text)
+    # safetensors makes files that only their owner may read.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder / "tokenizer.model")
+
+
+# %% book/chapters/09_checkpoints.md, cell 44
+def save(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write `model` in our own layout to the folder `path`.
+
+    An older checkpoint of ours there is replaced; any other folder
+    is refused (CheckpointError). All of it is written, or nothing.
+    """
+    target = Path(path)
+    if target.exists() and not is_ours(target):
+        raise CheckpointError(
+            f"{target} exists and is no checkpoint of format "
+            f"{OUR_FORMAT!r}: choose another folder"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        write_parts(model, new)
+        if target.exists():
+            target.rename(Path(scratch) / "old")
+        new.rename(target)
+
+
+# %% book/chapters/09_checkpoints.md, cell 45
+def is_ours(folder: Path) -> bool:
+    settings = folder / "config.json"
+    if not settings.is_file():
+        return False
+    return read_json(settings).get("format") == OUR_FORMAT
+
+
+def our_config(path: Path) -> ModelConfig:
+    raw = read_json(path)
+    raw.pop("format")
+    refuse_unknown(path, raw, [f.name for f in fields(ModelConfig)])
+    return make_config(path, raw)
+
+
+def open_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    tensors = {}
-    for name, shape in expected(config).items():
-        if f"{name}.weight" in arrays and f"{name}.scales" in arrays:
-            tensors[name] = QuantizedTensor(arrays.pop(f"{name}.weight"), arrays.pop(f"{name}.scales"))
-        elif name in arrays:
-            tensors[name] = arrays.pop(name)
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is no readable safetensors file: {error}"
+        ) from None
+
+
+# %% book/chapters/09_checkpoints.md, cell 46
+def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Path -> tensor of a checkpoint that `save` wrote."""
+    file = folder / "model.safetensors"
+    arrays, tensors = open_arrays(file), {}
+    for path, shape in expected(config).items():
+        parts = [f"{path}.weight", f"{path}.scales"]
+        if path in arrays:
+            w: Tensor = arrays.pop(path)
+        elif all(part in arrays for part in parts):
+            w = QuantizedTensor(*(arrays.pop(part) for part in parts))
         else:
-            raise CheckpointError(f"{path} lacks {name}")
-        check_shape(path, name, tensors[name], shape)
+            raise CheckpointError(f"{file} lacks {path}")
+        check_tensor(file, path, w, shape)
+        tensors[path] = w
     if arrays:
-        raise CheckpointError(f"{path} holds {sorted(arrays)[0]}, which its configuration has no place for")
+        raise CheckpointError(
+            f"{file} holds {min(arrays)}, which its configuration has no "
+            "place for"
+        )
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 36
-def our_config(path):
-    raw = read_json(path)
-    known = {f.name for f in fields(ModelConfig)}
-    unknown = sorted(set(raw) - known - {"format"})
-    if unknown:
-        raise CheckpointError(f"{path} has a field {unknown[0]!r} that is not supported")
-    return make_config(path, {k: v for k, v in raw.items() if k != "format"})
+# %% book/chapters/09_checkpoints.md, cell 47
+def quantize_params(params: dict, groups: int = 8) -> dict:
+    """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
+    split = ("linear_1", "multi_head_attention/linear")
+
+    def one(module: str, name: str, w: Any) -> Any:
+        if not may_be_quantized(f"{module}/{name}"):
+            return w
+        return quantize(w, groups if module.endswith(split) else 1)
+
+    return {
+        module: {name: one(module, name, w) for name, w in leaves.items()}
+        for module, leaves in params.items()
+    }
 
 
-# %% book/chapters/09_checkpoints.md, cell 37
-def find_tokenizer(folder, config):
+# %% book/chapters/09_checkpoints.md, cell 48
+def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
+    """The configuration, the reader, and the folder it reads."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder: give the one that holds ckpt-0/ "
+            "or model.safetensors"
+        )
+    folder = folder.parent if folder.name == "ckpt-0" else folder
+    settings = folder / "config.json"
+    if (folder / "ckpt-0").is_dir():
+        return grok_config(settings), read_grok, folder / "ckpt-0"
+    if is_ours(folder):
+        return our_config(settings), read_ours, folder
+    raise CheckpointError(
+        f"{folder} holds neither ckpt-0/ (Grok-1) nor a config.json of "
+        f"format {OUR_FORMAT!r}; other layouts are not supported yet"
+    )
+
+
+def find_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    """`tokenizer.model`, if there is one; its ids must fit the model."""
     path = folder / "tokenizer.model"
     if not path.exists():
         return None
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(f"{path} has {tokenizer.vocab_size} pieces, the model only {config.vocab_size}")
+        raise CheckpointError(
+            f"{path} has {tokenizer.vocab_size} pieces, but the model's "
+            f"vocabulary is {config.vocab_size}"
+        )
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 38
-def load(path=None, mesh=None, dtype="bfloat16"):
-    """A model from a checkpoint; without a path, the small one in this package."""
-    folder = Path(path) if path is not None else Path(str(files("annotated_moe") / "small"))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give the folder that holds ckpt-0/ or model.safetensors")
-    if folder.name == "ckpt-0":
-        folder = folder.parent
-    settings = folder / "config.json"
-    if (folder / "ckpt-0").is_dir():
-        config, read, where = grok_config(settings), read_grok, folder / "ckpt-0"
-    elif settings.exists() and read_json(settings).get("format") == OUR_FORMAT:
-        config, read, where = our_config(settings), read_ours, folder
-    else:
-        raise CheckpointError(f"{folder} holds neither ckpt-0/ (Grok-1) nor a config.json of format {OUR_FORMAT!r}; other layouts are not supported")
+# %% book/chapters/09_checkpoints.md, cell 49
+def small_model() -> Path:
+    """The folder of the trained model inside this package."""
+    return Path(str(files("annotated_moe") / "small"))
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    mesh: Any = None,
+    dtype: str = "bfloat16",
+) -> Model:
+    """A model from a checkpoint folder; without one, the small model.
+
+    `mesh` comes from `make_mesh`; None is one device. `dtype` is what
+    it computes in, "bfloat16" or "float32". Raises CheckpointError
+    for whatever is missing, left over, misshapen or unsafe.
+    """
+    if mesh is not None and set(mesh.axis_names) != {"data", "model"}:
+        raise ValueError("the mesh needs axes data and model: use make_mesh")
+    folder = small_model() if path is None else Path(path)
+    config, read, where = find_layout(folder)
     config = replace(config, dtype=dtype)
-    params = {}
+    params: dict[str, dict] = {}
     for name, w in read(where, config).items():
         module, leaf = name.rsplit("/", 1)
         params.setdefault(module, {})[leaf] = place(name, w, mesh, dtype)
-    return Model(config, params, find_tokenizer(folder, config), mesh)
-
-
-# %% book/chapters/09_checkpoints.md, cell 39
-def quantize_params(params, groups=8):
-    """Quantize as the release does: the matrices of attention and experts."""
-    split = ("linear_1", "multi_head_attention/linear")
-    def one(module, name, w):
-        if name != "w" or "router" in module:
-            return w
-        return quantize(w, groups if module.endswith(split) else 1)
-    return {m: {n: one(m, n, w) for n, w in leaves.items()} for m, leaves in params.items()}
-
-
-# %% book/chapters/09_checkpoints.md, cell 40
-def flat_arrays(params):
-    """Haiku's two-level dict as `module/name` -> array; scales get names of their own."""
-    flat = {}
-    for module, leaves in params.items():
-        for name, w in leaves.items():
-            if isinstance(w, QuantizedTensor):
-                flat[f"{module}/{name}.weight"] = np.asarray(w.weight)
-                flat[f"{module}/{name}.scales"] = np.asarray(w.scales)
-            else:
-                flat[f"{module}/{name}"] = np.asarray(w)
-    return flat
-
-
-# %% book/chapters/09_checkpoints.md, cell 41
-def save(model, path):
-    """Write `model` in our own layout: all of it or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
-    try:
-        save_file(flat_arrays(model.params), new / "model.safetensors")
-        settings = {"format": OUR_FORMAT, **asdict(model.config)}
-        (new / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        if model.tokenizer is not None:
-            model.tokenizer.save(new / "tokenizer.model")
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-            new.rename(path)
-            shutil.rmtree(old)
-        else:
-            new.rename(path)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    beside = where.parent if where.name == "ckpt-0" else where
+    return Model(config, params, find_tokenizer(beside, config), mesh)

@@ -1,10 +1,18 @@
 # Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
-"""Sixty-four layers and a sampler.
+"""One layer of Grok-1 holds 4.9 billion weights, and the model is that
+layer sixty-four times. Written as a loop it would be compiled
+sixty-four times over; run without a cache it would say its 8,192nd word
+by thinking through the 8,191 before it once more. This chapter puts the
+pieces together so that the layer is compiled once and every token is
+computed once: the stack, the tied embeddings, the sampler, and the loop
+around them. It ends with text coming out of a model small enough to
+ship inside this package.
 """
 
 # %% book/chapters/08_model.md, cell 1
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,415 +22,776 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from annotated_moe import quantization, sharding
 from annotated_moe.attention import KVCache, Linear, MultiHeadAttention
-from annotated_moe.moe import MoE, Router, load_balancing_loss, router_z_loss
-from annotated_moe.quantization import QuantizedTensor, Row
+from annotated_moe.moe import (
+    MoE,
+    Router,
+    geglu,
+    load_balancing_loss,
+    router_z_loss,
+)
+from annotated_moe.quantization import Row
 from annotated_moe.rms_norm import RMSNorm
 from annotated_moe.tokenizer import Tokenizer
 
 
-# %% book/chapters/08_model.md, cell 2
+# %% book/chapters/08_model.md, cell 3
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every number that makes a family member; the defaults are Grok-1."""
+    """What makes a family member; Grok-1 unless told otherwise.
 
-    vocab_size: int = 131072
-    context: int = 8192
-    d_model: int = 6144
-    d_ff: int = 32768
+    ValueError for numbers that no model can have.
+    """
+
+    vocab_size: int = 131072        # pieces of the tokenizer, or more
+    context: int = 8192             # tokens a row may hold
+    d_model: int = 6144             # features of a token between layers
+    d_ff: int = 32768               # hidden features of one expert
     num_layers: int = 64
-    q_heads: int = 48
-    kv_heads: int = 8
-    head_size: int = 128
-    num_experts: int = 8
-    top_k: int = 2
-    embedding_multiplier: float = 78.38367176906169
-    output_multiplier: float = 0.5773502691896257
-    attn_multiplier: float = 0.08838834764831845
-    attn_softcap: float | None = 30.0
-    rope_base: float = 10000.0
-    pad_id: int = 0
-    eos_id: int = 2
-    dtype: str = "bfloat16"
+    q_heads: int = 48               # a multiple of kv_heads
+    kv_heads: int = 8               # what the cache pays for
+    head_size: int = 128            # features a head, even for RoPE
+    num_experts: int = 8            # 1: one dense block, no router
+    top_k: int = 2                  # experts a token
+    embedding_multiplier: float = 78.38367176906169  # sqrt(d_model)
+    output_multiplier: float = 0.5773502691896257    # 1 / sqrt(3)
+    attn_multiplier: float = 0.08838834764831845     # head_size**-0.5
+    attn_softcap: float | None = 30.0                # None: no cap
+    rope_base: float = 10000.0      # slowest turn: about this, over 2 pi
+    pad_id: int = 0                 # fills rows on the right; never read
+    eos_id: int = 2                 # ends a text
+    dtype: str = "bfloat16"         # of products; or "float32"
 
-
-# %% book/chapters/08_model.md, cell 3
-class DecoderLayer(hk.Module):
-    def __init__(self, config, name="decoder_layer"):
-        super().__init__(name=name)
-        self.config = config
-
-    def __call__(self, h, positions, cache=None, layer=0, train=False):
-        c = self.config
-        attention = MultiHeadAttention(c.q_heads, c.kv_heads, c.head_size, c.attn_multiplier, c.attn_softcap, c.rope_base)
-        y, cache = attention(RMSNorm(name="rms_norm")(h).astype(c.dtype), positions, cache, layer)
-        h = h + RMSNorm(name="rms_norm_1")(y)
-        y, aux = self.feed_forward(RMSNorm(name="rms_norm_2")(h), train)
-        h = h + RMSNorm(name="rms_norm_3")(y)
-        return h, cache, aux
-
-    @hk.transparent
-    def feed_forward(self, x, train):
-        c = self.config
-        if c.num_experts == 1:
-            up, down = ("data", "model"), ("model", "data")
-            x = x.astype(c.dtype)
-            gate = jax.nn.gelu(Linear(c.d_ff, up, "linear")(x), approximate=True)
-            hidden = (gate * Linear(c.d_ff, up, "linear_v")(x)).astype(c.dtype)
-            return Linear(c.d_model, down, "linear_1")(hidden), {}
-        flat = x.reshape(-1, c.d_model)
-        routed = Router(c.num_experts, c.top_k)(flat)
-        y = MoE(c.num_experts, c.d_ff)(flat.astype(c.dtype), routed, train)
-        aux = {"balance": load_balancing_loss(routed.probs, routed.experts), "z": router_z_loss(routed.logits)}
-        return y.reshape(x.shape), aux
+    def __post_init__(self) -> None:
+        check_sizes(self)
+        check_numbers(self)
 
 
 # %% book/chapters/08_model.md, cell 4
-def layer_function(config):
-    return hk.without_apply_rng(hk.transform(lambda *a, **k: DecoderLayer(config)(*a, **k)))
+SIZES = (
+    "vocab_size", "context", "d_model", "d_ff", "num_layers",
+    "q_heads", "kv_heads", "head_size", "num_experts", "top_k",
+)
+
+
+def check_sizes(c: ModelConfig) -> None:
+    for name in SIZES:
+        value = getattr(c, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1: {value!r}")
+    if c.q_heads % c.kv_heads:
+        raise ValueError(
+            f"q_heads={c.q_heads} is no multiple of kv_heads={c.kv_heads}"
+        )
+    if c.head_size % 2:
+        raise ValueError(f"head_size must be even: {c.head_size}")
+    if c.top_k > c.num_experts > 1:
+        raise ValueError(
+            f"top_k={c.top_k} of only num_experts={c.num_experts}"
+        )
 
 
 # %% book/chapters/08_model.md, cell 5
-def norm_function():
-    return hk.without_apply_rng(hk.transform(lambda h: RMSNorm()(h)))
+NUMBERS = (
+    "embedding_multiplier", "output_multiplier", "attn_multiplier",
+    "attn_softcap", "rope_base",
+)
 
 
-# %% book/chapters/08_model.md, cell 6
-def init_params(key, config):
-    h = jnp.zeros((1, 1, config.d_model))
-    pos = jnp.zeros((1, 1), jnp.int32)
-    k0, k1 = jax.random.split(key)
-    keys = jax.random.split(k1, config.num_layers)
-    layers = jax.vmap(lambda k: layer_function(config).init(k, h, pos, train=True))(keys)
-    table = jax.random.normal(k0, (config.vocab_size, config.d_model)) / config.d_model**0.5
-    return {"in_out_embed": {"embeddings": table}, **layers, **norm_function().init(k0, h)}
+def check_numbers(c: ModelConfig) -> None:
+    for name in NUMBERS:
+        value = getattr(c, name)
+        if value is None and name == "attn_softcap":
+            continue
+        real = type(value) in (int, float) and math.isfinite(value)
+        if not real or value <= 0:
+            raise ValueError(f"{name} must be positive: {value!r}")
+        object.__setattr__(c, name, float(value))
+    for name in ("pad_id", "eos_id"):
+        value = getattr(c, name)
+        if type(value) is not int or not 0 <= value < c.vocab_size:
+            raise ValueError(f"{name} is not in the vocabulary: {value!r}")
+    if c.dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"dtype must be 'float32' or 'bfloat16': {c.dtype!r}"
+        )
 
 
 # %% book/chapters/08_model.md, cell 7
-def split_params(params):
-    return hk.data_structures.partition(lambda module, name, w: module.startswith("decoder_layer"), params)
+Losses = dict[str, Float32[Array, "*L"]]
+
+
+class DecoderLayer(hk.Module):
+    """Attention and experts, each between two norms. Source: Grok-1."""
+
+    def __init__(self, config: ModelConfig, name: str = "decoder_layer"):
+        super().__init__(name=name)
+        self.config = config
+
+    def __call__(
+        self,
+        h: Float32[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        cache: KVCache | None = None,
+        layer: int | Int32[Array, ""] = 0,
+        train: bool = False,
+    ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
+        c = self.config
+        x = RMSNorm(name="rms_norm")(h).astype(c.dtype)
+        y, cache = attention_of(c)(x, positions, cache, layer)
+        h = h + RMSNorm(name="rms_norm_1")(y)
+        x = RMSNorm(name="rms_norm_2")(h)
+        y, losses = feed_forward(x, c, train)
+        return h + RMSNorm(name="rms_norm_3")(y), cache, losses
 
 
 # %% book/chapters/08_model.md, cell 8
-def pick(module, name, stack, layer):
-    if name == "w" and "router" not in module:
-        return Row(stack, layer)
-    return stack[layer]
+def attention_of(c: ModelConfig) -> MultiHeadAttention:
+    """The attention that a configuration asks for."""
+    return MultiHeadAttention(
+        c.q_heads, c.kv_heads, c.head_size,
+        c.attn_multiplier, c.attn_softcap, c.rope_base,
+    )
+
+
+def feed_forward(
+    x: Float32[Array, "B T D"], c: ModelConfig, train: bool
+) -> tuple[Float32[Array, "B T D"], Losses]:
+    """The experts, or with num_experts == 1 one dense block."""
+    if c.num_experts == 1:
+        return dense(x.astype(c.dtype), c), {}
+    flat = x.reshape(-1, c.d_model)                         # [N, D]
+    routed = Router(c.num_experts, c.top_k)(flat)
+    y = MoE(c.num_experts, c.d_ff)(flat.astype(c.dtype), routed, train)
+    balance = load_balancing_loss(routed.probs, routed.experts)
+    z = router_z_loss(routed.logits)
+    return y.reshape(x.shape), {"balance": balance, "z": z}
 
 
 # %% book/chapters/08_model.md, cell 9
-def decoder(params, h, positions, config, cache=None, train=False):
-    layers, _ = split_params(params)
-    apply = layer_function(config).apply
-
-    def train_body(h, weights):
-        h, _, aux = apply(weights, h, positions, train=True)
-        return h, aux
-
-    def body(carry, layer):
-        h, cache = carry
-        weights = {m: {n: pick(m, n, w, layer) for n, w in leaves.items()} for m, leaves in layers.items()}
-        h, cache, aux = apply(weights, h, positions, cache, layer)
-        return (h, cache), aux
-
-    if train:
-        h, aux = jax.lax.scan(train_body, h, layers)
-    else:
-        (h, cache), aux = jax.lax.scan(body, (h, cache), jnp.arange(config.num_layers))
-    return h, cache, jax.tree.map(jnp.mean, aux)
+def dense(
+    x: Float[Array, "B T D"], c: ModelConfig
+) -> Float32[Array, "B T D"]:
+    """A GEGLU block for every token. Source: Grok-1's DenseBlock."""
+    gate = Linear(c.d_ff, ("data", "model"), "linear")(x)   # [B, T, F]
+    up = Linear(c.d_ff, ("data", "model"), "linear_v")(x)
+    hidden = geglu(gate, up, x.dtype)
+    return Linear(c.d_model, ("model", "data"), "linear_1")(hidden)
 
 
 # %% book/chapters/08_model.md, cell 10
-def embed(params, tokens, config):
-    dtype = config.dtype
-    h = params["in_out_embed"]["embeddings"][tokens].astype(dtype)
-    return (h * jnp.asarray(config.embedding_multiplier, dtype)).astype(jnp.float32)
+def layer_function(config: ModelConfig) -> hk.Transformed:
+    """`init(key, h, positions)` and `apply(weights, h, positions)`."""
+    def run(*job: Any, **options: Any) -> Any:
+        return DecoderLayer(config)(*job, **options)
+
+    return hk.without_apply_rng(hk.transform(run))
+
+
+def norm_function() -> hk.Transformed:
+    """The one norm after the last layer."""
+    return hk.without_apply_rng(hk.transform(lambda h: RMSNorm()(h)))
 
 
 # %% book/chapters/08_model.md, cell 11
-def tied_logits(h, table):
-    """h [N, D] times the embedding table [V, D]: float32 [N, V]."""
-    return jnp.dot(h, table.astype(h.dtype).T, preferred_element_type=jnp.float32)
+Params = dict[str, dict[str, Any]]
 
 
-# %% book/chapters/08_model.md, cell 12
-def tied_logits_tiled(h, table):
-    """The same, a tile of the table at a time."""
+def init_params(key: Array, config: ModelConfig) -> Params:
+    """Random float32 weights, module -> name -> array.
+
+    Those of the layers are stacked [L, ...]; the embedding has rows of
+    length about 1. Under `jax.eval_shape` nothing is allocated.
+    """
+    h = jnp.zeros((1, 1, config.d_model))
+    positions = jnp.zeros((1, 1), jnp.int32)
+    init = partial(layer_function(config).init, train=True)
+    k0, k1 = jax.random.split(key)
+    keys = jax.random.split(k1, config.num_layers)
+    layers = jax.vmap(lambda k: init(k, h, positions))(keys)
+    size = (config.vocab_size, config.d_model)
+    table = jax.random.normal(k0, size) / config.d_model**0.5
+    norm = norm_function().init(k0, h)
+    return {"in_out_embed": {"embeddings": table}, **layers, **norm}
+
+
+def split_params(params: Params) -> tuple[Params, Params]:
+    """The layers' stacks, and everything else."""
+    def of_layer(module: str, name: str, w: Any) -> bool:
+        return module.startswith("decoder_layer")
+
+    return hk.data_structures.partition(of_layer, params)
+
+
+# %% book/chapters/08_model.md, cell 15
+def weights_of(layers: Params, layer: Int32[Array, ""]) -> Params:
+    """One layer's weights: `Row`s for what products read, else slices."""
+    def pick(module: str, name: str, stack: Any) -> Any:
+        lazy = name == "w" and "router" not in module
+        return Row(stack, layer) if lazy else stack[layer]
+
+    return hk.data_structures.map(pick, layers)
+
+
+def check_depth(layers: Params, depth: int) -> None:
+    """ValueError unless every stack holds `depth` layers."""
+    for module, leaves in layers.items():
+        for name, w in leaves.items():
+            if w.shape[0] != depth:
+                raise ValueError(
+                    f"{module}/{name} holds {w.shape[0]} layers, "
+                    f"the configuration {depth}"
+                )
+
+
+# %% book/chapters/08_model.md, cell 16
+def decoder(
+    params: Params,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    config: ModelConfig,
+    cache: KVCache | None = None,
+    train: bool = False,
+) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
+    """All layers. `train` returns mean losses, and allows gradients."""
+    layers, _ = split_params(params)
+    check_depth(layers, config.num_layers)
+    if train:
+        return decoder_to_train(layers, h, positions, config)
+    apply = layer_function(config).apply
+
+    def body(carry, layer):
+        weights = weights_of(layers, layer)
+        h, cache, _ = apply(weights, carry[0], positions, carry[1], layer)
+        return (h, cache), None
+
+    depth = jnp.arange(config.num_layers)
+    (h, cache), _ = jax.lax.scan(body, (h, cache), depth)
+    return h, cache, {}
+
+
+# %% book/chapters/08_model.md, cell 17
+def decoder_to_train(
+    layers: Params,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    config: ModelConfig,
+) -> tuple[Float32[Array, "B T D"], None, Losses]:
+    """The stack with a gradient: experts drop what finds no seat."""
+    apply = layer_function(config).apply
+
+    def body(h, weights):
+        h, _, losses = apply(weights, h, positions, train=True)
+        return h, losses
+
+    h, losses = jax.lax.scan(body, h, layers)               # [L] each
+    return h, None, jax.tree.map(jnp.mean, losses)
+
+
+# %% book/chapters/08_model.md, cell 26
+def embed(
+    params: Params, tokens: Int[Array, "B T"], config: ModelConfig
+) -> Float32[Array, "B T D"]:
+    """Rows of the table times the multiplier, rounded as in Grok-1."""
+    dtype = config.dtype
+    h = params["in_out_embed"]["embeddings"][tokens].astype(dtype)
+    multiplier = jnp.asarray(config.embedding_multiplier, dtype)
+    return (h * multiplier).astype(jnp.float32)
+
+
+# %% book/chapters/08_model.md, cell 27
+def tied_logits(
+    h: Float[Array, "N D"], table: Float[Array, "V D"]
+) -> Float32[Array, "N V"]:
+    """Every row of `h` times every row of the table, in `h.dtype`."""
+    table = table.astype(h.dtype)
+    return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
+
+
+# %% book/chapters/08_model.md, cell 28
+def tied_logits_tiled(
+    h: Float[Array, "N D"], table: Float[Array, "V D"]
+) -> Float32[Array, "N V"]:
+    """`tied_logits`, some words of the table at a time."""
     n, v = h.shape[0], table.shape[0]
     tile = quantization.tile_rows(v, 512)
     dtype = jnp.float32 if n == 1 else h.dtype
+    x = h.astype(dtype)
 
-    def body(t, y):
-        rows = jax.lax.dynamic_slice_in_dim(table, t * tile, tile).astype(dtype)
-        part = jnp.dot(h.astype(dtype), rows.T, preferred_element_type=jnp.float32)
+    def add_tile(t, y):
+        words = jax.lax.dynamic_slice_in_dim(table, t * tile, tile)
+        words = words.astype(h.dtype).astype(dtype)
+        part = jnp.dot(x, words.T, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
 
-    return jax.lax.fori_loop(0, v // tile, body, jnp.zeros((n, v), jnp.float32))
+    y = jnp.zeros((n, v), jnp.float32)
+    return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 13
-def tied_logits_on_mesh(h, table, train=False):
+# %% book/chapters/08_model.md, cell 31
+def tied_logits_on_mesh(
+    h: Float[Array, "N D"], table: Float[Array, "V D"], train: bool = False
+) -> Float32[Array, "N V"]:
+    """The faster of the two, on one device or on the current mesh."""
     if train:
         return tied_logits(h, table)
-    product = partial(jax.lax.platform_dependent, cpu=tied_logits_tiled, default=tied_logits)
+    product = partial(
+        jax.lax.platform_dependent,
+        cpu=tied_logits_tiled, default=tied_logits,
+    )
     mesh = sharding.current_mesh()
     axis = mesh and sharding.fit(("data", "model"), table.shape[1], mesh)
     if not axis:
         return product(h, table)
     return jax.shard_map(
         lambda h, table: jax.lax.psum(product(h, table), axis),
-        in_specs=(P(None, axis), P(None, axis)), out_specs=P(), check_vma=False,
+        in_specs=(P(None, axis), P(None, axis)),
+        out_specs=P(),
+        check_vma=False,
     )(h, table)
 
 
-# %% book/chapters/08_model.md, cell 14
-def unembed(params, h, config, train=False):
-    """h [B, T, D] -> float32 logits [B, T, V]: norm, tied table, multiplier."""
+# %% book/chapters/08_model.md, cell 32
+def unembed(
+    params: Params,
+    h: Float32[Array, "B T D"],
+    config: ModelConfig,
+    train: bool = False,
+) -> Float32[Array, "B T V"]:
+    """Logits: the last norm, the tied table, the multiplier."""
     *lead, d = h.shape
     h = norm_function().apply({"rms_norm": params["rms_norm"]}, h)
+    h = h.reshape(-1, d).astype(config.dtype)               # [N, D]
     table = params["in_out_embed"]["embeddings"]
-    y = tied_logits_on_mesh(h.reshape(-1, d).astype(config.dtype), table, train)
+    y = tied_logits_on_mesh(h, table, train)
     scale = jnp.asarray(config.output_multiplier, config.dtype)
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 15
-def forward(params, tokens, config, cache=None, train=False):
-    """tokens [B, T] -> h [B, T, D], cache, auxiliary losses."""
+# %% book/chapters/08_model.md, cell 33
+def forward(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    cache: KVCache | None = None,
+    train: bool = False,
+) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
+    """Tokens through embedding and layers: h, cache, losses.
+
+    With a cache, row b's tokens stand behind its first `length[b]`.
+    """
     rows, t = tokens.shape
-    start = jnp.zeros(rows, jnp.int32) if cache is None else cache.length
-    positions = start[:, None] + jnp.arange(t)
+    zero = jnp.zeros(rows, jnp.int32)
+    start = zero if cache is None else cache.length
+    positions = start[:, None] + jnp.arange(t)              # [B, T]
     h = embed(params, tokens, config)
     return decoder(params, h, positions, config, cache, train)
 
 
-# %% book/chapters/08_model.md, cell 16
 @partial(jax.jit, static_argnames="config")
-def all_logits(params, tokens, config):
+def all_logits(
+    params: Params, tokens: Int[Array, "B T"], config: ModelConfig
+) -> Float32[Array, "B T V"]:
+    """The logits at every token, without a cache."""
     h, _, _ = forward(params, tokens, config)
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 17
-def cache_spec(shape, mesh):
-    return sharding.fit_spec(P(None, "data", None, "model", None), shape, mesh)
-
-
-# %% book/chapters/08_model.md, cell 18
-def pin(cache):
-    """Keep the cache's layout on the mesh the same from step to step."""
+# %% book/chapters/08_model.md, cell 36
+def pin(cache: KVCache) -> KVCache:
+    """Keep the cache's layout on the mesh from step to step."""
     mesh = sharding.current_mesh()
     if mesh is None:
         return cache
-    spec = cache_spec(cache.k.shape, mesh)
-    k, v = (jax.lax.with_sharding_constraint(x, spec) for x in (cache.k, cache.v))
-    return KVCache(k, v, jax.lax.with_sharding_constraint(cache.length, P()))
+    spec = P(None, "data", None, "model", None)
+    spec = sharding.fit_spec(spec, cache.k.shape, mesh)
+    hold = jax.lax.with_sharding_constraint
+    return KVCache(
+        hold(cache.k, spec), hold(cache.v, spec), hold(cache.length, P())
+    )
 
 
-# %% book/chapters/08_model.md, cell 19
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
-def init_cache(config, batch, slots):
-    shape = (config.num_layers, batch, slots, config.kv_heads, config.head_size)
-    zeros = jnp.zeros(shape, config.dtype)
-    return pin(KVCache(zeros, zeros, jnp.zeros(batch, jnp.int32)))
+def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
+    """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
+    shape = (config.num_layers, batch, slots)
+    shape += (config.kv_heads, config.head_size)
+    k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    return pin(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
 
-# %% book/chapters/08_model.md, cell 20
+# %% book/chapters/08_model.md, cell 37
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def prefill(params, tokens, lengths, cache, config):
-    """Right-padded tokens [B, T] -> logits of each row's last token [B, V], cache."""
+def prefill(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: KVCache,
+    config: ModelConfig,
+) -> tuple[Float32[Array, "B V"], KVCache]:
+    """Read prompts, padded on the right: each row's last logits.
+
+    1 <= lengths <= T. ValueError if T is more than the cache's slots.
+    The cache that is handed in is gone afterwards.
+    """
+    if tokens.shape[1] > cache.k.shape[2]:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens do not fit {cache.k.shape[2]} slots"
+        )
+    length = cache.length + lengths
     h, cache, _ = forward(params, tokens, config, cache)
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)
     logits = unembed(params, last, config)[:, 0]
-    return logits, pin(KVCache(cache.k, cache.v, lengths))
+    return logits, pin(KVCache(cache.k, cache.v, length))
 
 
-# %% book/chapters/08_model.md, cell 21
+# %% book/chapters/08_model.md, cell 38
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def decode_step(params, tokens, cache, config):
-    """One new token a row [B] -> logits [B, V], cache."""
+def decode_step(
+    params: Params,
+    tokens: Int[Array, " B"],
+    cache: KVCache,
+    config: ModelConfig,
+) -> tuple[Float32[Array, "B V"], KVCache]:
+    """One more token a row: its logits, and the longer cache.
+
+    A row whose slots are all taken attends without the new token; the
+    caller must not let it come to that. The old cache is gone.
+    """
     h, cache, _ = forward(params, tokens[:, None], config, cache)
     logits = unembed(params, h, config)[:, 0]
     return logits, pin(KVCache(cache.k, cache.v, cache.length + 1))
 
 
-# %% book/chapters/08_model.md, cell 22
-def keep_top_k(logits, k):
-    """Logits [B, V] with all but each row's k largest at -inf; k [B], 0 keeps all."""
+# %% book/chapters/08_model.md, cell 45
+def keep_top_k(
+    logits: Float[Array, "B V"], k: Int[Array, " B"]
+) -> Float[Array, "B V"]:
+    """All but each row's k largest become -inf; 0 keeps all.
+
+    What equals the k-th stays too. Source: Fan et al. (2018).
+    """
+    v = logits.shape[-1]
     ranked = jnp.sort(logits, axis=-1, descending=True)
-    k = jnp.where(k > 0, k, logits.shape[-1])
+    k = jnp.where(k > 0, jnp.minimum(k, v), v)
     least = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 23
-def keep_nucleus(logits, p):
-    """The fewest largest logits whose probability reaches p [B]."""
+# %% book/chapters/08_model.md, cell 46
+def keep_nucleus(
+    logits: Float[Array, "B V"], p: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Keep the fewest, largest logits whose probability reaches p.
+
+    In the dtype of `logits`, which should be float32. What equals the
+    least that is kept stays too. Source: Holtzman et al. (2020).
+    """
     ranked = jnp.sort(logits, axis=-1)
-    tail = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
-    least = jnp.argmax(tail >= 1 - p[:, None], axis=-1)
-    least = jnp.take_along_axis(ranked, least[:, None], axis=-1)
+    below = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
+    cut = jnp.argmax(below >= 1 - p[:, None], axis=-1)
+    least = jnp.take_along_axis(ranked, cut[:, None], axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 24
-def choose(logits, noise, temperature, top_k, top_p):
-    """The Gumbel trick: argmax of filtered logits plus noise [B, V] -> int32 [B]."""
-    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
-    kept = keep_nucleus(keep_top_k(scaled, top_k), top_p)
+# %% book/chapters/08_model.md, cell 49
+def choose(
+    logits: Float32[Array, "B V"],
+    noise: Float32[Array, "B V"],
+    temperature: Float[Array, " B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+) -> Int32[Array, " B"]:
+    """A token a row: argmax of the filtered logits plus noise.
+
+    Temperature 0 is greedy. Source: Maddison et al. (2014), section 2.
+    """
+    best = logits.max(axis=-1, keepdims=True)
+    heat = jnp.where(temperature > 0, temperature, 1)[:, None]
+    kept = keep_nucleus(keep_top_k((logits - best) / heat, top_k), top_p)
     drawn = jnp.argmax(kept + noise, axis=-1)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
+    greediest = jnp.argmax(logits, axis=-1)
+    return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 25
+# %% book/chapters/08_model.md, cell 52
 class Sampling(NamedTuple):
-    seed: Any                                               # uint32 [B]
-    temperature: Any                                        # float32 [B]
-    top_k: Any                                              # int32 [B]
-    top_p: Any                                              # float32 [B]
+    """How to choose, one setting a row."""
+
+    seed: Any                                   # uint32 [B]
+    temperature: Any                            # float32 [B], 0: greedy
+    top_k: Any                                  # int32 [B], 0: all
+    top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 26
 @jax.jit
-def sample(logits, step, how):
+def sample(
+    logits: Float32[Array, "B V"], step: int | Int[Array, ""], how: Sampling
+) -> Int32[Array, " B"]:
     """Token `step` of every row, each from its own seed."""
-    def noise(seed):
+    def noise(seed: UInt32[Array, ""]) -> Float32[Array, " V"]:
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.random.gumbel(key, logits.shape[-1:])
 
-    return choose(logits, jax.vmap(noise)(how.seed), how.temperature, how.top_k, how.top_p)
+    drawn = jax.vmap(noise)(how.seed)                       # [B, V]
+    return choose(logits, drawn, how.temperature, how.top_k, how.top_p)
 
 
-# %% book/chapters/08_model.md, cell 27
 @jax.jit
-def greedy(logits, step, how):
+def greedy(
+    logits: Float32[Array, "B V"], step: Any = 0, how: Any = None
+) -> Int32[Array, " B"]:
+    """The largest logit of every row; takes what `sample` takes."""
     return jnp.argmax(logits, axis=-1)
 
 
-# %% book/chapters/08_model.md, cell 28
-def bucket(size, most):
-    """The power of two, at least 16 and at most `most`, that holds `size`."""
+# %% book/chapters/08_model.md, cell 53
+def per_row(
+    name: str, value: Any, rows: int, good: Any, need: str
+) -> np.ndarray:
+    """`value` for each row; ValueError unless all of it is `good`."""
+    a = np.asarray(value)
+    if a.shape not in ((), (rows,)):
+        raise ValueError(
+            f"{name} must be one number, or one for each of {rows} "
+            f"prompts, not {a.size}"
+        )
+    if a.dtype.kind not in "iuf" or not np.all(good(a)):
+        raise ValueError(f"{name} must be {need}, got {value!r}")
+    return np.broadcast_to(a, (rows,))
+
+
+# %% book/chapters/08_model.md, cell 54
+def sampling(
+    rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
+) -> Sampling:
+    """One setting a row, from numbers or sequences.
+
+    A single seed counts up over the rows. ValueError for what makes no
+    sense, or for a sequence that is not as long as there are rows.
+    """
+    whole = "an integer from 0 to 2**32 - 1"
+    seeds = per_row("seed", seed, rows,
+                    lambda a: (a % 1 == 0) & (a >= 0) & (a < 2**32), whole)
+    if np.ndim(seed) == 0:
+        seeds = seeds + np.arange(rows)
+    heat = per_row("temperature", temperature, rows,
+                   lambda a: (a >= 0) & np.isfinite(a), "0 or more")
+    mass = per_row("top_p", top_p, rows,
+                   lambda a: (a > 0) & (a <= 1), "above 0, at most 1")
+    count = 2**31 - 1 if top_k is None else top_k
+    count = per_row("top_k", count, rows,
+                    lambda a: (a % 1 == 0) & (a >= 1) & (a < 2**31),
+                    "an integer >= 1, or None")
+    return Sampling(
+        seeds.astype(np.uint32), heat.astype(np.float32),
+        count.astype(np.int32), mass.astype(np.float32),
+    )
+
+
+# %% book/chapters/08_model.md, cell 55
+def bucket(size: int, most: int) -> int:
+    """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 29
-def pad_rows(rows, width):
-    tokens = np.zeros((len(rows), width), np.int32)
+def pad_rows(rows: list[list[int]], width: int, pad: int = 0) -> np.ndarray:
+    """int32 [B, width]: the rows, filled up on the right."""
+    tokens = np.full((len(rows), width), pad, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 56
+def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
+    """Prompt `i` as a list of ids; ValueError if it cannot be run."""
+    ids = np.asarray(row)
+    if ids.ndim == 1 and not len(ids):
+        raise ValueError(f"prompt {i} is empty; it needs a token")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"prompt {i} is not a list of integer token ids")
+    wrong = ids[(ids < 0) | (ids >= c.vocab_size)]
+    if len(wrong):
+        raise ValueError(
+            f"prompt {i} holds token {wrong[0]}; "
+            f"ids run from 0 to {c.vocab_size - 1}"
+        )
+    if len(ids) + max(new, 1) - 1 > c.context:
+        raise ValueError(
+            f"prompt {i} has {len(ids)} tokens and asks for {new} more; "
+            f"the context holds {c.context}"
+        )
+    return ids.tolist()
+
+
+# %% book/chapters/08_model.md, cell 57
+def check_rows(prompts: Any, new: Any, c: ModelConfig) -> list[list[int]]:
+    """`check_row` for all, and for the number of new tokens."""
+    if type(new) is not int or new < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more: {new!r}")
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list, not one str: [prompt]")
+    return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
+
+
+# %% book/chapters/08_model.md, cell 59
+def token_steps(
+    model: "Runnable", rows: list[list[int]], how: Sampling, count: int
+) -> Iterator[list[int]]:
+    """The next token of every row, `count` times."""
+    if not rows or not count:
+        return
+    c, params = model.config, model.params
+    pick = sample if (how.temperature > 0).any() else greedy
+    longest = max(map(len, rows))
+    slots = bucket(longest + count - 1, c.context)
+    padded = pad_rows(rows, bucket(longest, c.context), c.pad_id)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    with model.on_mesh():
+        cache = init_cache(c, len(rows), slots)
+        logits, cache = prefill(params, padded, lengths, cache, c)
+        tokens = pick(logits, 0, how)
+    yield np.asarray(tokens).tolist()
+    for step in range(1, count):
+        with model.on_mesh():
+            logits, cache = decode_step(params, tokens, cache, c)
+            tokens = pick(logits, step, how)
+        yield np.asarray(tokens).tolist()
+
+
+# %% book/chapters/08_model.md, cell 60
+def collect(
+    steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
+) -> list[list[int]]:
+    """Each row's tokens up to its first stop id, which is left out."""
+    new: list[list[int]] = [[] for _ in range(rows)]
+    going = set(range(rows))
+    for tokens in steps:
+        going -= {i for i in going if tokens[i] in stop_ids}
+        for i in going:
+            new[i].append(tokens[i])
+        if not going:
+            break
+    return new
+
+
+def stream_text(
+    steps: Iterable[list[int]], tokenizer: Tokenizer, stop: Collection[int]
+) -> Iterator[str]:
+    """One row's tokens as text, whole characters at a time."""
+    text = tokenizer.stream()
+    for (token,) in steps:
+        if token in stop:
+            break
+        yield text.push(token)
+    yield text.flush()
+
+
+# %% book/chapters/08_model.md, cell 61
 @dataclass(frozen=True)
-class Model:
-    """A configuration, its weights, and how to run them."""
+class Runnable:
+    """A configuration, its weights, and where and with what to run."""
 
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer | None = None
     mesh: Any = None
 
-    def on_mesh(self):
-        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+    def on_mesh(self) -> Any:
+        """The context in which compiled functions are called."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self.mesh)
 
-    def logits(self, tokens, lengths=None):
-        """int32[B, T] -> float32[B, T, V]; at and past a row's length they mean nothing."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise ValueError(f"tokens must be a [B, T] array, got shape {tokens.shape}")
-        t = tokens.shape[1]
-        lengths = np.full(len(tokens), t) if lengths is None else np.asarray(lengths)
-        if lengths.shape != (len(tokens),) or lengths.min() < 1 or lengths.max() > t:
-            raise ValueError(f"lengths must be {len(tokens)} numbers from 1 to {t}, got {lengths.tolist()}")
-        rows = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
-        self.check(rows, 1)
-        padded = pad_rows(rows, bucket(t, self.config.context))
+    def text_ids(self, text: Any) -> list[int]:
+        """Ids of one prompt; ValueError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("no tokenizer came with it: use generate_ids")
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt must be a str: {text!r}")
+        return self.tokenizer.encode(text)
+
+
+# %% book/chapters/08_model.md, cell 62
+def check_tokens(
+    tokens: Any, lengths: Any, c: ModelConfig
+) -> tuple[list[list[int]], int]:
+    """Rows cut to their lengths, and T; ValueError if they make no sense."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be [B, T], got {tokens.shape}")
+    b, t = tokens.shape
+    lengths = np.asarray([t] * b if lengths is None else lengths)
+    if lengths.shape != (b,) or lengths.dtype.kind not in "iu":
+        raise ValueError(f"lengths must be {b} integers")
+    if lengths.min() < 1 or lengths.max() > t:
+        raise ValueError(f"lengths must be from 1 to {t}: {lengths}")
+    rows = [row[:n] for row, n in zip(tokens, lengths)]
+    return check_rows(rows, 0, c), t
+
+
+# %% book/chapters/08_model.md, cell 63
+class IdModel(Runnable):
+    """What a model does with token ids."""
+
+    def logits(
+        self, tokens: Any, lengths: Any = None
+    ) -> Float32[Array, "B T V"]:
+        """Logits of int [B, T]; past a row's length they mean nothing."""
+        rows, t = check_tokens(tokens, lengths, self.config)
+        width = bucket(t, self.config.context)
+        padded = pad_rows(rows, width, self.config.pad_id)
         with self.on_mesh():
             return all_logits(self.params, padded, self.config)[:, :t]
 
-    def check(self, prompts, max_new_tokens):
-        c = self.config
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {i} is empty: give it at least one token")
-            wrong = [t for t in prompt if not 0 <= t < c.vocab_size]
-            if wrong:
-                raise ValueError(f"prompt {i} holds token {wrong[0]}; ids run from 0 to {c.vocab_size - 1}")
-            if len(prompt) + max_new_tokens - 1 > c.context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and asks for {max_new_tokens} more; "
-                    f"the context holds {c.context}: shorten the prompt or lower max_new_tokens"
-                )
+    def generate_ids(
+        self, prompts: Any, max_new_tokens: int = 32,
+        temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
+        seed: Any = 0, stop_ids: Collection[int] = (),
+    ) -> list[list[int]]:
+        """New ids for each list of ids; a stop id ends a row, unseen.
 
-    def stream_ids(self, prompts, max_new_tokens=32, temperature=0.0, top_p=1.0, top_k=None, seed=0) -> Iterator[list[int]]:
-        """The next token of every row, step by step."""
-        rows = len(prompts)
-        self.check(prompts, max_new_tokens)
-        how = sampling(rows, temperature, top_p, top_k, seed)
-        pick = sample if (how.temperature > 0).any() else greedy
-        longest = max(map(len, prompts))
-        slots = bucket(longest + max_new_tokens - 1, self.config.context)
-        padded = pad_rows(prompts, bucket(longest, self.config.context))
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        with self.on_mesh():
-            cache = init_cache(self.config, rows, slots)
-            logits, cache = prefill(self.params, padded, lengths, cache, self.config)
-            for step in range(max_new_tokens):
-                tokens = pick(logits, step, how)
-                yield np.asarray(tokens).tolist()
-                if step + 1 < max_new_tokens:
-                    logits, cache = decode_step(self.params, tokens, cache, self.config)
+        Each option is one number, or one a prompt; a single seed counts
+        up. TypeError or ValueError for what cannot be run.
+        """
+        rows = check_rows(prompts, max_new_tokens, self.config)
+        how = sampling(len(rows), temperature, top_p, top_k, seed)
+        steps = token_steps(self, rows, how, max_new_tokens)
+        return collect(steps, len(rows), stop_ids)
 
-    def generate_ids(self, prompts, max_new_tokens=32, temperature=0.0, top_p=1.0, top_k=None, seed=0, stop_ids=()):
-        """New tokens of every row; a stop id ends its row and is left out."""
-        new: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        if not going or max_new_tokens == 0:
-            return new
-        for tokens in self.stream_ids(prompts, max_new_tokens, temperature, top_p, top_k, seed):
-            going -= {i for i in going if tokens[i] in stop_ids}
-            for i in going:
-                new[i].append(tokens[i])
-            if not going:
-                break
-        return new
 
-    def generate(self, prompts, **options):
-        ids = [self.text_ids(p) for p in prompts]
+# %% book/chapters/08_model.md, cell 64
+class Model(IdModel):
+    """Logits, and text or ids that go on from a prompt."""
+
+    def generate(self, prompts: Any, **options: Any) -> list[str]:
+        """New text for each text. Options: those of `generate_ids`;
+        `stop_ids` is the end of text unless given.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list, not one str: [prompt]")
+        rows = [self.text_ids(prompt) for prompt in prompts]
         options.setdefault("stop_ids", (self.config.eos_id,))
-        return [self.tokenizer.decode(row) for row in self.generate_ids(ids, **options)]
+        new = self.generate_ids(rows, **options)
+        return [self.tokenizer.decode(row) for row in new]
 
-    def text_ids(self, prompt):
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.model: use generate_ids")
-        return self.tokenizer.encode(prompt)
-
-    def stream(self, prompt, stop_ids=None, **options) -> Iterator[str]:
-        """Text as the tokens come."""
+    def stream(
+        self, prompt: str, max_new_tokens: int = 32,
+        temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
+        seed: Any = 0, stop_ids: Collection[int] | None = None,
+    ) -> Iterator[str]:
+        """The new text of one prompt, piece by piece as it comes."""
+        rows = [self.text_ids(prompt)]
+        rows = check_rows(rows, max_new_tokens, self.config)
+        how = sampling(1, temperature, top_p, top_k, seed)
+        steps = token_steps(self, rows, how, max_new_tokens)
         stop = (self.config.eos_id,) if stop_ids is None else stop_ids
-        text = self.tokenizer.stream()
-        for (token,) in self.stream_ids([self.text_ids(prompt)], **options):
-            if token in stop:
-                break
-            yield text.push(token)
-        yield text.flush()
+        return stream_text(steps, self.tokenizer, stop)
 
 
-# %% book/chapters/08_model.md, cell 31
-def sampling(rows, temperature, top_p, top_k, seed):
-    """One setting a row from numbers or sequences; a single seed counts up over rows."""
-    seeds = np.arange(rows) + seed if np.ndim(seed) == 0 else np.asarray(seed)
-    every = np.ones(rows)
-    return Sampling(
-        seeds.astype(np.uint32),
-        np.asarray(temperature * every, np.float32),
-        np.asarray((top_k or 0) * every, np.int32),
-        np.asarray(top_p * every, np.float32),
-    )
-
-
-# %% book/chapters/08_model.md, cell 32
+# %% book/chapters/08_model.md, cell 70
 PRESETS = {"grok-1": ModelConfig()}

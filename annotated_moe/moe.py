@@ -71,7 +71,7 @@ class Experts(NamedTuple):
 def geglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
-    """gelu(gate) * up in float32, then `dtype`. Tanh form, as Grok-1."""
+    """gelu(gate) * up in float32, then `dtype`. GELU in tanh form."""
     return (jax.nn.gelu(gate, approximate=True) * up).astype(dtype)
 
 
@@ -116,7 +116,7 @@ def check_shapes(
         )
     held = w.linear.shape[-3]
     if held != num_experts:
-        raise ValueError(f"weights of {held} experts, not {num_experts}")
+        raise ValueError(f"{held} experts in w, not {num_experts}")
 
 
 # %% book/chapters/05_moe.md, cell 21
@@ -163,7 +163,7 @@ def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
 def places(
     experts: Int[Array, "N A"], num_experts: int
 ) -> Int[Array, "N A"]:
-    """How many earlier choices, token by token, fell on one's expert."""
+    """How many earlier choices, token by token, took that expert."""
     flat = experts.reshape(-1)
     hot = jax.nn.one_hot(flat, num_experts, dtype=jnp.int32)  # [N*A, E]
     place = jnp.sum((jnp.cumsum(hot, axis=0) - 1) * hot, axis=-1)
@@ -227,7 +227,7 @@ class Blocks(NamedTuple):
     """Choices sorted by expert, and the blocks that cover them."""
 
     order: Int[Array, " N*A"]                   # choices, sorted
-    starts: Int[Array, " E"]                    # where e's choices begin
+    starts: Int[Array, " E"]                    # where expert e begins
     counts: Int[Array, " E"]                    # how many it has
     first: Int[Array, " E+1"]                   # its first block
 
@@ -292,13 +292,13 @@ def sort_and_tile(
     """
     check_shapes(x, gates, experts, w, num_experts)
     block = block or block_rows(*experts.shape, num_experts)
-    plan, flat = plan_blocks(experts, num_experts, block), gates.reshape(-1)
+    plan = plan_blocks(experts, num_experts, block)
 
     def add_block(j, y):
         e, choice = rows_of_block(plan, j, block)
         token = choice // experts.shape[1]                  # N: padding
         xs = x.at[token].get(mode="fill", fill_value=0)
-        gate = flat.at[choice].get(mode="fill", fill_value=0)
+        gate = gates.ravel().at[choice].get(mode="fill", fill_value=0)
         out = expert(xs, w, (e,), rows, cols) * gate[:, None]
         return y.at[token].add(out, mode="drop")
 

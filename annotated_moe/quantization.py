@@ -53,12 +53,12 @@ def group_size(q: QuantizedTensor) -> int:
     """
     *lead, d, f = q.shape
     scales = tuple(q.scales.shape)
-    fits = (*scales[:-2], *scales[-1:]) == (*lead, f)
-    if len(scales) != q.ndim or not fits or d % scales[-2]:
+    groups = scales[-2] if len(scales) == q.ndim else 0
+    if not groups or d % groups or scales != (*lead, groups, f):
         raise ValueError(
             f"scales {scales} do not fit a weight of shape {q.shape}"
         )
-    return d // scales[-2]
+    return d // groups
 
 
 # %% book/chapters/06_quantization.md, cell 11

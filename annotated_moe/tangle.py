@@ -49,6 +49,7 @@ class TangleError(Exception):
 FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,}) *(.*?) *$")
 
 
+# %% book/chapters/90_tangle.md, cell 11
 @dataclass(frozen=True)
 class Fence:
     """A fenced block: where it opens, its info string, its body."""
@@ -58,7 +59,7 @@ class Fence:
     body: list[str]
 
 
-# %% book/chapters/90_tangle.md, cell 11
+# %% book/chapters/90_tangle.md, cell 12
 def fences(path: str, lines: list[str]) -> Iterator[Fence]:
     """The outermost fenced blocks of a page, in order.
 
@@ -82,7 +83,7 @@ def fences(path: str, lines: list[str]) -> Iterator[Fence]:
         raise TangleError([Problem(path, start, message)])
 
 
-# %% book/chapters/90_tangle.md, cell 14
+# %% book/chapters/90_tangle.md, cell 15
 @dataclass(frozen=True)
 class Cell:
     """A code cell, counted from 1; `source` starts at `line`."""
@@ -94,7 +95,7 @@ class Cell:
     module: str = ""
 
 
-# %% book/chapters/90_tangle.md, cell 15
+# %% book/chapters/90_tangle.md, cell 16
 def split_options(body: list[str]) -> tuple[str, int]:
     """The YAML at the head of a cell, and how many lines it takes."""
     if body[:1] == ["---"] and "---" in body[1:]:
@@ -106,7 +107,7 @@ def split_options(body: list[str]) -> tuple[str, int]:
     return "\n".join(line[1:] for line in body[:end]), end
 
 
-# %% book/chapters/90_tangle.md, cell 16
+# %% book/chapters/90_tangle.md, cell 17
 def parse_yaml(path: str, line: int, text: str) -> dict[str, Any]:
     """A YAML mapping that stands at `line` of `path`."""
     import yaml
@@ -124,13 +125,14 @@ def parse_yaml(path: str, line: int, text: str) -> dict[str, Any]:
     return data
 
 
-# %% book/chapters/90_tangle.md, cell 17
+# %% book/chapters/90_tangle.md, cell 18
 TAGS = ["export", "check", "raises-exception"]
 TAGS += ["hide-input", "hide-output", "hide-cell"]
 TAGS += ["remove-input", "remove-output", "remove-cell"]
 OPTIONS = ["tags", "module", "mystnb"]
 
 
+# %% book/chapters/90_tangle.md, cell 19
 def mistake(options: dict[str, Any]) -> str:
     """What is wrong with a cell's options, or the empty string."""
     tags, module = options.get("tags", []), options.get("module", "")
@@ -149,7 +151,7 @@ def mistake(options: dict[str, Any]) -> str:
     return ""
 
 
-# %% book/chapters/90_tangle.md, cell 18
+# %% book/chapters/90_tangle.md, cell 20
 def read_cell(path: str, number: int, fence: Fence) -> Cell:
     """Turn a `code-cell` fence into a `Cell`."""
     text, skip = split_options(fence.body)
@@ -167,7 +169,7 @@ def read_cell(path: str, number: int, fence: Fence) -> Cell:
     )
 
 
-# %% book/chapters/90_tangle.md, cell 19
+# %% book/chapters/90_tangle.md, cell 21
 def read_cells(path: str, lines: list[str]) -> Iterator[Cell]:
     """The code cells of a page, in order."""
     number = 0
@@ -177,7 +179,7 @@ def read_cells(path: str, lines: list[str]) -> Iterator[Cell]:
             yield read_cell(path, number, fence)
 
 
-# %% book/chapters/90_tangle.md, cell 22
+# %% book/chapters/90_tangle.md, cell 24
 def opening(path: str, lines: list[str], start: int) -> str:
     """The first paragraph after the title, its lines joined."""
     title = start
@@ -197,7 +199,7 @@ def opening(path: str, lines: list[str], start: int) -> str:
     return " ".join(words)
 
 
-# %% book/chapters/90_tangle.md, cell 23
+# %% book/chapters/90_tangle.md, cell 25
 @dataclass(frozen=True)
 class Chapter:
     """One page: its text, the module it owns, its code cells."""
@@ -210,7 +212,7 @@ class Chapter:
     cells: tuple[Cell, ...]
 
 
-# %% book/chapters/90_tangle.md, cell 24
+# %% book/chapters/90_tangle.md, cell 26
 def read_chapter(path: str, text: str) -> Chapter:
     """Read a page of MyST; raises `TangleError` where it cannot."""
     lines = text.splitlines()
@@ -232,7 +234,7 @@ def read_chapter(path: str, text: str) -> Chapter:
     )
 
 
-# %% book/chapters/90_tangle.md, cell 26
+# %% book/chapters/90_tangle.md, cell 28
 @dataclass(eq=False)
 class Scope:
     """A module, class, function or comprehension: what it binds."""
@@ -243,7 +245,7 @@ class Scope:
     nonlocals: set[str] = field(default_factory=set)
 
 
-# %% book/chapters/90_tangle.md, cell 27
+# %% book/chapters/90_tangle.md, cell 29
 GIVEN = frozenset(dir(builtins)) | {"__file__", "__class__"}
 
 
@@ -258,12 +260,13 @@ def home(name: str, scopes: tuple[Scope, ...]) -> Scope | None:
     return None
 
 
+# %% book/chapters/90_tangle.md, cell 30
 def visible(name: str, scopes: tuple[Scope, ...]) -> bool:
     """Whether `name` is bound by some scope or by Python itself."""
     return name in GIVEN or home(name, scopes) is not None
 
 
-# %% book/chapters/90_tangle.md, cell 28
+# %% book/chapters/90_tangle.md, cell 31
 @dataclass(frozen=True)
 class Import:
     """`from module import name`; for `import module`, no name."""
@@ -274,10 +277,11 @@ class Import:
     now: bool
 
 
-# %% book/chapters/90_tangle.md, cell 29
+# %% book/chapters/90_tangle.md, cell 32
 Use = tuple[str, int, tuple[Scope, ...]]
 
 
+# %% book/chapters/90_tangle.md, cell 33
 @dataclass
 class Ledger:
     """The scopes open at this point, and what was found so far."""
@@ -290,12 +294,13 @@ class Ledger:
     refused: list[tuple[int, str]] = field(default_factory=list)
 
 
-# %% book/chapters/90_tangle.md, cell 30
+# %% book/chapters/90_tangle.md, cell 34
 def deferred(ledger: Ledger) -> bool:
     """Whether this code runs only when some function is called."""
     return any(scope.kind == "function" for scope in ledger.scopes)
 
 
+# %% book/chapters/90_tangle.md, cell 35
 def use(ledger: Ledger, name: str, line: int) -> None:
     """Look `name` up: now, or after the last cell if it runs later."""
     if deferred(ledger):
@@ -304,7 +309,7 @@ def use(ledger: Ledger, name: str, line: int) -> None:
         ledger.unknown.append((name, line))
 
 
-# %% book/chapters/90_tangle.md, cell 31
+# %% book/chapters/90_tangle.md, cell 36
 def bind(ledger: Ledger, name: str, line: int) -> None:
     """Record that `name` is bound here."""
     scope = ledger.scopes[-1]
@@ -316,7 +321,7 @@ def bind(ledger: Ledger, name: str, line: int) -> None:
         ledger.bound.append((name, line))
 
 
-# %% book/chapters/90_tangle.md, cell 32
+# %% book/chapters/90_tangle.md, cell 37
 def inside(ledger: Ledger, scope: Scope, nodes: list[Any]) -> None:
     """Walk `nodes` in a new innermost scope."""
     outer = ledger.scopes
@@ -326,7 +331,7 @@ def inside(ledger: Ledger, scope: Scope, nodes: list[Any]) -> None:
     ledger.scopes = outer
 
 
-# %% book/chapters/90_tangle.md, cell 33
+# %% book/chapters/90_tangle.md, cell 38
 def walk_function(ledger: Ledger, node: Any) -> None:
     """A `def` or `lambda`: its header runs now, its body later."""
     args = node.args
@@ -344,7 +349,7 @@ def walk_function(ledger: Ledger, node: Any) -> None:
     inside(ledger, scope, body)
 
 
-# %% book/chapters/90_tangle.md, cell 34
+# %% book/chapters/90_tangle.md, cell 39
 def walk_class(ledger: Ledger, node: ast.ClassDef) -> None:
     """A `class`: its body runs now, in a scope methods cannot see."""
     for part in [*node.decorator_list, *node.bases, *node.keywords]:
@@ -354,7 +359,7 @@ def walk_class(ledger: Ledger, node: ast.ClassDef) -> None:
     bind(ledger, node.name, node.lineno)
 
 
-# %% book/chapters/90_tangle.md, cell 35
+# %% book/chapters/90_tangle.md, cell 40
 def walk_comprehension(ledger: Ledger, node: Any) -> None:
     """Only the first iterable is evaluated in the outer scope."""
     first, *rest = node.generators
@@ -365,7 +370,7 @@ def walk_comprehension(ledger: Ledger, node: Any) -> None:
     inside(ledger, Scope("comprehension"), parts)
 
 
-# %% book/chapters/90_tangle.md, cell 36
+# %% book/chapters/90_tangle.md, cell 41
 def walk_walrus(ledger: Ledger, node: ast.NamedExpr) -> None:
     """`:=` binds in the scope around any comprehensions."""
     walk(ledger, node.value)
@@ -376,7 +381,7 @@ def walk_walrus(ledger: Ledger, node: ast.NamedExpr) -> None:
     ledger.scopes = inner
 
 
-# %% book/chapters/90_tangle.md, cell 37
+# %% book/chapters/90_tangle.md, cell 42
 def walk_import(ledger: Ledger, node: Any) -> None:
     """An import binds names, and is an edge between modules."""
     line, now = node.lineno, not deferred(ledger)
@@ -395,7 +400,7 @@ def walk_import(ledger: Ledger, node: Any) -> None:
         bind(ledger, alias.asname or bound, line)
 
 
-# %% book/chapters/90_tangle.md, cell 38
+# %% book/chapters/90_tangle.md, cell 43
 ORDER: dict[type, tuple[str, ...]] = {
     ast.Assign: ("value", "targets"),
     ast.AugAssign: ("value", "target"),
@@ -403,6 +408,9 @@ ORDER: dict[type, tuple[str, ...]] = {
     ast.AsyncFor: ("iter", "target", "body", "orelse"),
     ast.comprehension: ("iter", "target", "ifs"),
 }
+
+
+# %% book/chapters/90_tangle.md, cell 44
 CAPTURES: dict[type, str] = {
     ast.ExceptHandler: "name",
     ast.MatchAs: "name",
@@ -411,7 +419,7 @@ CAPTURES: dict[type, str] = {
 }
 
 
-# %% book/chapters/90_tangle.md, cell 39
+# %% book/chapters/90_tangle.md, cell 45
 def walk_parts(ledger: Ledger, node: ast.AST) -> None:
     """The children of `node`, in the order Python evaluates them."""
     captured = getattr(node, CAPTURES.get(type(node), ""), None)
@@ -424,7 +432,7 @@ def walk_parts(ledger: Ledger, node: ast.AST) -> None:
                 walk(ledger, item)
 
 
-# %% book/chapters/90_tangle.md, cell 40
+# %% book/chapters/90_tangle.md, cell 46
 def walk_rest(ledger: Ledger, node: ast.AST) -> None:
     """Declarations; then whatever is no more than its parts."""
     match node:
@@ -445,7 +453,7 @@ def walk_rest(ledger: Ledger, node: ast.AST) -> None:
             walk_parts(ledger, node)
 
 
-# %% book/chapters/90_tangle.md, cell 41
+# %% book/chapters/90_tangle.md, cell 47
 def walk(ledger: Ledger, node: ast.AST) -> None:
     """Visit code as Python runs it, and keep the ledger."""
     match node:
@@ -469,7 +477,7 @@ def walk(ledger: Ledger, node: ast.AST) -> None:
             walk_rest(ledger, node)
 
 
-# %% book/chapters/90_tangle.md, cell 47
+# %% book/chapters/90_tangle.md, cell 53
 @dataclass
 class Module:
     """A module to be: its chapter, its cells, what they define."""
@@ -481,7 +489,7 @@ class Module:
     exports: dict[str, int] = field(default_factory=dict)
 
 
-# %% book/chapters/90_tangle.md, cell 48
+# %% book/chapters/90_tangle.md, cell 54
 def gather(chapters: list[Chapter]) -> dict[str, Module]:
     """Sort the exported cells of all chapters into modules."""
     modules: dict[str, Module] = {}
@@ -502,7 +510,7 @@ def gather(chapters: list[Chapter]) -> dict[str, Module]:
     return modules
 
 
-# %% book/chapters/90_tangle.md, cell 49
+# %% book/chapters/90_tangle.md, cell 55
 def parse(path: str, cell: Cell) -> ast.Module:
     """The syntax tree of an exported cell, lines as in the chapter."""
     try:
@@ -518,7 +526,7 @@ def parse(path: str, cell: Cell) -> ast.Module:
     return ast.increment_lineno(tree, cell.line - 1)
 
 
-# %% book/chapters/90_tangle.md, cell 50
+# %% book/chapters/90_tangle.md, cell 56
 def twice(module: Module, new: dict[str, int]) -> list[Problem]:
     """Names that an earlier statement of the module binds already."""
     problems = []
@@ -531,7 +539,7 @@ def twice(module: Module, new: dict[str, int]) -> list[Problem]:
     return problems
 
 
-# %% book/chapters/90_tangle.md, cell 51
+# %% book/chapters/90_tangle.md, cell 57
 def private(chapter: Chapter) -> dict[str, int]:
     """The names that only cells without `export` bind, and where."""
     found: dict[str, int] = {}
@@ -546,10 +554,11 @@ def private(chapter: Chapter) -> dict[str, int]:
     return found
 
 
-# %% book/chapters/90_tangle.md, cell 52
+# %% book/chapters/90_tangle.md, cell 58
 MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
 
 
+# %% book/chapters/90_tangle.md, cell 59
 def without_magics(source: str) -> str:
     """A notebook cell as plain Python; nothing, if it is not that."""
     for code in [source, MAGIC.sub(r"\1pass", source)]:
@@ -561,7 +570,7 @@ def without_magics(source: str) -> str:
     return ""
 
 
-# %% book/chapters/90_tangle.md, cell 53
+# %% book/chapters/90_tangle.md, cell 60
 def undefined(module: Module) -> list[Problem]:
     """Names that no exported cell of the module defines in time."""
     path, ledger = module.chapter.path, module.ledger
@@ -582,7 +591,7 @@ def undefined(module: Module) -> list[Problem]:
     return problems
 
 
-# %% book/chapters/90_tangle.md, cell 54
+# %% book/chapters/90_tangle.md, cell 61
 def study(module: Module) -> list[Problem]:
     """Read a module's cells into its ledger; say what is wrong."""
     ledger, problems = module.ledger, []
@@ -602,10 +611,11 @@ def study(module: Module) -> list[Problem]:
     return problems + undefined(module)
 
 
-# %% book/chapters/90_tangle.md, cell 60
+# %% book/chapters/90_tangle.md, cell 69
 PACKAGE = "annotated_moe"
 
 
+# %% book/chapters/90_tangle.md, cell 70
 def target(link: Import, modules: dict[str, Module]) -> tuple[str, str]:
     """The module of ours, and the name in it, that an import means."""
     if link.module == PACKAGE and link.name in modules:
@@ -614,10 +624,11 @@ def target(link: Import, modules: dict[str, Module]) -> tuple[str, str]:
     return module or "__init__", link.name
 
 
-# %% book/chapters/90_tangle.md, cell 61
+# %% book/chapters/90_tangle.md, cell 71
 Edges = dict[tuple[str, str], tuple[str, int]]
 
 
+# %% book/chapters/90_tangle.md, cell 72
 def circle(edges: Edges) -> list[Problem]:
     """A cycle among module-level imports, at one of its imports."""
     graph: dict[str, list[str]] = {}
@@ -633,7 +644,7 @@ def circle(edges: Edges) -> list[Problem]:
     return []
 
 
-# %% book/chapters/90_tangle.md, cell 62
+# %% book/chapters/90_tangle.md, cell 73
 def links(modules: dict[str, Module]) -> list[Problem]:
     """Imports among our modules that lead nowhere or in a circle."""
     problems: list[Problem] = []
@@ -655,7 +666,7 @@ def links(modules: dict[str, Module]) -> list[Problem]:
     return problems + circle(edges)
 
 
-# %% book/chapters/90_tangle.md, cell 65
+# %% book/chapters/90_tangle.md, cell 78
 def plain(text: str) -> str:
     """Prose without MyST roles, citations and links."""
     text = re.sub(r"\s*\{cite[^}]*\}`[^`]*`", "", text)
@@ -663,7 +674,7 @@ def plain(text: str) -> str:
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
 
 
-# %% book/chapters/90_tangle.md, cell 66
+# %% book/chapters/90_tangle.md, cell 79
 def docstring(chapter: Chapter) -> str:
     """The opening paragraph of a chapter as a module docstring."""
     text = plain(chapter.opening).replace('"""', "'''")
@@ -677,7 +688,7 @@ def docstring(chapter: Chapter) -> str:
     return f'{filled}\n"""'
 
 
-# %% book/chapters/90_tangle.md, cell 67
+# %% book/chapters/90_tangle.md, cell 80
 def module_text(module: Module) -> str:
     """The Python file of a module."""
     path = module.chapter.path
@@ -691,7 +702,7 @@ def module_text(module: Module) -> str:
     return head + "\n\n".join(blocks)
 
 
-# %% book/chapters/90_tangle.md, cell 73
+# %% book/chapters/90_tangle.md, cell 86
 def notebook_cell(
     kind: str, name: str, source: str, **metadata: Any
 ) -> dict[str, Any]:
@@ -704,7 +715,7 @@ def notebook_cell(
     return cell
 
 
-# %% book/chapters/90_tangle.md, cell 74
+# %% book/chapters/90_tangle.md, cell 87
 INSTALL = """\
 # Fetch what is missing. Where everything is installed, do nothing.
 import importlib.util
@@ -714,6 +725,7 @@ if not all(importlib.util.find_spec(name) for name in needed):
     %pip install -q {requirements}"""
 
 
+# %% book/chapters/90_tangle.md, cell 88
 def install_cell(chapter: Chapter, address: str) -> str:
     """The first cell of a notebook: installs the package if missing."""
     wanted = [f"annotated-moe @ git+{address}", *chapter.needs]
@@ -723,7 +735,7 @@ def install_cell(chapter: Chapter, address: str) -> str:
     )
 
 
-# %% book/chapters/90_tangle.md, cell 75
+# %% book/chapters/90_tangle.md, cell 89
 def notebook_cells(chapter: Chapter) -> Iterator[dict[str, Any]]:
     """The cells of a page as Jupytext reads them, with fixed ids."""
     import jupytext
@@ -741,7 +753,7 @@ def notebook_cells(chapter: Chapter) -> Iterator[dict[str, Any]]:
         yield notebook_cell(kind, name, cell.source, **cell.metadata)
 
 
-# %% book/chapters/90_tangle.md, cell 76
+# %% book/chapters/90_tangle.md, cell 90
 METADATA = {
     "jupytext": {"formats": "md:myst,ipynb"},
     "kernelspec": {
@@ -753,6 +765,7 @@ METADATA = {
 }
 
 
+# %% book/chapters/90_tangle.md, cell 91
 def notebook_text(chapter: Chapter, address: str) -> str:
     """The notebook of a page: no outputs, no versions, no dates."""
     install = install_cell(chapter, address)
@@ -769,7 +782,7 @@ def notebook_text(chapter: Chapter, address: str) -> str:
     return text + "\n"
 
 
-# %% book/chapters/90_tangle.md, cell 79
+# %% book/chapters/90_tangle.md, cell 94
 @dataclass(frozen=True)
 class Output:
     """A generated file, and the chapter it comes from."""
@@ -779,7 +792,7 @@ class Output:
     chapter: str
 
 
-# %% book/chapters/90_tangle.md, cell 80
+# %% book/chapters/90_tangle.md, cell 95
 def read_file(path: str, file: Path) -> Chapter:
     """Read a page; its other cells must be Python, but for magics."""
     try:
@@ -795,7 +808,7 @@ def read_file(path: str, file: Path) -> Chapter:
     return chapter
 
 
-# %% book/chapters/90_tangle.md, cell 81
+# %% book/chapters/90_tangle.md, cell 96
 def read_book(root: Path) -> list[Chapter]:
     """Every chapter under `root`, or the problems of all of them."""
     chapters: list[Chapter] = []
@@ -813,7 +826,7 @@ def read_book(root: Path) -> list[Chapter]:
     return chapters
 
 
-# %% book/chapters/90_tangle.md, cell 82
+# %% book/chapters/90_tangle.md, cell 97
 def repository(root: Path) -> str:
     """The address of the repository, from its one place."""
     path = root / "_config.yml"
@@ -826,7 +839,7 @@ def repository(root: Path) -> str:
     return str(address)
 
 
-# %% book/chapters/90_tangle.md, cell 83
+# %% book/chapters/90_tangle.md, cell 98
 def judge(modules: dict[str, Module]) -> None:
     """Raises `TangleError` with every problem of every module."""
     problems: list[Problem] = []
@@ -838,7 +851,7 @@ def judge(modules: dict[str, Module]) -> None:
         raise TangleError(problems)
 
 
-# %% book/chapters/90_tangle.md, cell 84
+# %% book/chapters/90_tangle.md, cell 99
 def tangle(root: Path) -> list[Output]:
     """Every generated file of the book under `root`; writes nothing.
 
@@ -857,7 +870,7 @@ def tangle(root: Path) -> list[Output]:
     return outputs
 
 
-# %% book/chapters/90_tangle.md, cell 85
+# %% book/chapters/90_tangle.md, cell 100
 def stale(root: Path, outputs: list[Output]) -> list[str]:
     """Generated files whose chapter no longer produces them.
 
@@ -875,14 +888,14 @@ def stale(root: Path, outputs: list[Output]) -> list[str]:
     return extra
 
 
-# %% book/chapters/90_tangle.md, cell 86
+# %% book/chapters/90_tangle.md, cell 101
 def current(root: Path, output: Output) -> str | None:
     """What stands in the place of `output` now, to the byte."""
     path = root / output.path
     return path.read_bytes().decode("utf-8") if path.exists() else None
 
 
-# %% book/chapters/90_tangle.md, cell 87
+# %% book/chapters/90_tangle.md, cell 102
 def sync(root: Path) -> list[str]:
     """Bring the generated files up to date; say what was done."""
     outputs = tangle(root)
@@ -900,7 +913,7 @@ def sync(root: Path) -> list[str]:
     return done + [f"removed {name}" for name in extra]
 
 
-# %% book/chapters/90_tangle.md, cell 88
+# %% book/chapters/90_tangle.md, cell 103
 def check(root: Path) -> list[str]:
     """What `sync` would change, and the chapter it would follow."""
     outputs = tangle(root)
@@ -919,7 +932,7 @@ def check(root: Path) -> list[str]:
     return found
 
 
-# %% book/chapters/90_tangle.md, cell 92
+# %% book/chapters/90_tangle.md, cell 108
 def main(arguments: list[str] | None = None) -> int:
     """Command line of the tangler; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -939,7 +952,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(lines) and options.check)
 
 
-# %% book/chapters/90_tangle.md, cell 93
+# %% book/chapters/90_tangle.md, cell 109
 # A notebook is `__main__` as well, but it has no file.
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

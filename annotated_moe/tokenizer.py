@@ -114,7 +114,7 @@ def open_model(model: bytes, name: str) -> spm.SentencePieceProcessor:
     return processor
 
 
-# %% book/chapters/01_tokenizer.md, cell 33
+# %% book/chapters/01_tokenizer.md, cell 35
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` to `path`; on failure `path` stays as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,0 +1,30 @@
+# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
+"""The weights of Grok-1 were published as 770 pickles, and a pickle is
+a program: whoever wrote it decides what runs on your machine when you
+load it. This chapter reads such files without running any of them. By
+its end you will have `load`, which looks at a folder, works out its
+layout, holds every tensor against the configuration, and puts each on
+its devices while reading only the bytes that a device keeps.
+"""
+
+# %% book/chapters/09_checkpoints.md, cell 50
+from importlib.metadata import version
+
+from annotated_moe.checkpoints import CheckpointError, load, save
+from annotated_moe.model import PRESETS, Model, ModelConfig
+from annotated_moe.quantization import QuantizedTensor
+from annotated_moe.sharding import make_mesh
+from annotated_moe.tokenizer import Tokenizer
+
+__version__ = version("annotated-moe")
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Model",
+    "ModelConfig",
+    "QuantizedTensor",
+    "Tokenizer",
+    "load",
+    "make_mesh",
+    "save",
+]

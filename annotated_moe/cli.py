@@ -1,0 +1,145 @@
+# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
+"""The weights of Grok-1 were published as 770 pickles, and a pickle is
+a program: whoever wrote it decides what runs on your machine when you
+load it. This chapter reads such files without running any of them. By
+its end you will have `load`, which looks at a folder, works out its
+layout, holds every tensor against the configuration, and puts each on
+its devices while reading only the bytes that a device keeps.
+"""
+
+# %% book/chapters/09_checkpoints.md, cell 62
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from annotated_moe import checkpoints
+from annotated_moe.model import Model
+from annotated_moe.sharding import make_mesh
+
+
+def say(text: str) -> None:
+    """Status goes to stderr: stdout holds the text and nothing else."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# %% book/chapters/09_checkpoints.md, cell 63
+def open_model(path: str | None, devices: int, dtype: str) -> Model:
+    """Load onto `devices` devices, simulated where there are only CPUs."""
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, not {devices}")
+    mesh = None
+    if devices > 1:
+        # Has to come before the first use of a device; only CPUs heed it.
+        jax.config.update("jax_num_cpu_devices", devices)
+        mesh = make_mesh(model=devices)
+    start = time.perf_counter()
+    model = checkpoints.load(path, mesh=mesh, dtype=dtype)
+    spent = time.perf_counter() - start
+    kind = jax.devices()[0].platform.upper()
+    name = path or "the small model"
+    say(f"loaded {name} onto {devices} x {kind} in {spent:.1f} s")
+    return model
+
+
+def room(model: Model, prompt: str) -> int:
+    """At most 128 new tokens, and never more than the context holds."""
+    left = model.config.context - len(model.text_ids(prompt)) + 1
+    return max(1, min(128, left))
+
+
+# %% book/chapters/09_checkpoints.md, cell 64
+def run_generate(args: argparse.Namespace) -> None:
+    model = open_model(args.model, args.devices, args.dtype)
+    wanted = args.max_new_tokens
+    pieces = model.stream(
+        args.prompt,
+        max_new_tokens=room(model, args.prompt) if wanted is None else wanted,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+    say("compiling ...\n")
+    tokens, seconds = show(args.prompt, pieces)
+    if tokens > 1:
+        say(f"\n{(tokens - 1) / seconds:.1f} tokens/s after the first")
+
+
+def show(prompt: str, pieces: Iterator[str]) -> tuple[int, float]:
+    """Print pieces as they come; their number, and the time they took."""
+    count, start = 0, 0.0
+    for piece in pieces:
+        if not count:
+            print(prompt, end="")
+            start = time.perf_counter()
+        count += 1
+        print(piece, end="", flush=True)
+    print(flush=True)
+    return count, time.perf_counter() - start
+
+
+# %% book/chapters/09_checkpoints.md, cell 65
+def run_info(args: argparse.Namespace) -> None:
+    folder = Path(args.model or checkpoints.small_model())
+    config, _, where = checkpoints.find_layout(folder)
+    total, active = checkpoints.parameter_counts(config)
+    size = sum(p.stat().st_size for p in where.iterdir() if p.is_file())
+    layout = "Grok-1" if where.name == "ckpt-0" else checkpoints.OUR_FORMAT
+    print(f"layout                {layout}")
+    print(f"parameters            {total:,}, {active:,} active per token")
+    print(f"size on disk          {size:,} bytes")
+    for name, value in vars(config).items():
+        print(f"{name:22s}{value}")
+
+
+# %% book/chapters/09_checkpoints.md, cell 66
+def add_generate(commands: Any) -> None:
+    text = "stream text for a prompt"
+    sub = commands.add_parser("generate", help=text, description=text)
+    sub.set_defaults(run=run_generate)
+    sub.add_argument("--model", help="checkpoint folder [the small model]")
+    sub.add_argument("--prompt", required=True, help="text to go on from")
+    add = sub.add_argument
+    add("--max-new-tokens", type=int, help="[128, or what the context holds]")
+    add("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
+    add("--top-p", type=float, default=0.95, help="nucleus [0.95]")
+    add("--top-k", type=int, help="keep the k likeliest tokens [all]")
+    add("--seed", type=int, default=0, help="same seed, same text [0]")
+    add("--devices", type=int, default=1, help="shard over this many [1]")
+    choices = ["bfloat16", "float32"]
+    add("--dtype", choices=choices, default=choices[0], help="[bfloat16]")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    text = "Run the mixture-of-experts model that the book builds."
+    parser = argparse.ArgumentParser("annotated-moe", description=text)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_generate(commands)
+    text = "print a checkpoint's configuration and size"
+    sub = commands.add_parser("info", help=text, description=text)
+    sub.add_argument("--model", help="checkpoint folder [the small model]")
+    sub.set_defaults(run=run_info)
+    return parser
+
+
+# %% book/chapters/09_checkpoints.md, cell 67
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 2 for bad input (one line says why), 130."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except BrokenPipeError:
+        # The reader of our output left; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        say(f"annotated-moe: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,301 @@
+"""Decoding and prefill, against the published formulation of the same model.
+
+    python benchmarks/decode.py [--rounds 9] [--tokens 16]
+
+Grok-1's shape at width 512: 8 layers, 8 experts of which 2 are active, eight-bit
+weights drawn at random. `published` is the released formulation written in
+today's JAX: each token repeated once for each of its experts, every expert on
+every repeated token and the wanted one picked by a one-hot mask, whole weights
+dequantized in every step, layers one after another in the program. Both run
+compiled, on the same weights, in turns. First they must agree on the logits.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from annotated_moe.model import (
+    ModelConfig,
+    decode_step,
+    greedy,
+    init_cache,
+    init_params,
+    prefill,
+)
+from annotated_moe.quantization import QuantizedTensor
+from annotated_moe.rope import rope
+
+CONFIG = ModelConfig(
+    vocab_size=8192,
+    context=256,
+    d_model=512,
+    d_ff=1792,
+    num_layers=8,
+    q_heads=8,
+    kv_heads=2,
+    head_size=64,
+    num_experts=8,
+    top_k=2,
+    embedding_multiplier=512**0.5,
+    attn_multiplier=64**-0.5,
+)
+PROMPT = 128
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Quantized like the release: eight groups where its shards split the input."""
+    rng = np.random.default_rng(seed)
+    init = functools.partial(init_params, config=config)
+    shapes = jax.eval_shape(init, jax.random.key(seed))
+
+    def draw(path: str, shape: tuple[int, ...]) -> Any:
+        if path.endswith("scale"):
+            return jnp.ones(shape)
+        if "embed" in path or "router" in path:
+            x = rng.standard_normal(shape, np.float32) / config.d_model**0.5
+            return jnp.asarray(x, config.dtype if "embed" in path else jnp.float32)
+        groups = 8 if path.endswith(("attention/linear/w", "linear_1/w")) else 1
+        weight = rng.integers(-127, 128, shape, np.int8)
+        scale = 3**0.5 / 127 / shape[-2] ** 0.5
+        scales = jnp.full((*shape[:-2], groups, shape[-1]), scale, jnp.bfloat16)
+        return QuantizedTensor(jnp.asarray(weight), scales)
+
+    return {
+        module: {name: draw(f"{module}/{name}", w.shape) for name, w in leaves.items()}
+        for module, leaves in shapes.items()
+    }
+
+
+def unstack(params: dict[str, dict[str, Any]], config: ModelConfig) -> dict[str, Any]:
+    """The release keeps a parameter a layer, not one stack of all layers."""
+    layers = []
+    for i in range(config.num_layers):
+        layer = {}
+        for module, leaves in params.items():
+            if module.startswith("decoder_layer/"):
+                short = module.removeprefix("decoder_layer/")
+                for name, w in leaves.items():
+                    layer[f"{short}/{name}"] = jax.tree.map(lambda a: a[i], w)  # noqa: B023
+        layers.append(layer)
+    return {
+        "layers": layers,
+        "table": params["in_out_embed"]["embeddings"],
+        "norm": params["rms_norm"]["scale"],
+    }
+
+
+def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-5)
+    return (scale * y).astype(x.dtype)
+
+
+def whole(q: QuantizedTensor, dtype: Any) -> jax.Array:
+    """All of a weight, int8 times scale, in the compute dtype."""
+    *lead, _, f = q.shape
+    w = q.weight.astype(dtype).reshape(*lead, q.scales.shape[-2], -1, f)
+    return (w * q.scales.astype(dtype)[..., None, :]).reshape(q.shape)
+
+
+def published_attention(
+    w: dict[str, Any], x: jax.Array, memory: Any, step: jax.Array, c: ModelConfig
+) -> tuple[jax.Array, Any]:
+    b, t, _ = x.shape
+    dtype = x.dtype
+
+    def heads(name: str) -> jax.Array:
+        y = x @ whole(w[f"multi_head_attention/{name}/w"], dtype)
+        return y.reshape(b, t, -1, c.head_size)
+
+    positions = step[:, None] + jnp.arange(t)
+    q, k = (rope(heads(name), positions, c.rope_base) for name in ("query", "key"))
+    write = jax.vmap(
+        lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0)
+    )
+    k, v = write(memory[0], k, step), write(memory[1], heads("value"), step)
+    q = q.reshape(b, t, c.kv_heads, -1, c.head_size)
+    s = jnp.einsum("btkrh,bskh->bkrts", q, k).astype(jnp.float32)
+    s = 30.0 * jnp.tanh(s * c.attn_multiplier / 30.0)
+    seen = jnp.arange(k.shape[1]) <= positions[..., None]
+    s = jnp.where(seen[:, None, None], s, -1e30)
+    p = jax.nn.softmax(s).astype(dtype)
+    y = jnp.einsum("bkrts,bskh->btkrh", p, v).reshape(b, t, -1)
+    return y @ whole(w["multi_head_attention/linear/w"], dtype), (k, v)
+
+
+def published_moe(w: dict[str, Any], x: jax.Array, c: ModelConfig) -> jax.Array:
+    flat = x.reshape(-1, x.shape[-1])
+    probs = jax.nn.softmax(flat.astype(jnp.float32) @ w["router/w"])
+    gates, index = jax.lax.top_k(probs, c.top_k)
+    repeated = jnp.repeat(flat, c.top_k, axis=0)                  # [N * A, D]
+    mask = jax.nn.one_hot(index.reshape(-1), c.num_experts, axis=0)  # [E, N * A]
+
+    def experts(rows: jax.Array, name: str, dtype: Any) -> jax.Array:
+        weight = whole(w[f"moe/{name}/w"], x.dtype).astype(dtype)
+        every = jax.vmap(lambda one: rows.astype(dtype) @ one)(weight)
+        return jnp.einsum("en,enf->nf", mask, every.astype(jnp.float32))
+
+    gate = jax.nn.gelu(experts(repeated, "linear", x.dtype), approximate=True)
+    hidden = gate * experts(repeated, "linear_v", x.dtype)
+    out = experts(hidden, "linear_1", jnp.float32)
+    out = out.reshape(*gates.shape, -1) * gates[..., None].astype(x.dtype)
+    return out.sum(axis=1).astype(x.dtype).reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames="c", donate_argnames="memory")
+def published(
+    params: Any, tokens: jax.Array, memory: Any, step: jax.Array, c: ModelConfig
+) -> tuple[jax.Array, Any]:
+    """Tokens [B, T] at `step` -> logits of the last one [B, V], the new memory."""
+    dtype = jnp.dtype(c.dtype)
+    h = params["table"][tokens].astype(dtype)
+    h = h * jnp.asarray(c.embedding_multiplier, dtype)
+    new = []
+    for w, kv in zip(params["layers"], memory):
+        x = norm(h, w["rms_norm/scale"])
+        y, kv = published_attention(w, x, kv, step, c)
+        h = h + norm(y, w["rms_norm_1/scale"])
+        y = published_moe(w, norm(h, w["rms_norm_2/scale"]), c)
+        h = h + norm(y, w["rms_norm_3/scale"])
+        new.append(kv)
+    h = norm(h[:, -1], params["norm"])
+    logits = h @ params["table"].astype(dtype).T
+    return (logits * jnp.asarray(c.output_multiplier, dtype)).astype(jnp.float32), new
+
+
+def empty_memory(c: ModelConfig, batch: int) -> Any:
+    shape = (batch, c.context, c.kv_heads, c.head_size)
+    return [
+        (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
+        for _ in range(c.num_layers)
+    ]
+
+
+class Ours:
+    """The package's own functions, as `Model.generate_ids` calls them."""
+
+    def __init__(self, params: Any, config: ModelConfig):
+        self.params, self.config = params, config
+
+    def start(self, tokens: jax.Array) -> jax.Array:
+        b, t = tokens.shape
+        lengths = np.full(b, t, np.int32)
+        cache = init_cache(self.config, b, self.config.context)
+        logits, self.cache = prefill(self.params, tokens, lengths, cache, self.config)
+        return logits
+
+    def step(self, tokens: jax.Array) -> jax.Array:
+        logits, self.cache = decode_step(self.params, tokens, self.cache, self.config)
+        return logits
+
+
+class Published:
+    """The same two steps in the published formulation."""
+
+    def __init__(self, params: Any, config: ModelConfig):
+        self.params, self.config = unstack(params, config), config
+
+    def start(self, tokens: jax.Array) -> jax.Array:
+        b, self.at = tokens.shape
+        return self.run(tokens, empty_memory(self.config, b), np.zeros(b, np.int32))
+
+    def run(self, tokens: jax.Array, memory: Any, step: np.ndarray) -> jax.Array:
+        logits, self.memory = published(self.params, tokens, memory, step, self.config)
+        return logits
+
+    def step(self, tokens: jax.Array) -> jax.Array:
+        steps = np.full(len(tokens), self.at, np.int32)
+        self.at += 1
+        return self.run(tokens[:, None], self.memory, steps)
+
+
+def check_agreement(params: Any, prompt: jax.Array) -> None:
+    """Logits after the prompt and after four more tokens; float32, then bfloat16."""
+    for dtype, bound in (("float32", 1e-3), ("bfloat16", 0.1)):
+        config = replace(CONFIG, dtype=dtype)
+        ours, theirs = Ours(params, config), Published(params, config)
+        a, b, gaps = ours.start(prompt), theirs.start(prompt), []
+        for _ in range(5):
+            gaps.append(float(jnp.abs(a - b).mean() / b.std()))
+            token = greedy(b)
+            a, b = ours.step(token), theirs.step(token)
+        print(f"{dtype}: mean difference {max(gaps):.1e} of the logits' spread")
+        if max(gaps) > bound:
+            raise SystemExit("the two formulations do not agree")
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def decode(side: Any, prompt: jax.Array, count: int) -> float:
+    """Tokens a second of a row, greedy, each token read back by Python."""
+    side.start(prompt[:, :16]).block_until_ready()
+    token = prompt[:, 0]
+
+    def run() -> None:
+        nonlocal token
+        for _ in range(count):
+            token = greedy(side.step(token))
+            np.asarray(token)
+
+    return count / seconds(run)
+
+
+def read_prompt(side: Any, prompt: jax.Array, count: int) -> float:
+    """Prompt tokens a second."""
+    return prompt.size / seconds(lambda: side.start(prompt).block_until_ready())
+
+
+def measure(what: Any, sides: Any, prompt: jax.Array, rounds: int, count: int) -> Any:
+    results: list[list[float]] = [[] for _ in sides]
+    for side in sides:
+        what(side, prompt, 2)
+    for _ in range(rounds):
+        for side, result in zip(sides, results):
+            result.append(what(side, prompt, count))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=16, help="a round of decoding")
+    args = parser.parse_args()
+    params = random_params(CONFIG)
+    rng = np.random.default_rng(1)
+    prompt = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (8, PROMPT)), jnp.int32)
+    print(f"JAX {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores")
+    check_agreement(params, prompt[:1])
+
+    sides = Ours(params, CONFIG), Published(params, CONFIG)
+    print(f"\n{'tokens/s':24}{'ours':>8} {'(min-max)':16}", end="")
+    print(f"{'published':>10} {'(min-max)':16}{'ratio':>6}")
+    for name, what, batch in (
+        ("decode, batch 1", decode, 1),
+        ("decode, batch 8", decode, 8),
+        (f"prefill of {PROMPT} tokens", read_prompt, 1),
+    ):
+        pair = measure(what, sides, prompt[:batch], args.rounds, args.tokens)
+        if what is decode:
+            pair = [[batch * x for x in side] for side in pair]
+        (a, b), line = (statistics.median(side) for side in pair), f"{name:24}"
+        for median, side, width in ((a, pair[0], 8), (b, pair[1], 10)):
+            span = f"({min(side):.1f}-{max(side):.1f})"
+            line += f"{median:>{width}.1f} {span:16}"
+        print(f"{line}{a / b:6.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ its devices while reading only the bytes that a device keeps.
 import json
 import math
 import os
+import pickletools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -39,7 +40,7 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, unsafe, incomplete or not supported."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Node:
     """A pickled object as described by its file; nothing is made.
 
@@ -89,8 +90,14 @@ class Reader:
     def number(self, width: int, signed: bool = False) -> int:
         return int.from_bytes(self.take(width), "little", signed=signed)
 
-    def text(self, width: int) -> str:
-        return str(self.take(self.number(width)), "utf-8")
+    def text(self) -> str:
+        """At most 255 bytes, behind a byte that counts them."""
+        try:
+            return str(self.take(self.number(1)), "utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(
+                f"is malformed before byte {self.at}: this is no text"
+            ) from None
 
 
 # %% book/chapters/09_checkpoints.md, cell 9
@@ -126,10 +133,11 @@ def named(machine: Machine) -> Node:
     module, name = machine.several(2)
     if not (isinstance(module, str) and isinstance(name, str)):
         raise machine.broken("a name that is not text")
-    kind = ALLOWED.get(f"{module}.{name}")
+    full = f"{module}.{name}"
+    kind = ALLOWED.get(full)
     if kind is None:
         raise CheckpointError(
-            f"names {module[:80]}.{name[:80]}, which no tensor needs; it "
+            f"names {full[:80]!r}, which no tensor needs; it "
             "was refused and nothing was run: do not use this file"
         )
     return Node(kind)
@@ -190,8 +198,7 @@ PUSH: dict[str, Callable[[Machine], Any]] = {
     "BININT2": lambda m: m.number(2),
     "BININT": lambda m: m.number(4, signed=True),
     "LONG1": lambda m: m.number(m.number(1), signed=True),
-    "SHORT_BINUNICODE": lambda m: m.text(1),
-    "BINUNICODE": lambda m: m.text(4),
+    "SHORT_BINUNICODE": Machine.text,
     "SHORT_BINBYTES": lambda m: m.take(m.number(1)),
     "BINBYTES": lambda m: m.take(m.number(4)),
     "BINBYTES8": lambda m: m.take(m.number(8)),
@@ -223,33 +230,46 @@ DO: dict[str, Callable[[Machine], Any]] = {
 
 
 # %% book/chapters/09_checkpoints.md, cell 15
-def opcode_names() -> dict[int, str]:
-    """Byte -> name of every instruction that pickle knows."""
-    import pickletools
+OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 
-    return {ord(op.code): op.name for op in pickletools.opcodes}
+
+def step(machine: Machine) -> bool:
+    """Carry out one instruction; False when it was STOP."""
+    code = machine.number(1)
+    name = OPCODES.get(code, f"{code:#04x}")
+    if name in PUSH:
+        machine.stack.append(PUSH[name](machine))
+    elif name in DO:
+        DO[name](machine)
+    elif name != "STOP":
+        raise CheckpointError(
+            f"uses the pickle instruction {name}, which no tensor "
+            "needs; it was refused and nothing was run"
+        )
+    return name != "STOP"
+
+
+# %% book/chapters/09_checkpoints.md, cell 16
+MOST_STEPS = 1000
 
 
 def parse(data: memoryview) -> Any:
     """What a pickle describes. Runs nothing, imports nothing."""
-    machine, names = Machine(data), opcode_names()
-    while (code := machine.number(1)) != ord("."):
-        name = names.get(code, f"{code:#04x}")
-        if name in PUSH:
-            machine.stack.append(PUSH[name](machine))
-        elif name in DO:
-            DO[name](machine)
-        else:
-            raise CheckpointError(
-                f"uses the pickle instruction {name}, which no tensor "
-                "needs; it was refused and nothing was run"
-            )
+    machine = Machine(data)
+    for _ in range(MOST_STEPS):
+        if not step(machine):
+            break
+    else:
+        raise CheckpointError(
+            f"has more than {MOST_STEPS} pickle instructions, which no "
+            "tensor needs; it was refused and nothing was run"
+        )
     if len(machine.stack) != 1 or machine.at != len(data):
         raise machine.broken("something is left over at the end")
     return machine.stack[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 17
+# %% book/chapters/09_checkpoints.md, cell 19
 DTYPES = {
     "f4": np.dtype("<f4"),
     "i1": np.dtype("i1"),
@@ -265,15 +285,15 @@ def as_dtype(node: Any) -> np.dtype:
     state = node.state if good else None
     order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
     if not isinstance(name, str) or name not in DTYPES:
-        shown = name[:40] if isinstance(name, str) else "an odd one"
+        shown = repr(name[:40]) if isinstance(name, str) else "that is none"
         wanted = ", ".join(DTYPES)
-        raise CheckpointError(f"has dtype {shown}; expected one of {wanted}")
+        raise CheckpointError(f"has a dtype {shown}, not one of {wanted}")
     if order not in ("<", "|"):
         raise CheckpointError("has a byte order other than little-endian")
     return DTYPES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 18
+# %% book/chapters/09_checkpoints.md, cell 20
 def as_array(node: Any) -> np.ndarray:
     """The array that a node describes, as a view of its file."""
     whole = isinstance(node, Node) and node.kind == ARRAY
@@ -283,8 +303,9 @@ def as_array(node: Any) -> np.ndarray:
     _, shape, dtype_node, fortran, raw = state
     dtype = as_dtype(dtype_node)
     sizes = shape if isinstance(shape, tuple) else (None,)
-    if not all(type(n) is int and n >= 0 for n in sizes):
-        raise CheckpointError("has a shape that is no list of sizes")
+    good = all(type(n) is int and 0 < n < 2**40 for n in sizes)
+    if not good or len(sizes) > 8:
+        raise CheckpointError("has a shape that no tensor has")
     if fortran is not False or not isinstance(raw, memoryview):
         raise CheckpointError("holds an array that is not in C order")
     size = math.prod(sizes) * dtype.itemsize
@@ -296,7 +317,7 @@ def as_array(node: Any) -> np.ndarray:
     return np.frombuffer(raw, dtype).reshape(sizes)
 
 
-# %% book/chapters/09_checkpoints.md, cell 19
+# %% book/chapters/09_checkpoints.md, cell 21
 Tensor = np.ndarray | QuantizedTensor
 
 
@@ -307,8 +328,7 @@ def as_tensor(node: Any) -> Tensor:
     state = node.state
     if not isinstance(state, dict) or set(state) != {"weight", "scales"}:
         raise CheckpointError("lacks `weight` and `scales`")
-    weight, scales = as_array(state["weight"]), as_array(state["scales"])
-    return QuantizedTensor(weight, scales)
+    return QuantizedTensor(*map(as_array, (state["weight"], state["scales"])))
 
 
 def read_pickled(path: Path) -> Tensor:
@@ -324,7 +344,7 @@ def read_pickled(path: Path) -> Tensor:
         raise CheckpointError(f"{path} is no pickled tensor: {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 28
+# %% book/chapters/09_checkpoints.md, cell 30
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; layers are stacked in front."""
     tree = jax.eval_shape(
@@ -360,7 +380,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, total - idle // config.num_experts
 
 
-# %% book/chapters/09_checkpoints.md, cell 33
+# %% book/chapters/09_checkpoints.md, cell 35
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -386,7 +406,7 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 34
+# %% book/chapters/09_checkpoints.md, cell 36
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
@@ -398,13 +418,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -414,9 +427,20 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 35
+def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
+    try:
+        config = ModelConfig(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    numbers = [n for n in asdict(config).values() if type(n) is int]
+    if config.num_layers > 9999 or max(numbers) >= 2**31:
+        raise CheckpointError(f"{path} is beyond the size of any model")
+    return config
+
+
+# %% book/chapters/09_checkpoints.md, cell 37
 def ffn_size(d_model: int, widening: float) -> int:
-    """F of the release: 8 and 6144 give 32768."""
+    """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
@@ -432,24 +456,27 @@ def grok_config(path: Path) -> ModelConfig:
     flat = {k: v for k, v in flat.items() if k not in IGNORED}
     widening = flat.pop("widening_factor", 8)
     refuse_unknown(path, flat, GROK_NAMES)
-    if type(widening) not in (int, float) or widening <= 0:
-        raise CheckpointError(f"{path}: widening_factor must be above 0")
+    if type(widening) not in (int, float) or not 0 < widening < 2**31:
+        raise CheckpointError(
+            f"{path}: widening_factor must be positive: {widening!r}"
+        )
     values = {GROK_NAMES[name]: value for name, value in flat.items()}
-    config = make_config(path, values)
-    return replace(config, d_ff=ffn_size(config.d_model, widening))
+    width = make_config(path, values).d_model
+    return make_config(path, {**values, "d_ff": ffn_size(width, widening)})
 
 
-# %% book/chapters/09_checkpoints.md, cell 37
+# %% book/chapters/09_checkpoints.md, cell 39
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
     *above, groups, out = w.scales.shape if w.scales.ndim > 1 else (0, 0)
     fits = above == lead and out == f and groups and d % groups == 0
     dtypes = (w.weight.dtype, w.scales.dtype)
     if not fits or dtypes != (np.int8, ml_dtypes.bfloat16):
+        wanted = ", ".join(map(str, (*lead, "G", f)))
         raise CheckpointError(
             f"{where}: {name} is {dtypes[0]} of shape {w.shape} with "
             f"{dtypes[1]} scales of shape {tuple(w.scales.shape)}; expected "
-            f"int8 with bfloat16 scales of shape {(*lead, 'G', f)}"
+            f"int8, and bfloat16 scales ({wanted}) where G divides {d}"
         )
 
 
@@ -466,14 +493,16 @@ def check_tensor(where: Path, name: str, w: Tensor, shape: tuple) -> None:
         )
     if not isinstance(w, QuantizedTensor):
         if w.dtype not in (np.float32, ml_dtypes.bfloat16):
-            raise CheckpointError(f"{where}: {name} is {w.dtype}, not float")
+            raise CheckpointError(
+                f"{where}: {name} is {w.dtype}; expected float32 or bfloat16"
+            )
     elif may_be_quantized(name):
         check_scales(where, name, w)
     else:
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 38
+# %% book/chapters/09_checkpoints.md, cell 40
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
     wanted = [f"tensor{i:05d}_000" for i in range(len(names))]
@@ -499,7 +528,7 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 39
+# %% book/chapters/09_checkpoints.md, cell 41
 @dataclass(frozen=True)
 class Stack:
     """Arrays of one shape and dtype behind one another, not copied."""
@@ -528,7 +557,7 @@ def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     return QuantizedTensor(Stack([w.weight for w in parts]), scales)
 
 
-# %% book/chapters/09_checkpoints.md, cell 40
+# %% book/chapters/09_checkpoints.md, cell 42
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
@@ -549,7 +578,7 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 41
+# %% book/chapters/09_checkpoints.md, cell 43
 def on_devices(source: Any, spec: P, mesh: Any, dtype: Any) -> jax.Array:
     """An array of which each device reads the part that it keeps."""
     if mesh is None:
@@ -560,7 +589,7 @@ def on_devices(source: Any, spec: P, mesh: Any, dtype: Any) -> jax.Array:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 42
+# %% book/chapters/09_checkpoints.md, cell 44
 def place(path: str, w: Any, mesh: Any, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
@@ -588,7 +617,7 @@ def place_quantized(w: Any, spec: P, mesh: Any) -> QuantizedTensor:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 43
+# %% book/chapters/09_checkpoints.md, cell 45
 OUR_FORMAT = "annotated-moe"
 
 
@@ -618,30 +647,54 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 44
+# %% book/chapters/09_checkpoints.md, cell 46
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
     An older checkpoint of ours there is replaced; any other folder
-    is refused (CheckpointError). All of it is written, or nothing.
+    that is not empty is refused (CheckpointError). All of it is
+    written, or nothing.
     """
-    target = Path(path)
-    if target.exists() and not is_ours(target):
+    target = Path(path).absolute()
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not is_ours(target):
         raise CheckpointError(
             f"{target} exists and is no checkpoint of format "
             f"{OUR_FORMAT!r}: choose another folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    prefix = f".{target.name}-"
+    with tempfile.TemporaryDirectory("", prefix, target.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         write_parts(model, new)
-        if target.exists():
-            target.rename(Path(scratch) / "old")
+        put_in_place(new, target, Path(scratch) / "old")
+
+
+# %% book/chapters/09_checkpoints.md, cell 47
+PARTS = {"config.json", "model.safetensors", "tokenizer.model"}
+
+
+def put_in_place(new: Path, target: Path, old: Path) -> None:
+    """Rename `new` to `target`; what was there becomes `old`.
+
+    Files that `save` does not write stay at `target`.
+    """
+    if not target.exists():
         new.rename(target)
+        return
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    for file in old.iterdir():
+        if file.name not in PARTS:
+            file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 45
+# %% book/chapters/09_checkpoints.md, cell 48
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -651,7 +704,7 @@ def is_ours(folder: Path) -> bool:
 
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
-    raw.pop("format")
+    del raw["format"]
     refuse_unknown(path, raw, [f.name for f in fields(ModelConfig)])
     return make_config(path, raw)
 
@@ -659,14 +712,15 @@ def our_config(path: Path) -> ModelConfig:
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} is no readable safetensors file: {error}"
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 46
+# %% book/chapters/09_checkpoints.md, cell 49
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -689,7 +743,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 47
+# %% book/chapters/09_checkpoints.md, cell 50
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -705,7 +759,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 48
+# %% book/chapters/09_checkpoints.md, cell 51
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     if not folder.is_dir():
@@ -730,7 +784,10 @@ def find_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     path = folder / "tokenizer.model"
     if not path.exists():
         return None
-    tokenizer = Tokenizer(path)
+    try:
+        tokenizer = Tokenizer(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path} has {tokenizer.vocab_size} pieces, but the model's "
@@ -739,7 +796,7 @@ def find_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 49
+# %% book/chapters/09_checkpoints.md, cell 52
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
@@ -747,17 +804,20 @@ def small_model() -> Path:
 
 def load(
     path: str | os.PathLike[str] | None = None,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
     dtype: str = "bfloat16",
 ) -> Model:
     """A model from a checkpoint folder; without one, the small model.
 
     `mesh` comes from `make_mesh`; None is one device. `dtype` is what
     it computes in, "bfloat16" or "float32". Raises CheckpointError
-    for whatever is missing, left over, misshapen or unsafe.
+    for whatever is missing, left over, misshapen or unsafe, and
+    ValueError for another dtype or mesh. Source: the Grok-1 release,
+    `checkpoint.py`.
     """
-    if mesh is not None and set(mesh.axis_names) != {"data", "model"}:
-        raise ValueError("the mesh needs axes data and model: use make_mesh")
+    axes = getattr(mesh, "axis_names", ())
+    if mesh is not None and set(axes) != {"data", "model"}:
+        raise ValueError("mesh must have axes data and model: use make_mesh")
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
     config = replace(config, dtype=dtype)

@@ -7,16 +7,18 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 62
+# %% book/chapters/09_checkpoints.md, cell 65
 import argparse
 import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+from jax.sharding import Mesh
 
 from annotated_moe import checkpoints
 from annotated_moe.model import Model
@@ -28,22 +30,30 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 63
-def open_model(path: str | None, devices: int, dtype: str) -> Model:
-    """Load onto `devices` devices, simulated where there are only CPUs."""
-    if devices < 1:
-        raise ValueError(f"--devices must be at least 1, not {devices}")
-    mesh = None
-    if devices > 1:
-        # Has to come before the first use of a device; only CPUs heed it.
+# %% book/chapters/09_checkpoints.md, cell 66
+def mesh_of(devices: int) -> Mesh | None:
+    """`devices` devices, simulated where there are only CPUs."""
+    if not 1 <= devices <= 512:
+        raise ValueError(f"--devices must be from 1 to 512, not {devices}")
+    if devices == 1:
+        return None
+    with suppress(RuntimeError):
+        # Only CPUs heed this, and only before a device is first used.
         jax.config.update("jax_num_cpu_devices", devices)
-        mesh = make_mesh(model=devices)
+    return make_mesh(model=devices)
+
+
+def open_model(path: str | None, devices: int, dtype: str) -> Model:
     start = time.perf_counter()
+    mesh = mesh_of(devices)
     model = checkpoints.load(path, mesh=mesh, dtype=dtype)
     spent = time.perf_counter() - start
     kind = jax.devices()[0].platform.upper()
+    total, _ = checkpoints.parameter_counts(model.config)
     name = path or "the small model"
-    say(f"loaded {name} onto {devices} x {kind} in {spent:.1f} s")
+    where = f"{devices} {kind} device{'s' if devices > 1 else ''}"
+    say(f"Loaded {name}, {total / 1e6:,.1f} million parameters,")
+    say(f"onto {where} in {spent:.1f} s. Compiling ...\n")
     return model
 
 
@@ -53,7 +63,7 @@ def room(model: Model, prompt: str) -> int:
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 64
+# %% book/chapters/09_checkpoints.md, cell 67
 def run_generate(args: argparse.Namespace) -> None:
     model = open_model(args.model, args.devices, args.dtype)
     wanted = args.max_new_tokens
@@ -65,26 +75,29 @@ def run_generate(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         seed=args.seed,
     )
-    say("compiling ...\n")
-    tokens, seconds = show(args.prompt, pieces)
-    if tokens > 1:
-        say(f"\n{(tokens - 1) / seconds:.1f} tokens/s after the first")
+    say("\n" + rate(show(args.prompt, pieces)))
 
 
-def show(prompt: str, pieces: Iterator[str]) -> tuple[int, float]:
-    """Print pieces as they come; their number, and the time they took."""
-    count, start = 0, 0.0
+def show(prompt: str, pieces: Iterator[str]) -> list[float]:
+    """Print pieces as they come; when each token did."""
+    times: list[float] = []
     for piece in pieces:
-        if not count:
-            print(prompt, end="")
-            start = time.perf_counter()
-        count += 1
-        print(piece, end="", flush=True)
+        print("" if times else prompt, piece, sep="", end="", flush=True)
+        times.append(time.perf_counter())
     print(flush=True)
-    return count, time.perf_counter() - start
+    return times[:-1]                       # the last piece was the rest
 
 
-# %% book/chapters/09_checkpoints.md, cell 65
+def rate(times: list[float]) -> str:
+    """The first two tokens waited for a compiler and do not count."""
+    text = f"{len(times)} new tokens"
+    if len(times) < 3:
+        return text
+    speed = (len(times) - 2) / (times[-1] - times[1])
+    return f"{text}, {speed:,.0f} a second once compiled"
+
+
+# %% book/chapters/09_checkpoints.md, cell 68
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.model or checkpoints.small_model())
     config, _, where = checkpoints.find_layout(folder)
@@ -98,7 +111,7 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 66
+# %% book/chapters/09_checkpoints.md, cell 69
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
@@ -116,9 +129,16 @@ def add_generate(commands: Any) -> None:
     add("--dtype", choices=choices, default=choices[0], help="[bfloat16]")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     text = "Run the mixture-of-experts model that the book builds."
-    parser = argparse.ArgumentParser("annotated-moe", description=text)
+    parser = Parser("annotated-moe", description=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     text = "print a checkpoint's configuration and size"
@@ -128,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 67
+# %% book/chapters/09_checkpoints.md, cell 70
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     args = make_parser().parse_args(argv)

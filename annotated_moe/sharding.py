@@ -15,7 +15,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,11 +40,12 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     if wanted > len(devices):
         raise ValueError(
             f"a {data} x {model} mesh needs {wanted} devices and there"
-            f" are {len(devices)}; to simulate them on a CPU, start with"
-            f' jax.config.update("jax_num_cpu_devices", {wanted})'
+            f" are {len(devices)}; to simulate them on a CPU, begin"
+            f' with jax.config.update("jax_num_cpu_devices", {wanted})'
         )
     grid = np.array(devices[:wanted]).reshape(data, model)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    auto = (AxisType.Auto, AxisType.Auto)
+    return Mesh(grid, ("data", "model"), axis_types=auto)
 
 
 # %% book/chapters/07_sharding.md, cell 11
@@ -108,7 +108,7 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     """
     missing = len(shape) - len(spec)
     if missing < 0:
-        raise ValueError(f"{spec} does not fit an array of shape {shape}")
+        raise ValueError(f"{spec} has too many axes for shape {shape}")
     wishes = (*spec, *[None] * missing)
     return P(*(fit(a, n, mesh) for a, n in zip(wishes, shape)))
 
@@ -130,7 +130,8 @@ def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
             f"{groups} groups of scales cannot be cut into {parts}:"
             " pass the weight through fit_groups first"
         )
-    return QuantizedTensor(fitted, fit_spec(fitted, w.scales.shape, mesh))
+    scales = fit_spec(fitted, w.scales.shape, mesh)
+    return QuantizedTensor(fitted, scales)
 
 
 # %% book/chapters/07_sharding.md, cell 21

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ class Reader:
         left = len(self.data) - self.at
         if size > left:
             raise CheckpointError(
-                f"ends early: {size} bytes are announced at byte "
-                f"{self.at}, {left} are left; fetch the file again"
+                f"ends early: at byte {self.at} it wants {size} more "
+                f"and has {left}; fetch the file again"
             )
         self.at += size
         return self.data[self.at - size : self.at]
@@ -337,7 +338,7 @@ def read_pickled(path: Path) -> Tensor:
     Raises CheckpointError, naming the file. Nothing in it is run.
     """
     try:
-        return as_tensor(parse(memoryview(np.memmap(path, np.uint8, "r"))))
+        return as_tensor(parse(np.memmap(path, np.uint8, "r").data))
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
     except (OSError, ValueError) as error:
@@ -345,6 +346,7 @@ def read_pickled(path: Path) -> Tensor:
 
 
 # %% book/chapters/09_checkpoints.md, cell 30
+@cache
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; layers are stacked in front."""
     tree = jax.eval_shape(
@@ -546,15 +548,15 @@ class Stack:
 
 def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     """One lazily stacked tensor from those of all layers."""
-    plain = [w for w in parts if not isinstance(w, QuantizedTensor)]
-    if plain and len(plain) == len(parts):
+    pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
+    if not pairs:
         return Stack(parts)
-    if plain or len({w.scales.shape for w in parts}) > 1:
+    if len(pairs) < len(parts) or len({w.scales.shape for w in pairs}) > 1:
         raise CheckpointError(
             f"{where}: the layers of {path} are not all quantized alike"
         )
-    scales = np.stack([w.scales for w in parts])
-    return QuantizedTensor(Stack([w.weight for w in parts]), scales)
+    scales = np.stack([w.scales for w in pairs])
+    return QuantizedTensor(Stack([w.weight for w in pairs]), scales)
 
 
 # %% book/chapters/09_checkpoints.md, cell 42

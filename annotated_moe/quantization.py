@@ -132,7 +132,7 @@ def whole_matmul(
     return jnp.sum(y * scales[:, None], axis=0)
 
 
-# %% book/chapters/06_quantization.md, cell 37
+# %% book/chapters/06_quantization.md, cell 38
 def read_rows(
     stack: Shaped[Array, "*E D F"],
     index: Index,
@@ -145,18 +145,18 @@ def read_rows(
     return tile.reshape(rows, stack.shape[-1])
 
 
-# %% book/chapters/06_quantization.md, cell 38
+# %% book/chapters/06_quantization.md, cell 39
 def tile_rows(group: int, target: int) -> int:
     """The divisor of `group` nearest to `target`, as a ratio."""
     divisors = [t for t in range(1, group + 1) if group % t == 0]
     return min(divisors, key=lambda t: max(t / target, target / t))
 
 
-# %% book/chapters/06_quantization.md, cell 41
+# %% book/chapters/06_quantization.md, cell 42
 def tiled_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
-    """`whole_matmul` a tile of rows at a time: memory sees only int8.
+    """`whole_matmul` a tile of rows at a time; one tile is ever wide.
 
     One row is multiplied in float32, more rows in `x.dtype`; sums are
     float32 in both cases.
@@ -181,7 +181,7 @@ def tiled_matmul(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/06_quantization.md, cell 50
+# %% book/chapters/06_quantization.md, cell 51
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Row:
@@ -204,11 +204,11 @@ class Row:
         return len(self.shape)
 
 
-# %% book/chapters/06_quantization.md, cell 51
+# %% book/chapters/06_quantization.md, cell 52
 Weight = jax.Array | QuantizedTensor | Row
 
 
-# %% book/chapters/06_quantization.md, cell 52
+# %% book/chapters/06_quantization.md, cell 53
 def matmul(
     x: Float[Array, "N D"], w: Weight, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -230,7 +230,7 @@ def matmul(
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/06_quantization.md, cell 53
+# %% book/chapters/06_quantization.md, cell 54
 def check_fits(x: Any, w: Any, index: Index) -> None:
     """Raise ValueError unless x [N, D] times w[index] [D, F] exists."""
     if isinstance(w, QuantizedTensor):

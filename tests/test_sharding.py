@@ -39,8 +39,8 @@ from annotated_moe.sharding import (
     weight_spec,
 )
 
-SHAPES = [(1, 8), (2, 4), (4, 2), (8, 1), (1, 4), (2, 2), (4, 1), (1, 2), (2, 1), (1, 1)]
-EIGHT = SHAPES[:4]
+EIGHT = [(1, 8), (2, 4), (4, 2), (8, 1)]
+SHAPES = [*EIGHT, (1, 4), (2, 2), (4, 1), (1, 2), (2, 1), (1, 1)]
 UP, DOWN = ("data", "model"), ("model", "data")
 quantized = jax.jit(quantize, static_argnums=1)
 
@@ -140,7 +140,8 @@ def test_a_mesh_without_devices():
 
 def test_axes_that_do_not_divide_are_dropped():
     mesh = abstract(2, 4)
-    assert [fit("model", n, mesh) for n in (8, 6, 4, 2)] == ["model", None, "model", None]
+    fitted = [fit("model", n, mesh) for n in (8, 6, 4, 2)]
+    assert fitted == ["model", None, "model", None]
     assert fit(("data", "model"), 16, mesh) == ("data", "model")
     assert fit(("data", "model"), 12, mesh) is None
     assert fit(None, 8, mesh) is None
@@ -211,7 +212,8 @@ def test_each_device_holds_the_scales_of_its_rows(groups, parts):
     there = place(fitted, weight_spec(P(*DOWN), fitted, mesh), mesh)
     for a, b in zip(there.weight.addressable_shards, there.scales.addressable_shards):
         assert a.device == b.device
-        own = QuantizedTensor(jnp.asarray(np.asarray(a.data)), jnp.asarray(np.asarray(b.data)))
+        weight, scales = (jnp.asarray(np.asarray(s.data)) for s in (a, b))
+        own = QuantizedTensor(weight, scales)
         np.testing.assert_array_equal(dequantize(own), np.asarray(whole)[a.index])
 
 
@@ -351,14 +353,15 @@ def test_what_a_device_holds_is_what_the_specs_say(tiny):
         mesh = make_mesh(*shape)
         where = shardings(partition_specs(tiny, mesh), mesh)
         assert jax.tree.structure(where) == jax.tree.structure(tiny)
-        for a, s in zip(jax.tree.leaves(jax.device_put(tiny, where)), jax.tree.leaves(where)):
-            assert {b.data.shape for b in a.addressable_shards} == {s.shard_shape(a.shape)}
+        there = jax.tree.leaves(jax.device_put(tiny, where))
+        for a, s in zip(there, jax.tree.leaves(where)):
+            held = {b.data.shape for b in a.addressable_shards}
+            assert held == {s.shard_shape(a.shape)}
 
 
 def test_grok_1_on_eight_devices_that_are_not_there():
-    params = jax.eval_shape(
-        lambda key: quantize_params(init_params(key, PRESETS["grok-1"])), jax.random.key(0)
-    )
+    init = partial(init_params, config=PRESETS["grok-1"])
+    params = jax.eval_shape(lambda key: quantize_params(init(key)), jax.random.key(0))
     mesh = abstract(1, 8)
     where = shardings(partition_specs(params, mesh), mesh)
     size = {"all": 0, "one": 0, "copied": 0}

@@ -210,7 +210,7 @@ def attend_blockwise(
     return y.reshape(q.shape).astype(q.dtype)             # [B, T, Q, H]
 
 
-# %% book/chapters/04_attention.md, cell 47
+# %% book/chapters/04_attention.md, cell 48
 class Linear(hk.Module):
     """x times `w` [D, F], which may be quantized. No bias.
 
@@ -233,7 +233,7 @@ class Linear(hk.Module):
         return y.reshape(*lead, self.size)
 
 
-# %% book/chapters/04_attention.md, cell 48
+# %% book/chapters/04_attention.md, cell 49
 BLOCKWISE_ABOVE = 1024                                      # slots
 
 
@@ -252,7 +252,7 @@ def attend_causal(
     return attend(q, k, v, mask, multiplier, softcap)
 
 
-# %% book/chapters/04_attention.md, cell 49
+# %% book/chapters/04_attention.md, cell 50
 def project(
     x: Float[Array, "B T D"], heads: int, head_size: int, name: str
 ) -> Float32[Array, "B T {heads} {head_size}"]:
@@ -276,7 +276,7 @@ def extend(
     )
 
 
-# %% book/chapters/04_attention.md, cell 50
+# %% book/chapters/04_attention.md, cell 51
 class AttentionSizes(hk.Module):
     """What `MultiHeadAttention` is told, checked."""
 
@@ -303,7 +303,7 @@ class AttentionSizes(hk.Module):
         self.multiplier, self.softcap = multiplier, softcap
 
 
-# %% book/chapters/04_attention.md, cell 51
+# %% book/chapters/04_attention.md, cell 52
 class MultiHeadAttention(AttentionSizes):
     """Grouped-query attention with RoPE, soft cap, maybe a cache."""
 

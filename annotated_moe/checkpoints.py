@@ -441,7 +441,7 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
 
 
 # %% book/chapters/09_checkpoints.md, cell 37
-def ffn_size(d_model: int, widening: float) -> int:
+def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 

@@ -315,16 +315,16 @@ def tied_logits(
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
-    """`tied_logits`, some words of the table at a time."""
+    """`tied_logits` without a second copy of the table."""
     n, v = h.shape[0], table.shape[0]
+    if n <= 8:
+        rows = [tied_logits(row, table) for row in jnp.split(h, n)]
+        return jnp.concatenate(rows)
     tile = quantization.tile_rows(v, 512)
-    dtype = jnp.float32 if n == 1 else h.dtype
-    x = h.astype(dtype)
 
     def add_tile(t, y):
         words = jax.lax.dynamic_slice_in_dim(table, t * tile, tile)
-        words = words.astype(h.dtype).astype(dtype)
-        part = jnp.dot(x, words.T, preferred_element_type=jnp.float32)
+        part = tied_logits(h, words)                        # [N, tile]
         return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
 
     y = jnp.zeros((n, v), jnp.float32)

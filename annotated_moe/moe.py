@@ -80,8 +80,8 @@ def expert(
     x: Float[Array, "N D"],
     w: Experts,
     index: tuple[Any, ...] = (),
-    rows: str | None = None,
-    cols: str | None = None,
+    rows: sharding.Axis = None,
+    cols: sharding.Axis = None,
 ) -> Float32[Array, "N D"]:
     """x through expert `index` of `w`; () when `w` is one expert.
 
@@ -178,7 +178,8 @@ def dropped(
 
     `jnp.argwhere` of it lists the dropped (token, choice) pairs.
     """
-    seats = capacity(*experts.shape, num_experts, factor)
+    n, a = experts.shape
+    seats = capacity(n, a, num_experts, factor)
     return places(experts, num_experts) >= seats
 
 
@@ -210,11 +211,12 @@ def capacity_and_drop(
     disagree or `factor` is not positive. Source: GShard, Switch.
     """
     check_shapes(x, gates, experts, w, num_experts)
-    seats = capacity(*experts.shape, num_experts, factor)
+    n, a = experts.shape
+    seats = capacity(n, a, num_experts, factor)
     place, nobody = places(experts, num_experts), num_experts * seats
     seat = jnp.where(place < seats, experts * seats + place, nobody)
-    token = jnp.broadcast_to(jnp.arange(len(x))[:, None], seat.shape)
-    guest = jnp.full(nobody, len(x)).at[seat].set(token, mode="drop")
+    token = jnp.broadcast_to(jnp.arange(n)[:, None], (n, a))
+    guest = jnp.full(nobody, n).at[seat].set(token, mode="drop")
     rows = x.at[guest].get(mode="fill", fill_value=0)       # [E*C, D]
     out = experts_at_once(rows.reshape(num_experts, seats, -1), w)
     out = out.reshape(rows.shape)
@@ -281,8 +283,8 @@ def sort_and_tile(
     experts: Int[Array, "N A"],
     w: Experts,
     num_experts: int,
-    rows: str | None = None,
-    cols: str | None = None,
+    rows: sharding.Axis = None,
+    cols: sharding.Axis = None,
     block: int | None = None,
 ) -> Float32[Array, "N D"]:
     """Dropless: walk over blocks of rows that share an expert.
@@ -291,20 +293,20 @@ def sort_and_tile(
     given. No reverse mode. Raises ValueError when shapes disagree.
     """
     check_shapes(x, gates, experts, w, num_experts)
-    block = block or block_rows(*experts.shape, num_experts)
+    n, a = experts.shape
+    block = block or block_rows(n, a, num_experts)
     plan = plan_blocks(experts, num_experts, block)
 
     def add_block(j, y):
         e, choice = rows_of_block(plan, j, block)
-        token = choice // experts.shape[1]                  # N: padding
+        token = choice // a                                 # N: padding
         xs = x.at[token].get(mode="fill", fill_value=0)
         gate = gates.ravel().at[choice].get(mode="fill", fill_value=0)
         out = expert(xs, w, (e,), rows, cols) * gate[:, None]
         return y.at[token].add(out, mode="drop")
 
-    y = jnp.zeros(x.shape, jnp.float32)
-    y = jax.lax.fori_loop(0, plan.first[-1], add_block, y)
-    return inference_only(y)
+    y, blocks = jnp.zeros(x.shape, jnp.float32), plan.first[-1]
+    return inference_only(jax.lax.fori_loop(0, blocks, add_block, y))
 
 
 # %% book/chapters/05_moe.md, cell 46

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-Index = tuple[Any, ...]                                     # into a stack
+Index = tuple[Any, ...]                                     # of a stack
 
 
 # %% book/chapters/06_quantization.md, cell 9
@@ -124,7 +124,7 @@ def whole_matmul(
     """
     scales = q.scales[index].astype(jnp.float32)            # [G, F]
     groups, f = scales.shape
-    xg = x.reshape(len(x), groups, -1).swapaxes(0, 1)       # [G, N, D/G]
+    xg = x.reshape(len(x), groups, -1).swapaxes(0, 1)      # [G, N, D/G]
     wg = q.weight[index].reshape(groups, -1, f).astype(x.dtype)
     y = jnp.einsum(
         "gnd,gdf->gnf", xg, wg, preferred_element_type=jnp.float32

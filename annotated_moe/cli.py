@@ -43,7 +43,10 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
-def open_model(path: str | None, devices: int, dtype: str) -> Model:
+def open_model(
+    path: str | None, devices: int, dtype: str
+) -> tuple[Model, str]:
+    """The model, and a sentence about it."""
     start = time.perf_counter()
     mesh = mesh_of(devices)
     model = checkpoints.load(path, mesh=mesh, dtype=dtype)
@@ -52,9 +55,10 @@ def open_model(path: str | None, devices: int, dtype: str) -> Model:
     total, _ = checkpoints.parameter_counts(model.config)
     name = path or "the small model"
     where = f"{devices} {kind} device{'s' if devices > 1 else ''}"
-    say(f"Loaded {name}, {total / 1e6:,.1f} million parameters,")
-    say(f"onto {where} in {spent:.1f} s. Compiling ...\n")
-    return model
+    return model, (
+        f"Loaded {name} of {total / 1e6:,.1f} million parameters "
+        f"onto {where} in {spent:.1f} s."
+    )
 
 
 def room(model: Model, prompt: str) -> int:
@@ -65,7 +69,7 @@ def room(model: Model, prompt: str) -> int:
 
 # %% book/chapters/09_checkpoints.md, cell 67
 def run_generate(args: argparse.Namespace) -> None:
-    model = open_model(args.model, args.devices, args.dtype)
+    model, status = open_model(args.model, args.devices, args.dtype)
     wanted = args.max_new_tokens
     pieces = model.stream(
         args.prompt,
@@ -75,6 +79,7 @@ def run_generate(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         seed=args.seed,
     )
+    say(f"{status}\nCompiling, which takes some seconds ...\n")
     say("\n" + rate(show(args.prompt, pieces)))
 
 
@@ -154,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output left; Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

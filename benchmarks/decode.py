@@ -218,19 +218,34 @@ class Published:
         return self.run(tokens[:, None], self.memory, steps)
 
 
+def logits_of(side: Any, prompt: jax.Array) -> jax.Array:
+    """Logits after the prompt, and after each of four more tokens."""
+    steps = [side.start(prompt)]
+    for i in range(4):
+        steps.append(side.step(prompt[:, i]))
+    return jnp.stack(steps)
+
+
 def check_agreement(params: Any, prompt: jax.Array) -> None:
-    """Logits after the prompt and after four more tokens; float32, then bfloat16."""
-    for dtype, bound in (("float32", 1e-3), ("bfloat16", 0.1)):
-        config = replace(CONFIG, dtype=dtype)
-        ours, theirs = Ours(params, config), Published(params, config)
-        a, b, gaps = ours.start(prompt), theirs.start(prompt), []
-        for _ in range(5):
-            gaps.append(float(jnp.abs(a - b).mean() / b.std()))
-            token = greedy(b)
-            a, b = ours.step(token), theirs.step(token)
-        print(f"{dtype}: mean difference {max(gaps):.1e} of the logits' spread")
-        if max(gaps) > bound:
-            raise SystemExit("the two formulations do not agree")
+    """In float32 both must say the same; in bfloat16 ours must be as near to that.
+
+    Random layers choose other experts at the smallest rounding, so in bfloat16
+    two right answers are far apart, and only their distance from float32 counts.
+    """
+    exact_config, gaps = replace(CONFIG, dtype="float32"), []
+    exact = logits_of(Published(params, exact_config), prompt)
+    for side in (
+        Ours(params, exact_config),
+        Ours(params, CONFIG),
+        Published(params, CONFIG),
+    ):
+        gap = jnp.abs(logits_of(side, prompt) - exact).mean() / exact.std()
+        gaps.append(float(gap))
+    print("mean difference from the published formulation in float32, in spreads:")
+    print(f"ours, float32 {gaps[0]:.1e}; ours, bfloat16 {gaps[1]:.2f};", end=" ")
+    print(f"published, bfloat16 {gaps[2]:.2f}")
+    if gaps[0] > 1e-3 or gaps[1] > 1.2 * gaps[2]:
+        raise SystemExit("the two formulations do not agree")
 
 
 def seconds(run: Callable[[], Any]) -> float:

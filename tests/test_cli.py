@@ -1,0 +1,168 @@
+"""The command line, as a stranger types it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import annotated_moe as am
+from annotated_moe import cli
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MAIN = "import sys; from annotated_moe.cli import main; sys.exit(main())"
+PROMPT = "In the beginning"
+GREEDY = ["--temperature", "0", "--dtype", "float32", "--max-new-tokens", "6"]
+
+
+def run(*words, **options):
+    """In a process of its own: exit code, stdout, stderr."""
+    command = [sys.executable, "-c", MAIN, *words]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def generate(capsys, *words):
+    code = cli.main(["generate", *words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def refusal(capsys, *words):
+    """The one line that a mistake is answered with."""
+    try:
+        code = cli.main(list(words))
+    except SystemExit as done:
+        code = done.code
+    said = capsys.readouterr()
+    assert code == 2 and said.out == ""
+    assert said.err.startswith("annotated-moe")
+    return said.err
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """What the small model says, straight from the package."""
+    model = am.load(dtype="float32")
+    return PROMPT + model.generate([PROMPT], max_new_tokens=6)[0] + "\n"
+
+
+def test_text_on_stdout_and_the_rest_on_stderr(capsys, greedy):
+    code, out, err = generate(capsys, "--prompt", PROMPT, *GREEDY)
+    assert code == 0 and out == greedy
+    assert "Loaded the small model" in err and "1 CPU device " in err
+    assert "6 new tokens" in err and "a second" in err
+
+
+def test_eight_devices_in_a_new_process_say_the_same(greedy):
+    """The process starts with one device: the command makes eight."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    words = ["generate", "--devices", "8", "--prompt", PROMPT, *GREEDY]
+    code, out, err = run(*words, env=environment)
+    assert code == 0, err
+    assert out == greedy and "8 CPU devices" in err
+
+
+def test_a_seed_decides_the_text(capsys):
+    words = ["--prompt", PROMPT, "--max-new-tokens", "6", "--temperature", "2"]
+    texts = [
+        generate(capsys, *words, "--seed", seed)[1] for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_any_text_comes_back_as_it_went_in(capsys):
+    """Characters that no piece holds are spelled in bytes."""
+    prompt = "naïve 漢字 \U0001f600\n\ttabs  and spaces "
+    code, out, _ = generate(capsys, "--prompt", prompt, *GREEDY)
+    assert code == 0 and out.startswith(prompt)
+
+
+def test_without_a_number_it_stops_where_the_context_ends():
+    model = am.load()
+    assert cli.room(model, PROMPT) == 128
+    assert cli.room(model, "a b " * 100) == 256 - len(model.text_ids("a b " * 100)) + 1
+    assert cli.room(model, "a b " * 500) == 1
+
+
+MISTAKES = {
+    "no command": ([], "COMMAND"),
+    "another command": (["sing"], "sing"),
+    "no prompt": (["generate"], "--prompt"),
+    "unknown option": (["generate", "--prompt", "x", "--loud"], "--loud"),
+    "no number": (["generate", "--prompt", "x", "--seed", "one"], "one"),
+    "dtype": (["generate", "--prompt", "x", "--dtype", "float64"], "float64"),
+    "no model": (["generate", "--prompt", "x", "--model", "no/such"], "no/such"),
+    "no model to tell of": (["info", "--model", "no/such"], "no/such"),
+    "no devices": (["generate", "--prompt", "x", "--devices", "0"], "--devices"),
+    "too many devices": (["generate", "--prompt", "x", "--devices", "9"], "9 devices"),
+    "far too many": (["generate", "--prompt", "x", "--devices", "99999"], "--devices"),
+    "no text": (["generate", "--prompt", ""], "empty"),
+    "too long": (["generate", "--prompt", "a b " * 500], "context holds 256"),
+    "too much": (
+        ["generate", "--prompt", "x", "--max-new-tokens", "999"], "context holds 256"
+    ),
+    "negative": (["generate", "--prompt", "x", "--max-new-tokens", "-1"], "-1"),
+    "cold": (["generate", "--prompt", "x", "--temperature", "-1"], "temperature"),
+    "nan": (["generate", "--prompt", "x", "--temperature", "nan"], "temperature"),
+    "nucleus": (["generate", "--prompt", "x", "--top-p", "0"], "top_p"),
+    "top-k": (["generate", "--prompt", "x", "--top-k", "0"], "top_k"),
+    "seed": (["generate", "--prompt", "x", "--seed", "-1"], "seed"),
+}
+
+
+@pytest.mark.parametrize("words, said", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(capsys, words, said):
+    lines = refusal(capsys, *words).splitlines()
+    assert lines[-1].startswith("annotated-moe") and said in lines[-1]
+    assert len(lines) == 1
+
+
+def test_a_model_without_a_tokenizer(capsys, tmp_path):
+    small = am.load()
+    am.save(am.Model(small.config, small.params), tmp_path / "bare")
+    words = ["--prompt", "x", "--model", str(tmp_path / "bare")]
+    assert "no tokenizer" in refusal(capsys, "generate", *words)
+
+
+def test_info_tells_what_is_in_the_folder(capsys):
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr()
+    config = json.loads((Path(am.__file__).parent / "small/config.json").read_text())
+    lines = dict(line.split(None, 1) for line in said.out.splitlines())
+    assert said.err == "" and lines["layout"] == "annotated-moe"
+    for name, value in config.items():
+        if name != "format":
+            assert lines[name] == str(value)
+
+
+def test_help_lists_what_there_is():
+    code, out, err = run("--help")
+    assert code == 0 and err == ""
+    rows = [line.split() for line in out.splitlines() if line.startswith("    ")]
+    assert [row[0] for row in rows] == ["generate", "info"]
+
+
+def test_a_reader_who_leaves_is_no_error():
+    """`annotated-moe info | true`"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "info"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_interrupted_is_quiet(capsys, monkeypatch):
+    def interrupt(*job, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.checkpoints, "load", interrupt)
+    assert cli.main(["generate", "--prompt", "x"]) == 130
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,61 @@
+"""The package as it is installed."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import annotated_moe as am
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_the_front_door_holds_what_it_names():
+    source = (REPOSITORY / "annotated_moe/__init__.py").read_text("utf-8")
+    bound = {
+        alias.asname or alias.name
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("annotated_moe")
+        for alias in node.names
+    }
+    assert sorted(am.__all__) == sorted(bound)
+    assert all(getattr(am, name) is not None for name in am.__all__)
+
+
+def test_the_version_is_the_package_s():
+    from importlib.metadata import version
+
+    assert am.__version__ == version("annotated-moe")
+
+
+def test_without_arguments_the_small_model_is_loaded():
+    model = am.load()
+    assert model.config.dtype == "bfloat16"
+    assert model.tokenizer.vocab_size == model.config.vocab_size
+    assert model.config.eos_id == model.tokenizer.eos_id
+    assert model.config.pad_id == model.tokenizer.pad_id
+
+
+def test_the_small_model_is_small():
+    folder = REPOSITORY / "annotated_moe/small"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+
+
+def test_the_wheel_holds_the_model_and_nothing_of_the_book(tmp_path):
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(REPOSITORY)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f"annotated_moe/{p.name}" for p in REPOSITORY.glob("annotated_moe/*.py")}
+    small = ("config.json", "model.safetensors", "tokenizer.model")
+    assert modules <= names and "annotated_moe/py.typed" in names
+    assert {f"annotated_moe/small/{name}" for name in small} <= names
+    others = {name for name in names if not name.startswith("annotated_moe/")}
+    assert all(".dist-info/" in name for name in others)
+    assert not any("__pycache__" in name for name in names)

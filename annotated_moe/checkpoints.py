@@ -171,8 +171,8 @@ def set_items(machine: Machine) -> None:
     """SETITEMS: names and values into the dict below the mark."""
     items = machine.since_mark()
     target, names = machine.pop(), items[::2]
-    named_by_text = all(isinstance(name, str) for name in names)
-    if not isinstance(target, dict) or len(items) % 2 or not named_by_text:
+    good = isinstance(target, dict) and len(items) % 2 == 0
+    if not good or not all(isinstance(name, str) for name in names):
         raise machine.broken("a dict of something else than names")
     target.update(zip(names, items[1::2], strict=True))
     machine.stack.append(target)
@@ -283,14 +283,15 @@ def as_dtype(node: Any) -> np.dtype:
     good = isinstance(node, Node) and node.kind == DTYPE and node.args
     code = node.args[0] if good else None
     name = code.kind if isinstance(code, Node) else code
-    state = node.state if good else None
-    order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+    state: Any = node.state if good else None
+    whole = isinstance(state, tuple) and len(state) > 1
+    order = state[1] if whole else None
     if not isinstance(name, str) or name not in DTYPES:
-        shown = repr(name[:40]) if isinstance(name, str) else "that is none"
+        shown = f" {name[:40]!r}" if isinstance(name, str) else ""
         wanted = ", ".join(DTYPES)
-        raise CheckpointError(f"has a dtype {shown}, not one of {wanted}")
+        raise CheckpointError(f"has a dtype{shown} other than {wanted}")
     if order not in ("<", "|"):
-        raise CheckpointError("has a byte order other than little-endian")
+        raise CheckpointError("has a dtype that is not little-endian")
     return DTYPES[name]
 
 
@@ -312,8 +313,8 @@ def as_array(node: Any) -> np.ndarray:
     size = math.prod(sizes) * dtype.itemsize
     if size != len(raw):
         raise CheckpointError(
-            f"announces {dtype} of shape {sizes}, which is {size} bytes, "
-            f"but holds {len(raw)}"
+            f"announces {dtype} of shape {sizes}, which takes {size} "
+            f"bytes, but holds {len(raw)}"
         )
     return np.frombuffer(raw, dtype).reshape(sizes)
 
@@ -324,12 +325,12 @@ Tensor = np.ndarray | QuantizedTensor
 
 def as_tensor(node: Any) -> Tensor:
     """A plain array, or the release's pair of int8 and scales."""
-    if not (isinstance(node, Node) and node.kind == QUANTIZED):
+    if not isinstance(node, Node) or node.kind != QUANTIZED:
         return as_array(node)
-    state = node.state
-    if not isinstance(state, dict) or set(state) != {"weight", "scales"}:
-        raise CheckpointError("lacks `weight` and `scales`")
-    return QuantizedTensor(*map(as_array, (state["weight"], state["scales"])))
+    s = node.state
+    if not isinstance(s, dict) or set(s) != {"weight", "scales"}:
+        raise CheckpointError("does not hold `weight` and `scales`")
+    return QuantizedTensor(as_array(s["weight"]), as_array(s["scales"]))
 
 
 def read_pickled(path: Path) -> Tensor:
@@ -338,11 +339,14 @@ def read_pickled(path: Path) -> Tensor:
     Raises CheckpointError, naming the file. Nothing in it is run.
     """
     try:
-        return as_tensor(parse(np.memmap(path, np.uint8, "r").data))
+        data = np.memmap(path, np.uint8, "r").data
+    except (OSError, ValueError) as error:
+        message = f"{path} is not readable: {error}"
+        raise CheckpointError(message) from None
+    try:
+        return as_tensor(parse(data))
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no pickled tensor: {error}") from None
 
 
 # %% book/chapters/09_checkpoints.md, cell 30
@@ -361,7 +365,7 @@ def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def grok_paths(config: ModelConfig) -> list[str]:
-    """The release's path of every file, in the order of their numbers."""
+    """The release's path of every file, in the files' order."""
     paths = []
     for path in expected(config):
         top, rest = path.split("/", 1)
@@ -373,6 +377,7 @@ def grok_paths(config: ModelConfig) -> list[str]:
     return sorted(paths)
 
 
+# %% book/chapters/09_checkpoints.md, cell 31
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token makes use of."""
     sizes = {path: math.prod(s) for path, s in expected(config).items()}
@@ -382,7 +387,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, total - idle // config.num_experts
 
 
-# %% book/chapters/09_checkpoints.md, cell 35
+# %% book/chapters/09_checkpoints.md, cell 36
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -408,24 +413,26 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 36
+# %% book/chapters/09_checkpoints.md, cell 37
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable: {error}") from None
+        message = f"{path} is not readable: {error}"
+        raise CheckpointError(message) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold one JSON object")
     return content
 
 
+# %% book/chapters/09_checkpoints.md, cell 38
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise CheckpointError(
-            f"{path} has the field {unknown[0]!r}, which is not supported; "
-            f"known are {', '.join(sorted(known))}"
+            f"{path} has the field {unknown[0][:40]!r}, which is not "
+            f"supported; known are {', '.join(sorted(known))}"
         )
 
 
@@ -440,7 +447,7 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09_checkpoints.md, cell 37
+# %% book/chapters/09_checkpoints.md, cell 39
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
@@ -464,30 +471,35 @@ def grok_config(path: Path) -> ModelConfig:
         )
     values = {GROK_NAMES[name]: value for name, value in flat.items()}
     width = make_config(path, values).d_model
-    return make_config(path, {**values, "d_ff": ffn_size(width, widening)})
+    values["d_ff"] = ffn_size(width, widening)
+    return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 39
+# %% book/chapters/09_checkpoints.md, cell 41
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
-    *above, groups, out = w.scales.shape if w.scales.ndim > 1 else (0, 0)
+    scales = tuple(w.scales.shape)
+    *above, groups, out = scales if len(scales) > 1 else (0, 0)
     fits = above == lead and out == f and groups and d % groups == 0
     dtypes = (w.weight.dtype, w.scales.dtype)
     if not fits or dtypes != (np.int8, ml_dtypes.bfloat16):
         wanted = ", ".join(map(str, (*lead, "G", f)))
         raise CheckpointError(
             f"{where}: {name} is {dtypes[0]} of shape {w.shape} with "
-            f"{dtypes[1]} scales of shape {tuple(w.scales.shape)}; expected "
-            f"int8, and bfloat16 scales ({wanted}) where G divides {d}"
+            f"{dtypes[1]} scales of shape {scales}; expected int8, and "
+            f"bfloat16 scales ({wanted}) where G divides {d}"
         )
 
 
+# %% book/chapters/09_checkpoints.md, cell 42
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
     return path.endswith("/w") and "/router/" not in path
 
 
-def check_tensor(where: Path, name: str, w: Tensor, shape: tuple) -> None:
+def check_tensor(
+    where: Path, name: str, w: Tensor, shape: tuple[int, ...]
+) -> None:
     if tuple(w.shape) != shape:
         raise CheckpointError(
             f"{where}: {name} has shape {tuple(w.shape)}; the "
@@ -496,7 +508,8 @@ def check_tensor(where: Path, name: str, w: Tensor, shape: tuple) -> None:
     if not isinstance(w, QuantizedTensor):
         if w.dtype not in (np.float32, ml_dtypes.bfloat16):
             raise CheckpointError(
-                f"{where}: {name} is {w.dtype}; expected float32 or bfloat16"
+                f"{where}: {name} is {w.dtype}; "
+                "expected float32 or bfloat16"
             )
     elif may_be_quantized(name):
         check_scales(where, name, w)
@@ -504,25 +517,26 @@ def check_tensor(where: Path, name: str, w: Tensor, shape: tuple) -> None:
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 40
+# %% book/chapters/09_checkpoints.md, cell 43
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
-    wanted = [f"tensor{i:05d}_000" for i in range(len(names))]
-    found = {p.name for p in folder.iterdir() if p.name.startswith("tensor")}
-    for file, name in zip(wanted, names, strict=True):
+    files = [f"tensor{i:05d}_000" for i in range(len(names))]
+    found = {p.name for p in folder.glob("tensor*")}
+    for file, name in zip(files, names, strict=True):
         if file not in found:
-            raise CheckpointError(f"{folder} lacks {file}, which is {name}")
-    extra = sorted(found - set(wanted))
+            message = f"{folder} lacks {file}, which is {name}"
+            raise CheckpointError(message)
+    extra = sorted(found - set(files))
     if extra:
         raise CheckpointError(
-            f"{folder} holds {extra[0]}, but this configuration has only "
-            f"{len(wanted)} tensors: does config.json belong to it?"
+            f"{folder} holds {extra[0]}, but this configuration has "
+            f"only {len(files)} tensors: does config.json belong to it?"
         )
-    return [folder / file for file in wanted]
+    return [folder / file for file in files]
 
 
 def our_path(name: str) -> tuple[str, int | None]:
-    """transformer/decoder_layer_3/router/w -> decoder_layer/router/w, 3."""
+    """transformer/decoder_layer_3/a/w -> decoder_layer/a/w and 3."""
     top, rest = name.split("/", 1)
     if top == "language_model":
         return rest, None
@@ -530,7 +544,7 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 41
+# %% book/chapters/09_checkpoints.md, cell 44
 @dataclass(frozen=True)
 class Stack:
     """Arrays of one shape and dtype behind one another, not copied."""
@@ -551,7 +565,8 @@ def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
     if not pairs:
         return Stack(parts)
-    if len(pairs) < len(parts) or len({w.scales.shape for w in pairs}) > 1:
+    shapes = {w.scales.shape for w in pairs}
+    if len(pairs) < len(parts) or len(shapes) > 1:
         raise CheckpointError(
             f"{where}: the layers of {path} are not all quantized alike"
         )
@@ -559,13 +574,14 @@ def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     return QuantizedTensor(Stack([w.weight for w in pairs]), scales)
 
 
-# %% book/chapters/09_checkpoints.md, cell 42
+# %% book/chapters/09_checkpoints.md, cell 45
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
+    files = grok_files(folder, names)
     tensors: dict[str, Any] = {}
     layers: dict[str, dict[int, Tensor]] = {}
-    for file, name in zip(grok_files(folder, names), names, strict=True):
+    for file, name in zip(files, names, strict=True):
         path, layer = our_path(name)
         w = read_pickled(file)
         if layer is None:
@@ -580,19 +596,22 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 43
-def on_devices(source: Any, spec: P, mesh: Any, dtype: Any) -> jax.Array:
+# %% book/chapters/09_checkpoints.md, cell 46
+def on_devices(
+    source: Any, spec: P, mesh: Mesh | None, dtype: Any
+) -> jax.Array:
     """An array of which each device reads the part that it keeps."""
+    def read(index: Any) -> np.ndarray:
+        return np.asarray(source[index], dtype)
+
     if mesh is None:
-        return jnp.array(source[(slice(None),) * len(source.shape)], dtype)
+        return jnp.array(read((slice(None),) * len(source.shape)))
     where = NamedSharding(mesh, spec)
-    return jax.make_array_from_callback(
-        source.shape, where, lambda index: np.asarray(source[index], dtype)
-    )
+    return jax.make_array_from_callback(source.shape, where, read)
 
 
-# %% book/chapters/09_checkpoints.md, cell 44
-def place(path: str, w: Any, mesh: Any, dtype: str) -> Any:
+# %% book/chapters/09_checkpoints.md, cell 47
+def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
     if path.startswith("decoder_layer/"):
@@ -606,8 +625,10 @@ def place(path: str, w: Any, mesh: Any, dtype: str) -> Any:
     return on_devices(w, spec, mesh, dtype)
 
 
-def place_quantized(w: Any, spec: P, mesh: Any) -> QuantizedTensor:
-    """Both arrays; scales repeated until each device's rows own theirs."""
+def place_quantized(
+    w: QuantizedTensor, spec: P, mesh: Mesh | None
+) -> QuantizedTensor:
+    """Both arrays; each device's rows get scales of their own."""
     specs = QuantizedTensor(spec, spec)
     if mesh is not None:
         w = sharding.fit_groups(w, spec, mesh)
@@ -619,7 +640,7 @@ def place_quantized(w: Any, spec: P, mesh: Any) -> QuantizedTensor:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 45
+# %% book/chapters/09_checkpoints.md, cell 48
 OUR_FORMAT = "annotated-moe"
 
 
@@ -638,18 +659,18 @@ def flat_arrays(params: dict) -> dict[str, np.ndarray]:
 
 
 def write_parts(model: Model, folder: Path) -> None:
-    arrays = flat_arrays(model.params)
-    save_file(arrays, folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    config = folder / "config.json"
+    save_file(flat_arrays(model.params), weights)
     settings = {"format": OUR_FORMAT, **asdict(model.config)}
-    text = json.dumps(settings, indent=1) + "\n"
-    (folder / "config.json").write_text(text)
+    config.write_text(json.dumps(settings, indent=1) + "\n")
     # safetensors makes files that only their owner may read.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    shutil.copymode(config, weights)
     if model.tokenizer is not None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 46
+# %% book/chapters/09_checkpoints.md, cell 49
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -665,15 +686,17 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
             f"{OUR_FORMAT!r}: choose another folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}-"
-    with tempfile.TemporaryDirectory("", prefix, target.parent) as scratch:
-        new = Path(scratch) / "new"
+    scratch = tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=f".{target.name}-"
+    )
+    with scratch as folder:
+        new = Path(folder) / "new"
         new.mkdir()
         write_parts(model, new)
-        put_in_place(new, target, Path(scratch) / "old")
+        put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 47
+# %% book/chapters/09_checkpoints.md, cell 50
 PARTS = {"config.json", "model.safetensors", "tokenizer.model"}
 
 
@@ -696,7 +719,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 48
+# %% book/chapters/09_checkpoints.md, cell 51
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -722,7 +745,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 49
+# %% book/chapters/09_checkpoints.md, cell 52
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -739,13 +762,13 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
         tensors[path] = w
     if arrays:
         raise CheckpointError(
-            f"{file} holds {min(arrays)}, which its configuration has no "
-            "place for"
+            f"{file} holds {min(arrays)}, which its configuration "
+            "has no place for"
         )
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 50
+# %% book/chapters/09_checkpoints.md, cell 53
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -756,18 +779,18 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
         return quantize(w, groups if module.endswith(split) else 1)
 
     return {
-        module: {name: one(module, name, w) for name, w in leaves.items()}
-        for module, leaves in params.items()
+        module: {name: one(module, name, w) for name, w in ws.items()}
+        for module, ws in params.items()
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 51
+# %% book/chapters/09_checkpoints.md, cell 54
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not a folder: give the one that holds ckpt-0/ "
-            "or model.safetensors"
+            f"{folder} is not a folder: give the one that holds "
+            "ckpt-0/ or model.safetensors"
         )
     folder = folder.parent if folder.name == "ckpt-0" else folder
     settings = folder / "config.json"
@@ -781,8 +804,11 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-def find_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
-    """`tokenizer.model`, if there is one; its ids must fit the model."""
+# %% book/chapters/09_checkpoints.md, cell 55
+def find_tokenizer(
+    folder: Path, config: ModelConfig
+) -> Tokenizer | None:
+    """`tokenizer.model`, if there; its ids must fit the model."""
     path = folder / "tokenizer.model"
     if not path.exists():
         return None
@@ -792,18 +818,19 @@ def find_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
         raise CheckpointError(str(error)) from None
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{path} has {tokenizer.vocab_size} pieces, but the model's "
-            f"vocabulary is {config.vocab_size}"
+            f"{path} has {tokenizer.vocab_size} pieces, but the "
+            f"model's vocabulary is {config.vocab_size}"
         )
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 52
+# %% book/chapters/09_checkpoints.md, cell 56
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
+# %% book/chapters/09_checkpoints.md, cell 57
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -819,13 +846,14 @@ def load(
     """
     axes = getattr(mesh, "axis_names", ())
     if mesh is not None and set(axes) != {"data", "model"}:
-        raise ValueError("mesh must have axes data and model: use make_mesh")
+        raise ValueError("mesh needs axes data, model: use make_mesh")
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
     config = replace(config, dtype=dtype)
     params: dict[str, dict] = {}
     for name, w in read(where, config).items():
         module, leaf = name.rsplit("/", 1)
-        params.setdefault(module, {})[leaf] = place(name, w, mesh, dtype)
+        w = place(name, w, mesh, dtype)
+        params.setdefault(module, {})[leaf] = w
     beside = where.parent if where.name == "ckpt-0" else where
     return Model(config, params, find_tokenizer(beside, config), mesh)

@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 65
+# %% book/chapters/09_checkpoints.md, cell 70
 import argparse
 import os
 import sys
@@ -30,11 +30,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 66
+# %% book/chapters/09_checkpoints.md, cell 71
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
-        raise ValueError(f"--devices must be from 1 to 512, not {devices}")
+        raise ValueError(f"--devices must be 1 to 512, not {devices}")
     if devices == 1:
         return None
     with suppress(RuntimeError):
@@ -43,6 +43,7 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
+# %% book/chapters/09_checkpoints.md, cell 72
 def open_model(
     path: str | None, devices: int, dtype: str
 ) -> tuple[Model, str]:
@@ -61,19 +62,20 @@ def open_model(
     )
 
 
+# %% book/chapters/09_checkpoints.md, cell 73
 def room(model: Model, prompt: str) -> int:
     """At most 128 new tokens, and never more than the context holds."""
     left = model.config.context - len(model.text_ids(prompt)) + 1
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 67
+# %% book/chapters/09_checkpoints.md, cell 74
 def run_generate(args: argparse.Namespace) -> None:
     model, status = open_model(args.model, args.devices, args.dtype)
-    wanted = args.max_new_tokens
+    new = args.max_new_tokens
     pieces = model.stream(
         args.prompt,
-        max_new_tokens=room(model, args.prompt) if wanted is None else wanted,
+        max_new_tokens=room(model, args.prompt) if new is None else new,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
@@ -83,14 +85,16 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(args.prompt, pieces)))
 
 
+# %% book/chapters/09_checkpoints.md, cell 75
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
     for piece in pieces:
-        print("" if times else prompt, piece, sep="", end="", flush=True)
+        text = piece if times else prompt + piece
+        print(text, end="", flush=True)
         times.append(time.perf_counter())
     print(flush=True)
-    return times[:-1]                       # the last piece was the rest
+    return times[:-1]                       # the last was no token
 
 
 def rate(times: list[float]) -> str:
@@ -102,38 +106,44 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 76
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.model or checkpoints.small_model())
     config, _, where = checkpoints.find_layout(folder)
     total, active = checkpoints.parameter_counts(config)
     size = sum(p.stat().st_size for p in where.iterdir() if p.is_file())
-    layout = "Grok-1" if where.name == "ckpt-0" else checkpoints.OUR_FORMAT
-    print(f"layout                {layout}")
-    print(f"parameters            {total:,}, {active:,} active per token")
-    print(f"size on disk          {size:,} bytes")
-    for name, value in vars(config).items():
+    released = where.name == "ckpt-0"
+    about = {
+        "layout": "Grok-1" if released else checkpoints.OUR_FORMAT,
+        "parameters": f"{total:,}, {active:,} active per token",
+        "size on disk": f"{size:,} bytes",
+    }
+    for name, value in {**about, **vars(config)}.items():
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 69
+# %% book/chapters/09_checkpoints.md, cell 77
+FOLDER = "checkpoint folder [the small model]"
+
+
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
     sub.set_defaults(run=run_generate)
-    sub.add_argument("--model", help="checkpoint folder [the small model]")
-    sub.add_argument("--prompt", required=True, help="text to go on from")
-    add = sub.add_argument
-    add("--max-new-tokens", type=int, help="[128, or what the context holds]")
-    add("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
-    add("--top-p", type=float, default=0.95, help="nucleus [0.95]")
-    add("--top-k", type=int, help="keep the k likeliest tokens [all]")
-    add("--seed", type=int, default=0, help="same seed, same text [0]")
-    add("--devices", type=int, default=1, help="shard over this many [1]")
-    choices = ["bfloat16", "float32"]
-    add("--dtype", choices=choices, default=choices[0], help="[bfloat16]")
+    add, number, real = sub.add_argument, {"type": int}, {"type": float}
+    add("--model", help=FOLDER)
+    add("--prompt", required=True, help="text to go on from")
+    add("--max-new-tokens", **number, help="[128, or what fits]")
+    add("--temperature", **real, default=0.8, help="0 is greedy [0.8]")
+    add("--top-p", **real, default=0.95, help="nucleus [0.95]")
+    add("--top-k", **number, help="keep the k likeliest tokens [all]")
+    add("--seed", **number, default=0, help="same seed, same text [0]")
+    add("--devices", **number, default=1, help="shard over so many [1]")
+    dtypes = ["bfloat16", "float32"]
+    add("--dtype", choices=dtypes, default=dtypes[0], help="[bfloat16]")
 
 
+# %% book/chapters/09_checkpoints.md, cell 78
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -148,12 +158,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     text = "print a checkpoint's configuration and size"
     sub = commands.add_parser("info", help=text, description=text)
-    sub.add_argument("--model", help="checkpoint folder [the small model]")
+    sub.add_argument("--model", help=FOLDER)
     sub.set_defaults(run=run_info)
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 70
+# %% book/chapters/09_checkpoints.md, cell 79
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     args = make_parser().parse_args(argv)

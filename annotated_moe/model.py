@@ -12,10 +12,11 @@ ship inside this package.
 # %% book/chapters/08_model.md, cell 1
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import takewhile
+from typing import Any, NamedTuple, cast
 
 import haiku as hk
 import jax
@@ -197,7 +198,7 @@ def norm_function() -> hk.Transformed:
 
 
 # %% book/chapters/08_model.md, cell 11
-Params = dict[str, dict[str, Any]]
+Params = Mapping[str, Mapping[str, Any]]
 
 
 def init_params(key: Array, config: ModelConfig) -> Params:
@@ -265,8 +266,9 @@ def decoder(
 
     def body(carry, layer):
         weights = weights_of(layers, layer)
-        h, cache, _ = apply(weights, carry[0], positions, carry[1], layer)
-        return (h, cache), None
+        h = sharding.constrain(carry[0], None, None, "data")
+        h, cache, _ = apply(weights, h, positions, carry[1], layer)
+        return (sharding.constrain(h, None, None, "data"), cache), None
 
     depth = jnp.arange(config.num_layers)
     (h, cache), _ = jax.lax.scan(body, (h, cache), depth)
@@ -417,8 +419,8 @@ def pin(cache: KVCache) -> KVCache:
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
-    shape = (config.num_layers, batch, slots)
-    shape += (config.kv_heads, config.head_size)
+    heads = (config.kv_heads, config.head_size)
+    shape = (config.num_layers, batch, slots, *heads)
     k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
     return pin(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
@@ -442,10 +444,11 @@ def prefill(
             f"{tokens.shape[1]} tokens do not fit {cache.k.shape[2]} slots"
         )
     length = cache.length + lengths
-    h, cache, _ = forward(params, tokens, config, cache)
+    h, grown, _ = forward(params, tokens, config, cache)
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)
     logits = unembed(params, last, config)[:, 0]
-    return logits, pin(KVCache(cache.k, cache.v, length))
+    new = replace(cast(KVCache, grown), length=length)
+    return logits, pin(new)
 
 
 # %% book/chapters/08_model.md, cell 38
@@ -461,9 +464,10 @@ def decode_step(
     A row whose slots are all taken attends without the new token; the
     caller must not let it come to that. The old cache is gone.
     """
-    h, cache, _ = forward(params, tokens[:, None], config, cache)
+    h, grown, _ = forward(params, tokens[:, None], config, cache)
     logits = unembed(params, h, config)[:, 0]
-    return logits, pin(KVCache(cache.k, cache.v, cache.length + 1))
+    new = replace(cast(KVCache, grown), length=cache.length + 1)
+    return logits, pin(new)
 
 
 # %% book/chapters/08_model.md, cell 45
@@ -680,13 +684,11 @@ def collect(
 
 
 def stream_text(
-    steps: Iterable[list[int]], tokenizer: Tokenizer, stop: Collection[int]
+    ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
     """One row's tokens as text, whole characters at a time."""
     text = tokenizer.stream()
-    for (token,) in steps:
-        if token in stop:
-            break
+    for token in ids:
         yield text.push(token)
     yield text.flush()
 
@@ -709,11 +711,15 @@ class Runnable:
 
     def text_ids(self, text: Any) -> list[int]:
         """Ids of one prompt; ValueError without a tokenizer."""
-        if self.tokenizer is None:
-            raise ValueError("no tokenizer came with it: use generate_ids")
         if not isinstance(text, str):
             raise TypeError(f"a prompt must be a str: {text!r}")
-        return self.tokenizer.encode(text)
+        return self.words().encode(text)
+
+    def words(self) -> Tokenizer:
+        """The tokenizer; ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError("no tokenizer came with it: use generate_ids")
+        return self.tokenizer
 
 
 # %% book/chapters/08_model.md, cell 62
@@ -763,6 +769,17 @@ class IdModel(Runnable):
         steps = token_steps(self, rows, how, max_new_tokens)
         return collect(steps, len(rows), stop_ids)
 
+    def stream_ids(
+        self, prompt: Any, max_new_tokens: int = 32,
+        temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
+        seed: Any = 0, stop_ids: Collection[int] = (),
+    ) -> Iterator[int]:
+        """The new ids of one list of ids, each as it comes."""
+        rows = check_rows([prompt], max_new_tokens, self.config)
+        how = sampling(1, temperature, top_p, top_k, seed)
+        steps = token_steps(self, rows, how, max_new_tokens)
+        return takewhile(lambda t: t not in stop_ids, (t for (t,) in steps))
+
 
 # %% book/chapters/08_model.md, cell 64
 class Model(IdModel):
@@ -777,20 +794,24 @@ class Model(IdModel):
         rows = [self.text_ids(prompt) for prompt in prompts]
         options.setdefault("stop_ids", (self.config.eos_id,))
         new = self.generate_ids(rows, **options)
-        return [self.tokenizer.decode(row) for row in new]
+        return [self.words().decode(row) for row in new]
 
     def stream(
         self, prompt: str, max_new_tokens: int = 32,
         temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
         seed: Any = 0, stop_ids: Collection[int] | None = None,
     ) -> Iterator[str]:
-        """The new text of one prompt, piece by piece as it comes."""
-        rows = [self.text_ids(prompt)]
-        rows = check_rows(rows, max_new_tokens, self.config)
-        how = sampling(1, temperature, top_p, top_k, seed)
-        steps = token_steps(self, rows, how, max_new_tokens)
+        """The new text of one prompt, piece by piece as it comes.
+
+        Joined, it is what `generate` gives: SentencePiece drops the
+        space before a first word, of new text too.
+        """
         stop = (self.config.eos_id,) if stop_ids is None else stop_ids
-        return stream_text(steps, self.tokenizer, stop)
+        ids = self.stream_ids(
+            self.text_ids(prompt), max_new_tokens, temperature, top_p,
+            top_k, seed, stop,
+        )
+        return stream_text(ids, self.words())
 
 
 # %% book/chapters/08_model.md, cell 70

@@ -96,7 +96,7 @@ def expert(
     return matmul(geglu(gate, up, x.dtype), w.linear_1, index)
 
 
-# %% book/chapters/05_moe.md, cell 19
+# %% book/chapters/05_moe.md, cell 20
 def plain(w: Weight) -> Float[Array, "..."]:
     """`w` as an ordinary array; quantized weights become float32."""
     if isinstance(w, Row):
@@ -104,7 +104,7 @@ def plain(w: Weight) -> Float[Array, "..."]:
     return dequantize(w) if isinstance(w, QuantizedTensor) else w
 
 
-# %% book/chapters/05_moe.md, cell 20
+# %% book/chapters/05_moe.md, cell 21
 def check_shapes(
     x: Array, gates: Array, experts: Array, w: Experts, num_experts: int
 ) -> None:
@@ -119,7 +119,7 @@ def check_shapes(
         raise ValueError(f"{held} experts in w, not {num_experts}")
 
 
-# %% book/chapters/05_moe.md, cell 21
+# %% book/chapters/05_moe.md, cell 22
 def every_expert(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -148,7 +148,7 @@ def every_expert(
     return jnp.sum(out * gates[..., None], axis=1)
 
 
-# %% book/chapters/05_moe.md, cell 26
+# %% book/chapters/05_moe.md, cell 27
 def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     """Seats per expert: `factor` times the mean load, at most `n`.
 
@@ -159,7 +159,7 @@ def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     return min(n, math.ceil(factor * n * a / num_experts))
 
 
-# %% book/chapters/05_moe.md, cell 27
+# %% book/chapters/05_moe.md, cell 28
 def places(
     experts: Int[Array, "N A"], num_experts: int
 ) -> Int[Array, "N A"]:
@@ -170,7 +170,7 @@ def places(
     return place.reshape(experts.shape)
 
 
-# %% book/chapters/05_moe.md, cell 28
+# %% book/chapters/05_moe.md, cell 29
 def dropped(
     experts: Int[Array, "N A"], num_experts: int, factor: float = 1.5
 ) -> Bool[Array, "N A"]:
@@ -183,7 +183,7 @@ def dropped(
     return places(experts, num_experts) >= seats
 
 
-# %% book/chapters/05_moe.md, cell 32
+# %% book/chapters/05_moe.md, cell 33
 def experts_at_once(
     x: Float[Array, "E C D"], w: Experts
 ) -> Float32[Array, "E C D"]:
@@ -196,7 +196,7 @@ def experts_at_once(
     return times(geglu(gate, up, x.dtype), w.linear_1)
 
 
-# %% book/chapters/05_moe.md, cell 33
+# %% book/chapters/05_moe.md, cell 34
 def capacity_and_drop(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -224,7 +224,7 @@ def capacity_and_drop(
     return jnp.sum(out * gates[..., None], axis=1)
 
 
-# %% book/chapters/05_moe.md, cell 38
+# %% book/chapters/05_moe.md, cell 39
 class Blocks(NamedTuple):
     """Choices sorted by expert, and the blocks that cover them."""
 
@@ -234,7 +234,7 @@ class Blocks(NamedTuple):
     first: Int[Array, " E+1"]                   # its first block
 
 
-# %% book/chapters/05_moe.md, cell 39
+# %% book/chapters/05_moe.md, cell 40
 def plan_blocks(
     experts: Int[Array, "N A"], num_experts: int, block: int
 ) -> Blocks:
@@ -253,7 +253,7 @@ def plan_blocks(
     return Blocks(order, starts, counts, first)
 
 
-# %% book/chapters/05_moe.md, cell 40
+# %% book/chapters/05_moe.md, cell 41
 def rows_of_block(
     plan: Blocks, j: Int[Array, ""] | int, block: int
 ) -> tuple[Int[Array, ""], Int[Array, " {block}"]]:
@@ -267,7 +267,7 @@ def rows_of_block(
     return e, jnp.where(row < plan.counts[e], choice, nobody)
 
 
-# %% book/chapters/05_moe.md, cell 44
+# %% book/chapters/05_moe.md, cell 45
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
     if n * a <= 2:
@@ -276,7 +276,7 @@ def block_rows(n: int, a: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
 
-# %% book/chapters/05_moe.md, cell 45
+# %% book/chapters/05_moe.md, cell 46
 def sort_and_tile(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -309,7 +309,7 @@ def sort_and_tile(
     return inference_only(jax.lax.fori_loop(0, blocks, add_block, y))
 
 
-# %% book/chapters/05_moe.md, cell 46
+# %% book/chapters/05_moe.md, cell 47
 @jax.custom_vjp
 def inference_only(y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`y`; raises NotImplementedError when it is differentiated."""
@@ -325,7 +325,7 @@ def refuse(*_: Any) -> Any:
 inference_only.defvjp(refuse, refuse)
 
 
-# %% book/chapters/05_moe.md, cell 65
+# %% book/chapters/05_moe.md, cell 66
 def load_balancing_loss(
     probs: Float32[Array, "N E"], experts: Int[Array, "N A"]
 ) -> Float32[Array, ""]:
@@ -338,13 +338,13 @@ def load_balancing_loss(
     return e * jnp.sum(share * jnp.mean(probs, axis=0))
 
 
-# %% book/chapters/05_moe.md, cell 67
+# %% book/chapters/05_moe.md, cell 68
 def router_z_loss(logits: Float32[Array, "N E"]) -> Float32[Array, ""]:
     """Mean squared log-sum-exp of the logits. Source: ST-MoE, eq. 5."""
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
 
 
-# %% book/chapters/05_moe.md, cell 75
+# %% book/chapters/05_moe.md, cell 76
 def sharded_experts(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -373,7 +373,7 @@ def sharded_experts(
     )(x, gates, experts, w)
 
 
-# %% book/chapters/05_moe.md, cell 77
+# %% book/chapters/05_moe.md, cell 78
 class Parameter(hk.Module):
     """A module that only holds the float32 parameter `w`."""
 
@@ -382,7 +382,7 @@ class Parameter(hk.Module):
         return hk.get_parameter("w", shape, jnp.float32, init)
 
 
-# %% book/chapters/05_moe.md, cell 78
+# %% book/chapters/05_moe.md, cell 79
 class Router(hk.Module):
     """`route` with a learned float32 `w` of shape [D, E]."""
 
@@ -400,7 +400,7 @@ class Router(hk.Module):
         return route(x, w, self.top_k)
 
 
-# %% book/chapters/05_moe.md, cell 79
+# %% book/chapters/05_moe.md, cell 80
 class MoE(hk.Module):
     """The experts of a layer; with `train`, the way with a gradient."""
 

@@ -227,10 +227,10 @@ def logits_of(side: Any, prompt: jax.Array) -> jax.Array:
 
 
 def check_agreement(params: Any, prompt: jax.Array) -> None:
-    """In float32 both must say the same; in bfloat16 ours must be as near to that.
+    """In float32 both must say the same, and in bfloat16 nearly that.
 
-    Random layers choose other experts at the smallest rounding, so in bfloat16
-    two right answers are far apart, and only their distance from float32 counts.
+    Random routers are often undecided and change their choice at the smallest
+    rounding, so in bfloat16 the bound is loose; unrelated logits differ by 1.1.
     """
     exact_config, gaps = replace(CONFIG, dtype="float32"), []
     exact = logits_of(Published(params, exact_config), prompt)
@@ -244,7 +244,7 @@ def check_agreement(params: Any, prompt: jax.Array) -> None:
     print("mean difference from the published formulation in float32, in spreads:")
     print(f"ours, float32 {gaps[0]:.1e}; ours, bfloat16 {gaps[1]:.2f};", end=" ")
     print(f"published, bfloat16 {gaps[2]:.2f}")
-    if gaps[0] > 1e-3 or gaps[1] > 1.2 * gaps[2]:
+    if gaps[0] > 1e-3 or max(gaps) > 0.3:
         raise SystemExit("the two formulations do not agree")
 
 

@@ -685,7 +685,7 @@ def test_another_dtype_is_refused(dtype):
 
 def test_a_mesh_with_other_axes_is_refused():
     mesh = jax.make_mesh((2,), ("x",))
-    with pytest.raises(ValueError, match="axes data and model"):
+    with pytest.raises(ValueError, match="axes data, model"):
         am.load(mesh=mesh)
 
 

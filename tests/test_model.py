@@ -94,17 +94,20 @@ def weights(kind):
 
 
 def agrees(kind, name, ours, mode, real=None):
-    """float32 to 1e-4; bfloat16 as near as recordings are to one another."""
+    """float32 to 1e-4. bfloat16 as near to the release's float32 and compiled
+    bfloat16 runs as its run with every rounding (`bf16e`) is to float32.
+    """
     select = slice(None) if real is None else real
-    modes = ["f32"] if mode == "f32" else ["f32", "bf16", "bf16e"]
-    recorded = [RECORDED[kind][f"{name}.{m}"][select] for m in modes]
+    modes = ("f32", "bf16", "bf16e")
+    exact, coarse, rounded = (RECORDED[kind][f"{name}.{m}"][select] for m in modes)
     ours = np.asarray(ours)[select]
     if mode == "f32":
-        np.testing.assert_allclose(ours, recorded[0], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-4)
         return
     for measure in (np.max, np.mean):
-        spread = max(measure(abs(a - b)) for a in recorded for b in recorded)
-        assert all(measure(abs(ours - a)) <= spread for a in recorded)
+        spread = measure(abs(rounded - exact))
+        assert measure(abs(ours - exact)) <= spread
+        assert measure(abs(ours - coarse)) <= spread
 
 
 @pytest.mark.parametrize("mode", DTYPES)
@@ -346,7 +349,7 @@ def test_text_in_text_out():
     with pytest.raises(TypeError, match="not one str"):
         m.generate("expert")
     with pytest.raises(ValueError, match="temperature"):
-        m.stream("expert", temperature=-1.0)        # before the first token
+        m.stream("expert", max_new_tokens=2, temperature=-1.0)  # at once
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         m.generate([""])
     with pytest.raises(ValueError, match="no tokenizer"):
@@ -399,13 +402,11 @@ def test_a_str_is_not_a_list_of_prompts():
     "change, error",
     [
         ({"d_model": 0}, "d_model must be an integer"),
-        ({"vocab_size": 64.0}, "vocab_size must be an integer"),
         ({"kv_heads": 3}, "no multiple of kv_heads=3"),
         ({"head_size": 7}, "head_size must be even"),
         ({"top_k": 9}, "top_k=9 of only num_experts=8"),
         ({"attn_softcap": 0.0}, "attn_softcap must be positive"),
         ({"rope_base": float("inf")}, "rope_base must be positive"),
-        ({"output_multiplier": None}, "output_multiplier must be positive"),
         ({"eos_id": 64}, "eos_id is not in the vocabulary"),
         ({"dtype": "float16"}, "dtype must be"),
     ],
@@ -416,7 +417,6 @@ def test_configurations_that_make_no_model(change, error):
 
 
 def test_configurations_that_do():
-    assert replace(SMALL, attn_softcap=30).attn_softcap == 30.0
     assert replace(SMALL, attn_softcap=None, num_experts=1, top_k=2)
     init = partial(init_params, config=PRESETS["grok-1"])
     shapes = jax.eval_shape(init, jax.random.key(0))

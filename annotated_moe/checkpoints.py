@@ -41,6 +41,7 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, unsafe, incomplete or not supported."""
 
 
+# %% book/chapters/09_checkpoints.md, cell 7
 @dataclass(eq=False, repr=False)
 class Node:
     """A pickled object as described by its file; nothing is made.
@@ -54,7 +55,7 @@ class Node:
     state: Any = None
 
 
-# %% book/chapters/09_checkpoints.md, cell 7
+# %% book/chapters/09_checkpoints.md, cell 8
 ARRAY = "numpy.core.multiarray._reconstruct"
 DTYPE = "numpy.dtype"
 BFLOAT16 = "ml_dtypes.bfloat16"
@@ -70,7 +71,7 @@ ALLOWED = {
 MARK = object()
 
 
-# %% book/chapters/09_checkpoints.md, cell 8
+# %% book/chapters/09_checkpoints.md, cell 9
 class Reader:
     """A cursor over the bytes of one file."""
 
@@ -101,7 +102,7 @@ class Reader:
             ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 9
+# %% book/chapters/09_checkpoints.md, cell 10
 class Machine(Reader):
     """Pickle's stack machine, describing where pickle would act."""
 
@@ -128,7 +129,7 @@ class Machine(Reader):
         return items[::-1]
 
 
-# %% book/chapters/09_checkpoints.md, cell 10
+# %% book/chapters/09_checkpoints.md, cell 11
 def named(machine: Machine) -> Node:
     """STACK_GLOBAL: pickle imports here. We look the name up."""
     module, name = machine.several(2)
@@ -144,7 +145,7 @@ def named(machine: Machine) -> Node:
     return Node(kind)
 
 
-# %% book/chapters/09_checkpoints.md, cell 11
+# %% book/chapters/09_checkpoints.md, cell 12
 def call(machine: Machine, callable_kinds: tuple[str, ...]) -> Node:
     """REDUCE, NEWOBJ: pickle calls here. We note the arguments."""
     function, args = machine.several(2)
@@ -156,6 +157,7 @@ def call(machine: Machine, callable_kinds: tuple[str, ...]) -> Node:
     return Node(function.kind, args)
 
 
+# %% book/chapters/09_checkpoints.md, cell 13
 def build(machine: Machine) -> None:
     """BUILD: pickle runs `__setstate__` here. We note the state."""
     target, state = machine.several(2)
@@ -166,7 +168,7 @@ def build(machine: Machine) -> None:
     machine.stack.append(target)
 
 
-# %% book/chapters/09_checkpoints.md, cell 12
+# %% book/chapters/09_checkpoints.md, cell 14
 def set_items(machine: Machine) -> None:
     """SETITEMS: names and values into the dict below the mark."""
     items = machine.since_mark()
@@ -178,19 +180,21 @@ def set_items(machine: Machine) -> None:
     machine.stack.append(target)
 
 
+# %% book/chapters/09_checkpoints.md, cell 15
 def recall(machine: Machine, index: int) -> Any:
     if index >= len(machine.memo):
         raise machine.broken(f"memo {index} was never written")
     return machine.memo[index]
 
 
+# %% book/chapters/09_checkpoints.md, cell 16
 def memorize(machine: Machine) -> None:
     item = machine.pop()
     machine.stack.append(item)
     machine.memo.append(item)
 
 
-# %% book/chapters/09_checkpoints.md, cell 13
+# %% book/chapters/09_checkpoints.md, cell 17
 PUSH: dict[str, Callable[[Machine], Any]] = {
     "NONE": lambda m: None,
     "NEWTRUE": lambda m: True,
@@ -213,7 +217,7 @@ PUSH: dict[str, Callable[[Machine], Any]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 14
+# %% book/chapters/09_checkpoints.md, cell 18
 PUSH |= {
     "BINGET": lambda m: recall(m, m.number(1)),
     "LONG_BINGET": lambda m: recall(m, m.number(4)),
@@ -230,10 +234,11 @@ DO: dict[str, Callable[[Machine], Any]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 15
+# %% book/chapters/09_checkpoints.md, cell 19
 OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 
 
+# %% book/chapters/09_checkpoints.md, cell 20
 def step(machine: Machine) -> bool:
     """Carry out one instruction; False when it was STOP."""
     code = machine.number(1)
@@ -250,10 +255,11 @@ def step(machine: Machine) -> bool:
     return name != "STOP"
 
 
-# %% book/chapters/09_checkpoints.md, cell 16
+# %% book/chapters/09_checkpoints.md, cell 21
 MOST_STEPS = 1000
 
 
+# %% book/chapters/09_checkpoints.md, cell 22
 def parse(data: memoryview) -> Any:
     """What a pickle describes. Runs nothing, imports nothing."""
     machine = Machine(data)
@@ -270,7 +276,7 @@ def parse(data: memoryview) -> Any:
     return machine.stack[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 19
+# %% book/chapters/09_checkpoints.md, cell 25
 DTYPES = {
     "f4": np.dtype("<f4"),
     "i1": np.dtype("i1"),
@@ -278,6 +284,7 @@ DTYPES = {
 }
 
 
+# %% book/chapters/09_checkpoints.md, cell 26
 def as_dtype(node: Any) -> np.dtype:
     """The dtype that a node describes, if tensors come in it."""
     good = isinstance(node, Node) and node.kind == DTYPE and node.args
@@ -295,7 +302,7 @@ def as_dtype(node: Any) -> np.dtype:
     return DTYPES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 20
+# %% book/chapters/09_checkpoints.md, cell 27
 def as_array(node: Any) -> np.ndarray:
     """The array that a node describes, as a view of its file."""
     whole = isinstance(node, Node) and node.kind == ARRAY
@@ -319,10 +326,11 @@ def as_array(node: Any) -> np.ndarray:
     return np.frombuffer(raw, dtype).reshape(sizes)
 
 
-# %% book/chapters/09_checkpoints.md, cell 21
+# %% book/chapters/09_checkpoints.md, cell 28
 Tensor = np.ndarray | QuantizedTensor
 
 
+# %% book/chapters/09_checkpoints.md, cell 29
 def as_tensor(node: Any) -> Tensor:
     """A plain array, or the release's pair of int8 and scales."""
     if not isinstance(node, Node) or node.kind != QUANTIZED:
@@ -333,6 +341,7 @@ def as_tensor(node: Any) -> Tensor:
     return QuantizedTensor(as_array(s["weight"]), as_array(s["scales"]))
 
 
+# %% book/chapters/09_checkpoints.md, cell 30
 def read_pickled(path: Path) -> Tensor:
     """One tensor of a Grok-1 file, mapped into memory, not copied.
 
@@ -349,7 +358,7 @@ def read_pickled(path: Path) -> Tensor:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 30
+# %% book/chapters/09_checkpoints.md, cell 39
 @cache
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; layers are stacked in front."""
@@ -364,6 +373,7 @@ def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+# %% book/chapters/09_checkpoints.md, cell 40
 def grok_paths(config: ModelConfig) -> list[str]:
     """The release's path of every file, in the files' order."""
     paths = []
@@ -377,7 +387,7 @@ def grok_paths(config: ModelConfig) -> list[str]:
     return sorted(paths)
 
 
-# %% book/chapters/09_checkpoints.md, cell 31
+# %% book/chapters/09_checkpoints.md, cell 41
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token makes use of."""
     sizes = {path: math.prod(s) for path, s in expected(config).items()}
@@ -387,7 +397,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, total - idle // config.num_experts
 
 
-# %% book/chapters/09_checkpoints.md, cell 36
+# %% book/chapters/09_checkpoints.md, cell 46
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -413,7 +423,7 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 37
+# %% book/chapters/09_checkpoints.md, cell 47
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
@@ -426,7 +436,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09_checkpoints.md, cell 38
+# %% book/chapters/09_checkpoints.md, cell 48
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -436,6 +446,7 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
         )
 
 
+# %% book/chapters/09_checkpoints.md, cell 49
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     try:
         config = ModelConfig(**values)
@@ -447,12 +458,13 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09_checkpoints.md, cell 39
+# %% book/chapters/09_checkpoints.md, cell 50
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
+# %% book/chapters/09_checkpoints.md, cell 51
 def grok_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not path.exists():
@@ -475,7 +487,7 @@ def grok_config(path: Path) -> ModelConfig:
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 41
+# %% book/chapters/09_checkpoints.md, cell 53
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
     scales = tuple(w.scales.shape)
@@ -491,12 +503,13 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 42
+# %% book/chapters/09_checkpoints.md, cell 54
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
     return path.endswith("/w") and "/router/" not in path
 
 
+# %% book/chapters/09_checkpoints.md, cell 55
 def check_tensor(
     where: Path, name: str, w: Tensor, shape: tuple[int, ...]
 ) -> None:
@@ -517,7 +530,7 @@ def check_tensor(
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 43
+# %% book/chapters/09_checkpoints.md, cell 56
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
     files = [f"tensor{i:05d}_000" for i in range(len(names))]
@@ -535,6 +548,7 @@ def grok_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
+# %% book/chapters/09_checkpoints.md, cell 57
 def our_path(name: str) -> tuple[str, int | None]:
     """transformer/decoder_layer_3/a/w -> decoder_layer/a/w and 3."""
     top, rest = name.split("/", 1)
@@ -544,7 +558,7 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 44
+# %% book/chapters/09_checkpoints.md, cell 58
 @dataclass(frozen=True)
 class Stack:
     """Arrays of one shape and dtype behind one another, not copied."""
@@ -560,6 +574,7 @@ class Stack:
         return np.stack([self.parts[i][index[1:]] for i in layers])
 
 
+# %% book/chapters/09_checkpoints.md, cell 59
 def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     """One lazily stacked tensor from those of all layers."""
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
@@ -574,7 +589,7 @@ def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     return QuantizedTensor(Stack([w.weight for w in pairs]), scales)
 
 
-# %% book/chapters/09_checkpoints.md, cell 45
+# %% book/chapters/09_checkpoints.md, cell 60
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
@@ -596,7 +611,7 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 46
+# %% book/chapters/09_checkpoints.md, cell 61
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any
 ) -> jax.Array:
@@ -610,7 +625,7 @@ def on_devices(
     return jax.make_array_from_callback(source.shape, where, read)
 
 
-# %% book/chapters/09_checkpoints.md, cell 47
+# %% book/chapters/09_checkpoints.md, cell 62
 def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
@@ -625,6 +640,7 @@ def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     return on_devices(w, spec, mesh, dtype)
 
 
+# %% book/chapters/09_checkpoints.md, cell 63
 def place_quantized(
     w: QuantizedTensor, spec: P, mesh: Mesh | None
 ) -> QuantizedTensor:
@@ -640,10 +656,11 @@ def place_quantized(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 48
+# %% book/chapters/09_checkpoints.md, cell 64
 OUR_FORMAT = "annotated-moe"
 
 
+# %% book/chapters/09_checkpoints.md, cell 65
 def flat_arrays(params: dict) -> dict[str, np.ndarray]:
     """Haiku's dict of dicts as path -> array; scales get their own."""
     flat = {}
@@ -658,6 +675,7 @@ def flat_arrays(params: dict) -> dict[str, np.ndarray]:
     return flat
 
 
+# %% book/chapters/09_checkpoints.md, cell 66
 def write_parts(model: Model, folder: Path) -> None:
     weights = folder / "model.safetensors"
     config = folder / "config.json"
@@ -670,7 +688,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 49
+# %% book/chapters/09_checkpoints.md, cell 67
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -696,10 +714,11 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 50
+# %% book/chapters/09_checkpoints.md, cell 68
 PARTS = {"config.json", "model.safetensors", "tokenizer.model"}
 
 
+# %% book/chapters/09_checkpoints.md, cell 69
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -719,7 +738,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 51
+# %% book/chapters/09_checkpoints.md, cell 70
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -727,6 +746,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
+# %% book/chapters/09_checkpoints.md, cell 71
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -734,6 +754,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
+# %% book/chapters/09_checkpoints.md, cell 72
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "numpy") as file:
@@ -745,7 +766,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 52
+# %% book/chapters/09_checkpoints.md, cell 73
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -768,7 +789,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 53
+# %% book/chapters/09_checkpoints.md, cell 74
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -784,7 +805,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 54
+# %% book/chapters/09_checkpoints.md, cell 75
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     if not folder.is_dir():
@@ -804,7 +825,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 55
+# %% book/chapters/09_checkpoints.md, cell 76
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -824,13 +845,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 56
+# %% book/chapters/09_checkpoints.md, cell 77
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 57
+# %% book/chapters/09_checkpoints.md, cell 78
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

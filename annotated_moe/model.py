@@ -61,8 +61,8 @@ class ModelConfig:
     output_multiplier: float = 0.5773502691896257    # 1 / sqrt(3)
     attn_multiplier: float = 0.08838834764831845     # head_size**-0.5
     attn_softcap: float | None = 30.0                # None: no cap
-    rope_base: float = 10000.0      # slowest turn: about this, over 2 pi
-    pad_id: int = 0                 # fills rows on the right; never read
+    rope_base: float = 10000.0      # slowest angle: about 1 / this
+    pad_id: int = 0                 # fills rows on the right, unread
     eos_id: int = 2                 # ends a text
     dtype: str = "bfloat16"         # of products; or "float32"
 

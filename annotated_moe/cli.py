@@ -74,7 +74,7 @@ def room(model: Model, prompt: str) -> int:
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
-    """New text as it reads after the prompt, its first space included."""
+    """New text as it reads after the prompt, first space included."""
     text = model.words().stream()
     for token in prompt:
         text.push(token)

@@ -82,10 +82,10 @@ def check_sizes(c: ModelConfig) -> None:
     for name in SIZES:
         value = getattr(c, name)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1: {value!r}")
+            raise ValueError(f"{name} must be an int >= 1: {value!r}")
     if c.q_heads % c.kv_heads:
         raise ValueError(
-            f"q_heads={c.q_heads} is no multiple of kv_heads={c.kv_heads}"
+            f"q_heads={c.q_heads}, no multiple of kv_heads={c.kv_heads}"
         )
     if c.head_size % 2:
         raise ValueError(f"head_size must be even: {c.head_size}")
@@ -114,7 +114,7 @@ def check_numbers(c: ModelConfig) -> None:
     for name in ("pad_id", "eos_id"):
         value = getattr(c, name)
         if type(value) is not int or not 0 <= value < c.vocab_size:
-            raise ValueError(f"{name} is not in the vocabulary: {value!r}")
+            raise ValueError(f"{name} is not a token id: {value!r}")
     if c.dtype not in ("float32", "bfloat16"):
         raise ValueError(
             f"dtype must be 'float32' or 'bfloat16': {c.dtype!r}"
@@ -128,7 +128,9 @@ Losses = dict[str, Float32[Array, "*L"]]
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
-    def __init__(self, config: ModelConfig, name: str = "decoder_layer"):
+    def __init__(
+        self, config: ModelConfig, name: str = "decoder_layer"
+    ) -> None:
         super().__init__(name=name)
         self.config = config
 
@@ -229,7 +231,7 @@ def split_params(params: Params) -> tuple[Params, Params]:
 
 # %% book/chapters/08_model.md, cell 15
 def weights_of(layers: Params, layer: Int32[Array, ""]) -> Params:
-    """One layer's weights: `Row`s for what products read, else slices."""
+    """One layer's weights: `Row`s for products, else slices."""
     def pick(module: str, name: str, stack: Any) -> Any:
         lazy = name == "w" and "router" not in module
         return Row(stack, layer) if lazy else stack[layer]
@@ -335,7 +337,9 @@ def tied_logits_tiled(
 
 # %% book/chapters/08_model.md, cell 31
 def tied_logits_on_mesh(
-    h: Float[Array, "N D"], table: Float[Array, "V D"], train: bool = False
+    h: Float[Array, "N D"],
+    table: Float[Array, "V D"],
+    train: bool = False,
 ) -> Float32[Array, "N V"]:
     """The faster of the two, on one device or on the current mesh."""
     if train:
@@ -345,7 +349,8 @@ def tied_logits_on_mesh(
         cpu=tied_logits_tiled, default=tied_logits,
     )
     mesh = sharding.current_mesh()
-    axis = mesh and sharding.fit(("data", "model"), table.shape[1], mesh)
+    both = ("data", "model")
+    axis = mesh and sharding.fit(both, table.shape[1], mesh)
     if not axis:
         return product(h, table)
     return jax.shard_map(
@@ -412,7 +417,9 @@ def pin(cache: KVCache) -> KVCache:
     spec = sharding.fit_spec(spec, cache.k.shape, mesh)
     hold = jax.lax.with_sharding_constraint
     return KVCache(
-        hold(cache.k, spec), hold(cache.v, spec), hold(cache.length, P())
+        hold(cache.k, spec),
+        hold(cache.v, spec),
+        hold(cache.length, P()),
     )
 
 
@@ -421,7 +428,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
     heads = (config.kv_heads, config.head_size)
     shape = (config.num_layers, batch, slots, *heads)
-    k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    k, v = (jnp.zeros(shape, config.dtype) for _ in "kv")
     return pin(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
 
@@ -441,7 +448,7 @@ def prefill(
     """
     if tokens.shape[1] > cache.k.shape[2]:
         raise ValueError(
-            f"{tokens.shape[1]} tokens do not fit {cache.k.shape[2]} slots"
+            f"{tokens.shape[1]} tokens, {cache.k.shape[2]} slots in cache"
         )
     length = cache.length + lengths
     h, grown, _ = forward(params, tokens, config, cache)
@@ -515,7 +522,8 @@ def choose(
     """
     best = logits.max(axis=-1, keepdims=True)
     heat = jnp.where(temperature > 0, temperature, 1)[:, None]
-    kept = keep_nucleus(keep_top_k((logits - best) / heat, top_k), top_p)
+    kept = keep_top_k((logits - best) / heat, top_k)
+    kept = keep_nucleus(kept, top_p)
     drawn = jnp.argmax(kept + noise, axis=-1)
     greediest = jnp.argmax(logits, axis=-1)
     return jnp.where(temperature > 0, drawn, greediest)
@@ -533,7 +541,9 @@ class Sampling(NamedTuple):
 
 @jax.jit
 def sample(
-    logits: Float32[Array, "B V"], step: int | Int[Array, ""], how: Sampling
+    logits: Float32[Array, "B V"],
+    step: int | Int[Array, ""],
+    how: Sampling,
 ) -> Int32[Array, " B"]:
     """Token `step` of every row, each from its own seed."""
     def noise(seed: UInt32[Array, ""]) -> Float32[Array, " V"]:
@@ -602,7 +612,9 @@ def bucket(size: int, most: int) -> int:
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-def pad_rows(rows: list[list[int]], width: int, pad: int = 0) -> np.ndarray:
+def pad_rows(
+    rows: list[list[int]], width: int, pad: int = 0
+) -> np.ndarray:
     """int32 [B, width]: the rows, filled up on the right."""
     tokens = np.full((len(rows), width), pad, np.int32)
     for i, row in enumerate(rows):
@@ -617,7 +629,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     if ids.ndim == 1 and not len(ids):
         raise ValueError(f"prompt {i} is empty; it needs a token")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"prompt {i} is not a list of integer token ids")
+        raise ValueError(f"prompt {i} is no list of integer token ids")
     wrong = ids[(ids < 0) | (ids >= c.vocab_size)]
     if len(wrong):
         raise ValueError(
@@ -626,14 +638,16 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
         )
     if len(ids) + max(new, 1) - 1 > c.context:
         raise ValueError(
-            f"prompt {i} has {len(ids)} tokens and asks for {new} more; "
+            f"prompt {i} of {len(ids)} tokens asks for {new} more; "
             f"the context holds {c.context}"
         )
     return ids.tolist()
 
 
 # %% book/chapters/08_model.md, cell 57
-def check_rows(prompts: Any, new: Any, c: ModelConfig) -> list[list[int]]:
+def check_rows(
+    prompts: Any, new: Any, c: ModelConfig
+) -> list[list[int]]:
     """`check_row` for all, and for the number of new tokens."""
     if type(new) is not int or new < 0:
         raise ValueError(f"max_new_tokens must be 0 or more: {new!r}")
@@ -718,7 +732,7 @@ class Runnable:
     def words(self) -> Tokenizer:
         """The tokenizer; ValueError where there is none."""
         if self.tokenizer is None:
-            raise ValueError("no tokenizer came with it: use generate_ids")
+            raise ValueError("it has no tokenizer: use generate_ids")
         return self.tokenizer
 
 
@@ -726,7 +740,7 @@ class Runnable:
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
-    """Rows cut to their lengths, and T; ValueError if they make no sense."""
+    """Rows cut to their lengths, and T; ValueError if senseless."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must be [B, T], got {tokens.shape}")
@@ -747,7 +761,7 @@ class IdModel(Runnable):
     def logits(
         self, tokens: Any, lengths: Any = None
     ) -> Float32[Array, "B T V"]:
-        """Logits of int [B, T]; past a row's length they mean nothing."""
+        """Logits of int [B, T]; past a row's length without meaning."""
         rows, t = check_tokens(tokens, lengths, self.config)
         width = bucket(t, self.config.context)
         padded = pad_rows(rows, width, self.config.pad_id)
@@ -778,7 +792,8 @@ class IdModel(Runnable):
         rows = check_rows([prompt], max_new_tokens, self.config)
         how = sampling(1, temperature, top_p, top_k, seed)
         steps = token_steps(self, rows, how, max_new_tokens)
-        return takewhile(lambda t: t not in stop_ids, (t for (t,) in steps))
+        ids = (token for (token,) in steps)
+        return takewhile(lambda token: token not in stop_ids, ids)
 
 
 # %% book/chapters/08_model.md, cell 64
@@ -790,7 +805,7 @@ class Model(IdModel):
         `stop_ids` is the end of text unless given.
         """
         if isinstance(prompts, str):
-            raise TypeError("prompts must be a list, not one str: [prompt]")
+            raise TypeError("prompts must be a list: [prompt], not a str")
         rows = [self.text_ids(prompt) for prompt in prompts]
         options.setdefault("stop_ids", (self.config.eos_id,))
         new = self.generate_ids(rows, **options)

@@ -407,6 +407,8 @@ def test_refused_in_one_sentence_and_nothing_run(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pickle, "loads", None)
     path = tmp_path / "tensor00007_000"
+    path.write_bytes(dump(SMALL))
+    read_pickled(path)                          # NumPy imports what it needs
     path.write_bytes(data)
     loaded, start = set(sys.modules), time.perf_counter()
     with pytest.raises(CheckpointError) as error:

@@ -448,7 +448,7 @@ def prefill(
     """
     if tokens.shape[1] > cache.k.shape[2]:
         raise ValueError(
-            f"{tokens.shape[1]} tokens, {cache.k.shape[2]} slots in cache"
+            f"{tokens.shape[1]} tokens, {cache.k.shape[2]} slots"
         )
     length = cache.length + lengths
     h, grown, _ = forward(params, tokens, config, cache)

@@ -589,7 +589,8 @@ def sampling(
     """
     whole = "an integer from 0 to 2**32 - 1"
     seeds = per_row("seed", seed, rows,
-                    lambda a: (a % 1 == 0) & (a >= 0) & (a < 2**32), whole)
+                    lambda a: (a % 1 == 0) & (a >= 0) & (a < 2**32),
+                    whole)
     if np.ndim(seed) == 0:
         seeds = seeds + np.arange(rows)
     heat = per_row("temperature", temperature, rows,

@@ -784,6 +784,11 @@ class IdModel(Runnable):
         steps = token_steps(self, rows, how, max_new_tokens)
         return collect(steps, len(rows), stop_ids)
 
+
+# %% book/chapters/08_model.md, cell 64
+class StreamModel(IdModel):
+    """Token ids one by one."""
+
     def stream_ids(
         self, prompt: Any, max_new_tokens: int = 32,
         temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
@@ -797,8 +802,8 @@ class IdModel(Runnable):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 64
-class Model(IdModel):
+# %% book/chapters/08_model.md, cell 65
+class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
     def generate(self, prompts: Any, **options: Any) -> list[str]:
@@ -830,5 +835,5 @@ class Model(IdModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 70
+# %% book/chapters/08_model.md, cell 71
 PRESETS = {"grok-1": ModelConfig()}

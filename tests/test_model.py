@@ -366,7 +366,7 @@ def test_text_in_text_out():
         ("prompt 0 is no list of integer", ["text"], {}),
         ("prompt 0 is no list of integer", [1, 2], {}),
         ("prompt 0 of 9 tokens asks for 9", [[1] * 9], {"max_new_tokens": 9}),
-        ("prompt 0 has 17 tokens", [[1] * 17], {"max_new_tokens": 0}),
+        ("prompt 0 of 17 tokens", [[1] * 17], {"max_new_tokens": 0}),
         ("max_new_tokens", [[1]], {"max_new_tokens": -1}),
         ("temperature", [[1]], {"temperature": -0.1}),
         ("temperature", [[1]], {"temperature": float("nan")}),

@@ -18,6 +18,7 @@ from annotated_moe.moe import (
     block_rows,
     capacity,
     capacity_and_drop,
+    check_shapes,
     dropped,
     every_expert,
     expert,
@@ -423,6 +424,13 @@ def test_a_wrong_number_of_experts_is_refused(way):
     x, gates, experts, w, _ = random_job(8, 2, 4)
     with pytest.raises(ValueError, match="4 experts in w, not 8"):
         way(x, gates, experts, w, 8)
+
+
+def test_choices_that_do_not_fit_the_tokens_are_refused():
+    x, gates, experts, w, e = random_job(8, 2, 4)
+    for bad in [(x, gates[:, :1], experts), (x[:7], gates, experts)]:
+        with pytest.raises(ValueError, match=r"both must be \[N, A\]"):
+            check_shapes(*bad, w, e)
 
 
 def test_a_block_of_no_rows_is_refused():

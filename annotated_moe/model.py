@@ -811,7 +811,7 @@ class Model(StreamModel):
         `stop_ids` is the end of text unless given.
         """
         if isinstance(prompts, str):
-            raise TypeError("prompts must be a list: [prompt], not a str")
+            raise TypeError("prompts must be a list, not one str")
         rows = [self.text_ids(prompt) for prompt in prompts]
         options.setdefault("stop_ids", (self.config.eos_id,))
         new = self.generate_ids(rows, **options)

@@ -78,6 +78,7 @@ SIZES = (
 )
 
 
+# %% book/chapters/08_model.md, cell 5
 def check_sizes(c: ModelConfig) -> None:
     for name in SIZES:
         value = getattr(c, name)
@@ -95,13 +96,14 @@ def check_sizes(c: ModelConfig) -> None:
         )
 
 
-# %% book/chapters/08_model.md, cell 5
+# %% book/chapters/08_model.md, cell 6
 NUMBERS = (
     "embedding_multiplier", "output_multiplier", "attn_multiplier",
     "attn_softcap", "rope_base",
 )
 
 
+# %% book/chapters/08_model.md, cell 7
 def check_numbers(c: ModelConfig) -> None:
     for name in NUMBERS:
         value = getattr(c, name)
@@ -121,10 +123,11 @@ def check_numbers(c: ModelConfig) -> None:
         )
 
 
-# %% book/chapters/08_model.md, cell 7
+# %% book/chapters/08_model.md, cell 9
 Losses = dict[str, Float32[Array, "*L"]]
 
 
+# %% book/chapters/08_model.md, cell 10
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -151,7 +154,7 @@ class DecoderLayer(hk.Module):
         return h + RMSNorm(name="rms_norm_3")(y), cache, losses
 
 
-# %% book/chapters/08_model.md, cell 8
+# %% book/chapters/08_model.md, cell 11
 def attention_of(c: ModelConfig) -> MultiHeadAttention:
     """The attention that a configuration asks for."""
     return MultiHeadAttention(
@@ -160,6 +163,7 @@ def attention_of(c: ModelConfig) -> MultiHeadAttention:
     )
 
 
+# %% book/chapters/08_model.md, cell 12
 def feed_forward(
     x: Float32[Array, "B T D"], c: ModelConfig, train: bool
 ) -> tuple[Float32[Array, "B T D"], Losses]:
@@ -174,7 +178,7 @@ def feed_forward(
     return y.reshape(x.shape), {"balance": balance, "z": z}
 
 
-# %% book/chapters/08_model.md, cell 9
+# %% book/chapters/08_model.md, cell 13
 def dense(
     x: Float[Array, "B T D"], c: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -185,7 +189,7 @@ def dense(
     return Linear(c.d_model, ("model", "data"), "linear_1")(hidden)
 
 
-# %% book/chapters/08_model.md, cell 10
+# %% book/chapters/08_model.md, cell 14
 def layer_function(config: ModelConfig) -> hk.Transformed:
     """`init(key, h, positions)` and `apply(weights, h, positions)`."""
     def run(*job: Any, **options: Any) -> Any:
@@ -194,15 +198,17 @@ def layer_function(config: ModelConfig) -> hk.Transformed:
     return hk.without_apply_rng(hk.transform(run))
 
 
+# %% book/chapters/08_model.md, cell 15
 def norm_function() -> hk.Transformed:
     """The one norm after the last layer."""
     return hk.without_apply_rng(hk.transform(lambda h: RMSNorm()(h)))
 
 
-# %% book/chapters/08_model.md, cell 11
+# %% book/chapters/08_model.md, cell 16
 Params = Mapping[str, Mapping[str, Any]]
 
 
+# %% book/chapters/08_model.md, cell 17
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -221,6 +227,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return {"in_out_embed": {"embeddings": table}, **layers, **norm}
 
 
+# %% book/chapters/08_model.md, cell 18
 def split_params(params: Params) -> tuple[Params, Params]:
     """The layers' stacks, and everything else."""
     def of_layer(module: str, name: str, w: Any) -> bool:
@@ -229,7 +236,7 @@ def split_params(params: Params) -> tuple[Params, Params]:
     return hk.data_structures.partition(of_layer, params)
 
 
-# %% book/chapters/08_model.md, cell 15
+# %% book/chapters/08_model.md, cell 26
 def weights_of(layers: Params, layer: Int32[Array, ""]) -> Params:
     """One layer's weights: `Row`s for products, else slices."""
     def pick(module: str, name: str, stack: Any) -> Any:
@@ -239,6 +246,7 @@ def weights_of(layers: Params, layer: Int32[Array, ""]) -> Params:
     return hk.data_structures.map(pick, layers)
 
 
+# %% book/chapters/08_model.md, cell 27
 def check_depth(layers: Params, depth: int) -> None:
     """ValueError unless every stack holds `depth` layers."""
     for module, leaves in layers.items():
@@ -250,7 +258,7 @@ def check_depth(layers: Params, depth: int) -> None:
                 )
 
 
-# %% book/chapters/08_model.md, cell 16
+# %% book/chapters/08_model.md, cell 28
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -277,7 +285,7 @@ def decoder(
     return h, cache, {}
 
 
-# %% book/chapters/08_model.md, cell 17
+# %% book/chapters/08_model.md, cell 29
 def decoder_to_train(
     layers: Params,
     h: Float32[Array, "B T D"],
@@ -295,7 +303,7 @@ def decoder_to_train(
     return h, None, jax.tree.map(jnp.mean, losses)
 
 
-# %% book/chapters/08_model.md, cell 26
+# %% book/chapters/08_model.md, cell 41
 def embed(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -306,7 +314,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 27
+# %% book/chapters/08_model.md, cell 42
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -315,7 +323,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 28
+# %% book/chapters/08_model.md, cell 43
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -335,7 +343,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 48
 def tied_logits_on_mesh(
     h: Float[Array, "N D"],
     table: Float[Array, "V D"],
@@ -361,7 +369,7 @@ def tied_logits_on_mesh(
     )(h, table)
 
 
-# %% book/chapters/08_model.md, cell 32
+# %% book/chapters/08_model.md, cell 49
 def unembed(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -378,7 +386,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 33
+# %% book/chapters/08_model.md, cell 50
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -398,6 +406,7 @@ def forward(
     return decoder(params, h, positions, config, cache, train)
 
 
+# %% book/chapters/08_model.md, cell 51
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
@@ -407,7 +416,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 36
+# %% book/chapters/08_model.md, cell 54
 def pin(cache: KVCache) -> KVCache:
     """Keep the cache's layout on the mesh from step to step."""
     mesh = sharding.current_mesh()
@@ -423,6 +432,7 @@ def pin(cache: KVCache) -> KVCache:
     )
 
 
+# %% book/chapters/08_model.md, cell 55
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
@@ -432,7 +442,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     return pin(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
 
-# %% book/chapters/08_model.md, cell 37
+# %% book/chapters/08_model.md, cell 56
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     params: Params,
@@ -458,7 +468,7 @@ def prefill(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 38
+# %% book/chapters/08_model.md, cell 57
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -477,7 +487,7 @@ def decode_step(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 64
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -492,7 +502,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 65
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -508,7 +518,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 70
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -529,7 +539,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 73
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -539,6 +549,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
+# %% book/chapters/08_model.md, cell 74
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -554,6 +565,7 @@ def sample(
     return choose(logits, drawn, how.temperature, how.top_k, how.top_p)
 
 
+# %% book/chapters/08_model.md, cell 75
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"], step: Any = 0, how: Any = None
@@ -562,7 +574,7 @@ def greedy(
     return jnp.argmax(logits, axis=-1)
 
 
-# %% book/chapters/08_model.md, cell 53
+# %% book/chapters/08_model.md, cell 76
 def per_row(
     name: str, value: Any, rows: int, good: Any, need: str
 ) -> np.ndarray:
@@ -578,7 +590,7 @@ def per_row(
     return np.broadcast_to(a, (rows,))
 
 
-# %% book/chapters/08_model.md, cell 54
+# %% book/chapters/08_model.md, cell 77
 def sampling(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:
@@ -607,12 +619,13 @@ def sampling(
     )
 
 
-# %% book/chapters/08_model.md, cell 55
+# %% book/chapters/08_model.md, cell 78
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
+# %% book/chapters/08_model.md, cell 79
 def pad_rows(
     rows: list[list[int]], width: int, pad: int = 0
 ) -> np.ndarray:
@@ -623,7 +636,7 @@ def pad_rows(
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 56
+# %% book/chapters/08_model.md, cell 80
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -645,7 +658,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% book/chapters/08_model.md, cell 57
+# %% book/chapters/08_model.md, cell 81
 def check_rows(
     prompts: Any, new: Any, c: ModelConfig
 ) -> list[list[int]]:
@@ -657,7 +670,7 @@ def check_rows(
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% book/chapters/08_model.md, cell 59
+# %% book/chapters/08_model.md, cell 83
 def token_steps(
     model: "Runnable", rows: list[list[int]], how: Sampling, count: int
 ) -> Iterator[list[int]]:
@@ -682,7 +695,7 @@ def token_steps(
         yield np.asarray(tokens).tolist()
 
 
-# %% book/chapters/08_model.md, cell 60
+# %% book/chapters/08_model.md, cell 84
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
@@ -698,6 +711,7 @@ def collect(
     return new
 
 
+# %% book/chapters/08_model.md, cell 85
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -708,7 +722,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 61
+# %% book/chapters/08_model.md, cell 86
 @dataclass(frozen=True)
 class Runnable:
     """A configuration, its weights, and where and with what to run."""
@@ -737,7 +751,7 @@ class Runnable:
         return self.tokenizer
 
 
-# %% book/chapters/08_model.md, cell 62
+# %% book/chapters/08_model.md, cell 87
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
@@ -755,7 +769,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 63
+# %% book/chapters/08_model.md, cell 88
 class IdModel(Runnable):
     """What a model does with token ids."""
 
@@ -785,7 +799,7 @@ class IdModel(Runnable):
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 64
+# %% book/chapters/08_model.md, cell 89
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -802,7 +816,7 @@ class StreamModel(IdModel):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 65
+# %% book/chapters/08_model.md, cell 90
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -835,5 +849,5 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 71
+# %% book/chapters/08_model.md, cell 96
 PRESETS = {"grok-1": ModelConfig()}

@@ -101,6 +101,7 @@ NUMBERS = (
     "embedding_multiplier", "output_multiplier", "attn_multiplier",
     "attn_softcap", "rope_base",
 )
+DTYPES = ("float32", "bfloat16")
 
 
 # %% book/chapters/08_model.md, cell 7
@@ -117,7 +118,7 @@ def check_numbers(c: ModelConfig) -> None:
         value = getattr(c, name)
         if type(value) is not int or not 0 <= value < c.vocab_size:
             raise ValueError(f"{name} is not a token id: {value!r}")
-    if c.dtype not in ("float32", "bfloat16"):
+    if type(c.dtype) is not str or c.dtype not in DTYPES:
         raise ValueError(
             f"dtype must be 'float32' or 'bfloat16': {c.dtype!r}"
         )

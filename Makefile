@@ -63,15 +63,19 @@ notebooks: env
 	$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=300 book/chapters
 
 # What a reader in Colab has: a fresh environment, an empty directory.
+# Outside of `_build`, where nbmake looks for no notebook.
+WHEEL := .wheel
+
 wheel-notebooks: env
-	rm -rf _build/wheel && mkdir -p _build/wheel/empty
-	$(PIP) wheel --no-deps --no-build-isolation -w _build/wheel .
-	$(PYTHON) -m venv _build/wheel/venv
-	_build/wheel/venv/bin/pip install --quiet -c requirements.txt \
-		_build/wheel/*.whl ipykernel matplotlib jupytext nbmake pytest-xdist
-	cp book/chapters/*.ipynb _build/wheel/empty
-	cd _build/wheel/empty && \
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/empty
+	$(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip install --quiet -c requirements.txt \
+		$(WHEEL)/*.whl ipykernel matplotlib jupytext nbmake pytest-xdist
+	cp book/chapters/*.ipynb $(WHEEL)/empty
+	cd $(WHEEL)/empty && \
 		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
+	rm -rf $(WHEEL)
 
 book-html: env
 	rm -rf _build/html _build/.doctrees _build/jupyter_execute
@@ -87,6 +91,6 @@ train: env
 	$(BIN)/python scripts/train_small.py
 
 clean:
-	rm -rf $(VENV) _build dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL) _build dist build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

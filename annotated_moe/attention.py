@@ -17,9 +17,11 @@ from typing import Any
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from annotated_moe.rope import rope
+from annotated_moe import sharding
 from annotated_moe.sharding import matmul
 
 
@@ -277,6 +279,50 @@ def extend(
 
 
 # %% book/chapters/04_attention.md, cell 51
+def attend_cached(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    layer: int | Int32[Array, ""],
+    multiplier: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "B T Q H"], KVCache | None]:
+    """Attend over the cache, extended first, or over k and v alone."""
+    if cache is not None:
+        cache = extend(cache, layer, k, v, positions)
+        k, v = cache.k[layer], cache.v[layer]             # [B, S, K, H]
+    y = attend_causal(q, k, v, positions, multiplier, softcap)
+    return y, cache
+
+
+# %% book/chapters/04_attention.md, cell 52
+def attend_on_mesh(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    layer: int | Int32[Array, ""],
+    **scale: Any,
+) -> tuple[Float[Array, "B T Q H"], KVCache | None]:
+    """`attend_cached`: rows cut over `data`, heads over `model`."""
+    mesh, run = sharding.current_mesh(), partial(attend_cached, **scale)
+    if mesh is None:
+        return run(q, k, v, positions, cache, layer)
+    rows = sharding.fit("data", q.shape[0], mesh)
+    x = P(rows, None, sharding.fit("model", q.shape[2], mesh), None)
+    store = cache and KVCache(P(None, *x), P(None, *x), P())
+    return jax.shard_map(
+        run,
+        in_specs=(x, x, x, P(rows), store, P()),
+        out_specs=(x, store),
+        check_vma=False,
+    )(q, k, v, positions, cache, jnp.asarray(layer))
+
+
+# %% book/chapters/04_attention.md, cell 53
 class AttentionSizes(hk.Module):
     """What `MultiHeadAttention` is told, checked."""
 
@@ -303,7 +349,7 @@ class AttentionSizes(hk.Module):
         self.multiplier, self.softcap = multiplier, softcap
 
 
-# %% book/chapters/04_attention.md, cell 52
+# %% book/chapters/04_attention.md, cell 54
 class MultiHeadAttention(AttentionSizes):
     """Grouped-query attention with RoPE, soft cap, maybe a cache."""
 
@@ -321,13 +367,13 @@ class MultiHeadAttention(AttentionSizes):
         q = project(x, self.q_heads, self.head_size, "query")
         k = project(x, self.kv_heads, self.head_size, "key")
         v = project(x, self.kv_heads, self.head_size, "value")
+        k, v = sharding.spread_heads(k, v, self.q_heads)
         q, k = (rope(z, positions, self.rope_base) for z in (q, k))
         q, k, v = (z.astype(x.dtype) for z in (q, k, v))
-        if cache is not None:
-            cache = extend(cache, layer, k, v, positions)
-            k, v = cache.k[layer], cache.v[layer]         # [B, S, K, H]
-        scale = self.multiplier, self.softcap
-        y = attend_causal(q, k, v, positions, *scale)
+        y, cache = attend_on_mesh(
+            q, k, v, positions, cache, layer,
+            multiplier=self.multiplier, softcap=self.softcap,
+        )
         y = y.reshape(*x.shape[:2], -1)                     # [B, T, QH]
         out = Linear(x.shape[-1], ("model", "data"), "linear")
         return out(y), cache

@@ -14,6 +14,7 @@ import os
 import pickletools
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -585,8 +586,9 @@ def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
         raise CheckpointError(
             f"{where}: the layers of {path} are not all quantized alike"
         )
-    scales = np.stack([w.scales for w in pairs])
-    return QuantizedTensor(Stack([w.weight for w in pairs]), scales)
+    return QuantizedTensor(
+        Stack([w.weight for w in pairs]), Stack([w.scales for w in pairs])
+    )
 
 
 # %% book/chapters/09_checkpoints.md, cell 60
@@ -612,55 +614,102 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 # %% book/chapters/09_checkpoints.md, cell 61
-def on_devices(
-    source: Any, spec: P, mesh: Mesh | None, dtype: Any
-) -> jax.Array:
-    """An array of which each device reads the part that it keeps."""
-    def read(index: Any) -> np.ndarray:
-        return np.asarray(source[index], dtype)
+BYTES_READ: Counter[str] = Counter()            # path of a parameter
 
-    if mesh is None:
-        return jnp.array(read((slice(None),) * len(source.shape)))
-    where = NamedSharding(mesh, spec)
-    return jax.make_array_from_callback(source.shape, where, read)
+
+def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
+    """`source[index]`, the bytes it takes counted under `path`."""
+    block = np.asarray(source[index])
+    BYTES_READ[path] += block.nbytes
+    return block
 
 
 # %% book/chapters/09_checkpoints.md, cell 62
+def on_devices(
+    source: Any, spec: P, mesh: Mesh | None, dtype: Any, path: str = ""
+) -> jax.Array:
+    """An array of which each device reads the part that it keeps."""
+    shape = tuple(source.shape)
+    if mesh is None:
+        whole = (slice(None),) * len(shape)
+        return jnp.array(read_block(source, whole, path), dtype)
+    where = NamedSharding(mesh, spec)
+    indices = where.addressable_devices_indices_map(shape)
+    shards, last = [], None
+    for device in sorted(indices, key=lambda d: (str(indices[d]), d.id)):
+        index = indices[device]
+        if index != last:
+            block = read_block(source, index, path)
+            # Never hand out the file's own memory: it may change.
+            block = block.astype(dtype, copy=not block.flags.owndata)
+        shard = jax.device_put(block, device)
+        shards.append(shard.block_until_ready())
+        last = index
+    make = jax.make_array_from_single_device_arrays
+    return make(shape, where, shards)
+
+
+# %% book/chapters/09_checkpoints.md, cell 63
 def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
     if path.startswith("decoder_layer/"):
         spec = P(None, *spec)
     if isinstance(w, QuantizedTensor):
-        return place_quantized(w, spec, mesh)
+        return place_quantized(w, spec, mesh, path)
     if path.endswith("/scale") or "/router/" in path:
         dtype = "float32"
     if mesh is not None:
         spec = sharding.fit_spec(spec, w.shape, mesh)
-    return on_devices(w, spec, mesh, dtype)
-
-
-# %% book/chapters/09_checkpoints.md, cell 63
-def place_quantized(
-    w: QuantizedTensor, spec: P, mesh: Mesh | None
-) -> QuantizedTensor:
-    """Both arrays; each device's rows get scales of their own."""
-    specs = QuantizedTensor(spec, spec)
-    if mesh is not None:
-        w = sharding.fit_groups(w, spec, mesh)
-        specs = sharding.weight_spec(spec, w, mesh)
-    scales = np.asarray(w.scales)
-    return QuantizedTensor(
-        on_devices(w.weight, specs.weight, mesh, jnp.int8),
-        on_devices(scales, specs.scales, mesh, jnp.bfloat16),
-    )
+    return on_devices(w, spec, mesh, dtype, path)
 
 
 # %% book/chapters/09_checkpoints.md, cell 64
-OUR_FORMAT = "annotated-moe"
+def place_quantized(
+    w: QuantizedTensor, spec: P, mesh: Mesh | None, path: str = ""
+) -> QuantizedTensor:
+    """Both arrays; each device's rows get scales of their own."""
+    specs, scales = QuantizedTensor(spec, spec), w.scales
+    if mesh is not None:
+        times = sharding.group_repeats(w, spec, mesh)
+        scales = Repeated(scales, times)
+        w = QuantizedTensor(w.weight, scales)
+        specs = sharding.weight_spec(spec, w, mesh)
+    return QuantizedTensor(
+        on_devices(w.weight, specs.weight, mesh, jnp.int8, path),
+        on_devices(scales, specs.scales, mesh, jnp.bfloat16, path),
+    )
 
 
 # %% book/chapters/09_checkpoints.md, cell 65
+@dataclass(frozen=True)
+class Repeated:
+    """`source` with each row of axis -2 `times` times, not copied."""
+
+    source: Any
+    times: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, g, f = self.source.shape
+        return (*lead, g * self.times, f)
+
+    def __getitem__(self, index: tuple) -> np.ndarray:
+        *lead, rows, columns = index
+        start, stop, _ = rows.indices(self.shape[-2])
+        first = start // self.times
+        few = slice(first, -(-stop // self.times))
+        block = np.asarray(self.source[(*lead, few, columns)])
+        block = np.repeat(block, self.times, axis=-2)
+        skip = start - first * self.times
+        return block[..., skip : skip + stop - start, :]
+
+
+# %% book/chapters/09_checkpoints.md, cell 66
+OUR_FORMAT = "annotated-moe"
+
+
+# %% book/chapters/09_checkpoints.md, cell 67
 def flat_arrays(params: dict) -> dict[str, np.ndarray]:
     """Haiku's dict of dicts as path -> array; scales get their own."""
     flat = {}
@@ -675,7 +724,7 @@ def flat_arrays(params: dict) -> dict[str, np.ndarray]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 66
+# %% book/chapters/09_checkpoints.md, cell 68
 def write_parts(model: Model, folder: Path) -> None:
     weights = folder / "model.safetensors"
     config = folder / "config.json"
@@ -688,7 +737,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 67
+# %% book/chapters/09_checkpoints.md, cell 69
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -714,11 +763,11 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 70
 PARTS = {"config.json", "model.safetensors", "tokenizer.model"}
 
 
-# %% book/chapters/09_checkpoints.md, cell 69
+# %% book/chapters/09_checkpoints.md, cell 71
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -738,7 +787,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 70
+# %% book/chapters/09_checkpoints.md, cell 72
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -746,7 +795,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 71
+# %% book/chapters/09_checkpoints.md, cell 73
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -754,7 +803,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 72
+# %% book/chapters/09_checkpoints.md, cell 74
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "numpy") as file:
@@ -766,7 +815,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 73
+# %% book/chapters/09_checkpoints.md, cell 75
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -789,7 +838,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 74
+# %% book/chapters/09_checkpoints.md, cell 76
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -805,7 +854,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 75
+# %% book/chapters/09_checkpoints.md, cell 77
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     if not folder.is_dir():
@@ -825,7 +874,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 76
+# %% book/chapters/09_checkpoints.md, cell 78
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -845,13 +894,50 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 77
+# %% book/chapters/09_checkpoints.md, cell 79
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 78
+# %% book/chapters/09_checkpoints.md, cell 80
+def indivisible(c: ModelConfig, data: int, model: int) -> str:
+    """The first size that a data x model mesh cannot cut, or ""."""
+    wanted = [
+        ("d_model", c.d_model, "data * model", data * model),
+        ("d_ff", c.d_ff, "model", model),
+        ("q_heads", c.q_heads, "model", model),
+        ("kv_heads * head_size", c.kv_heads * c.head_size, "model", model),
+    ]
+    for name, size, axis, parts in wanted:
+        if size % parts:
+            return f"{axis} = {parts} does not divide {name} = {size}"
+    return ""
+
+
+# %% book/chapters/09_checkpoints.md, cell 81
+def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
+    """ValueError unless `mesh` has our axes and divides the model."""
+    axes = getattr(mesh, "axis_names", ())
+    if set(axes) != {"data", "model"}:
+        raise ValueError("mesh needs axes data, model: use make_mesh")
+    data, model = mesh.shape["data"], mesh.shape["model"]
+    wrong = indivisible(c, data, model)
+    if not wrong:
+        return
+    n = data * model
+    pairs = [(i, n // i) for i in range(1, n + 1) if n % i == 0]
+    good = [f"{i} x {j}" for i, j in pairs if not indivisible(c, i, j)]
+    advice = f"of {n} devices, {' or '.join(good)} would do"
+    if not good:
+        advice = f"no mesh of {n} devices would do; take fewer"
+    raise CheckpointError(
+        f"{folder} does not fit a data x model mesh of {data} x {model}: "
+        f"{wrong}; {advice}"
+    )
+
+
+# %% book/chapters/09_checkpoints.md, cell 82
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -865,11 +951,10 @@ def load(
     ValueError for another dtype or mesh. Source: the Grok-1 release,
     `checkpoint.py`.
     """
-    axes = getattr(mesh, "axis_names", ())
-    if mesh is not None and set(axes) != {"data", "model"}:
-        raise ValueError("mesh needs axes data, model: use make_mesh")
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
+    if mesh is not None:
+        check_mesh(folder, config, mesh)
     config = replace(config, dtype=dtype)
     params: dict[str, dict] = {}
     for name, w in read(where, config).items():

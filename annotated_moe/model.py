@@ -260,6 +260,12 @@ def check_depth(layers: Params, depth: int) -> None:
 
 
 # %% book/chapters/08_model.md, cell 28
+def keep(h: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
+    """The residual stream's layout on a mesh, layer after layer."""
+    return sharding.constrain(h, None, None, "data")
+
+
+# %% book/chapters/08_model.md, cell 29
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -277,16 +283,17 @@ def decoder(
 
     def body(carry, layer):
         weights = weights_of(layers, layer)
-        h = sharding.constrain(carry[0], None, None, "data")
-        h, cache, _ = apply(weights, h, positions, carry[1], layer)
-        return (sharding.constrain(h, None, None, "data"), cache), None
+        h, cache, _ = apply(
+            weights, keep(carry[0]), positions, carry[1], layer
+        )
+        return (keep(h), cache), None
 
     depth = jnp.arange(config.num_layers)
-    (h, cache), _ = jax.lax.scan(body, (h, cache), depth)
-    return h, cache, {}
+    (h, cache), _ = jax.lax.scan(body, (keep(h), cache), depth)
+    return keep(h), cache, {}
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 30
 def decoder_to_train(
     layers: Params,
     h: Float32[Array, "B T D"],
@@ -304,7 +311,7 @@ def decoder_to_train(
     return h, None, jax.tree.map(jnp.mean, losses)
 
 
-# %% book/chapters/08_model.md, cell 41
+# %% book/chapters/08_model.md, cell 42
 def embed(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -315,7 +322,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 42
+# %% book/chapters/08_model.md, cell 43
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -324,7 +331,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 44
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -344,7 +351,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 48
+# %% book/chapters/08_model.md, cell 49
 def tied_logits_on_mesh(
     h: Float[Array, "N D"],
     table: Float[Array, "V D"],
@@ -370,7 +377,7 @@ def tied_logits_on_mesh(
     )(h, table)
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 50
 def unembed(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -387,7 +394,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 51
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -407,7 +414,7 @@ def forward(
     return decoder(params, h, positions, config, cache, train)
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 52
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
@@ -417,7 +424,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 54
+# %% book/chapters/08_model.md, cell 55
 def pin(cache: KVCache) -> KVCache:
     """Keep the cache's layout on the mesh from step to step."""
     mesh = sharding.current_mesh()
@@ -433,17 +440,18 @@ def pin(cache: KVCache) -> KVCache:
     )
 
 
-# %% book/chapters/08_model.md, cell 55
+# %% book/chapters/08_model.md, cell 56
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
-    heads = (config.kv_heads, config.head_size)
+    copies = sharding.head_copies(config.kv_heads, config.q_heads)
+    heads = (copies * config.kv_heads, config.head_size)
     shape = (config.num_layers, batch, slots, *heads)
     k, v = (jnp.zeros(shape, config.dtype) for _ in "kv")
     return pin(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
 
-# %% book/chapters/08_model.md, cell 56
+# %% book/chapters/08_model.md, cell 57
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     params: Params,
@@ -469,7 +477,7 @@ def prefill(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 57
+# %% book/chapters/08_model.md, cell 58
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -488,7 +496,7 @@ def decode_step(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 64
+# %% book/chapters/08_model.md, cell 65
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -503,7 +511,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 65
+# %% book/chapters/08_model.md, cell 66
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -519,7 +527,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 70
+# %% book/chapters/08_model.md, cell 71
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -540,7 +548,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 73
+# %% book/chapters/08_model.md, cell 74
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -550,7 +558,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 74
+# %% book/chapters/08_model.md, cell 75
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -566,7 +574,7 @@ def sample(
     return choose(logits, drawn, how.temperature, how.top_k, how.top_p)
 
 
-# %% book/chapters/08_model.md, cell 75
+# %% book/chapters/08_model.md, cell 76
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"], step: Any = 0, how: Any = None
@@ -575,7 +583,7 @@ def greedy(
     return jnp.argmax(logits, axis=-1)
 
 
-# %% book/chapters/08_model.md, cell 76
+# %% book/chapters/08_model.md, cell 77
 def per_row(
     name: str, value: Any, rows: int, good: Any, need: str
 ) -> np.ndarray:
@@ -591,7 +599,7 @@ def per_row(
     return np.broadcast_to(a, (rows,))
 
 
-# %% book/chapters/08_model.md, cell 77
+# %% book/chapters/08_model.md, cell 78
 def sampling(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:
@@ -620,13 +628,13 @@ def sampling(
     )
 
 
-# %% book/chapters/08_model.md, cell 78
+# %% book/chapters/08_model.md, cell 79
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 79
+# %% book/chapters/08_model.md, cell 80
 def pad_rows(
     rows: list[list[int]], width: int, pad: int = 0
 ) -> np.ndarray:
@@ -637,7 +645,7 @@ def pad_rows(
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 80
+# %% book/chapters/08_model.md, cell 81
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -659,7 +667,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% book/chapters/08_model.md, cell 81
+# %% book/chapters/08_model.md, cell 82
 def check_rows(
     prompts: Any, new: Any, c: ModelConfig
 ) -> list[list[int]]:
@@ -671,7 +679,7 @@ def check_rows(
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% book/chapters/08_model.md, cell 83
+# %% book/chapters/08_model.md, cell 84
 def token_steps(
     model: "Runnable", rows: list[list[int]], how: Sampling, count: int
 ) -> Iterator[list[int]]:
@@ -696,7 +704,7 @@ def token_steps(
         yield np.asarray(tokens).tolist()
 
 
-# %% book/chapters/08_model.md, cell 84
+# %% book/chapters/08_model.md, cell 85
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
@@ -712,7 +720,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 85
+# %% book/chapters/08_model.md, cell 86
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -723,7 +731,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 86
+# %% book/chapters/08_model.md, cell 87
 @dataclass(frozen=True)
 class Runnable:
     """A configuration, its weights, and where and with what to run."""
@@ -752,7 +760,7 @@ class Runnable:
         return self.tokenizer
 
 
-# %% book/chapters/08_model.md, cell 87
+# %% book/chapters/08_model.md, cell 88
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
@@ -770,7 +778,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 88
+# %% book/chapters/08_model.md, cell 89
 class IdModel(Runnable):
     """What a model does with token ids."""
 
@@ -800,7 +808,7 @@ class IdModel(Runnable):
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 89
+# %% book/chapters/08_model.md, cell 90
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -817,7 +825,7 @@ class StreamModel(IdModel):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 91
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -850,5 +858,5 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 96
+# %% book/chapters/08_model.md, cell 97
 PRESETS = {"grok-1": ModelConfig()}

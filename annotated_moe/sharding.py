@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -135,6 +136,16 @@ def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
 
 
 # %% book/chapters/07_sharding.md, cell 21
+def group_repeats(
+    q: QuantizedTensor, spec: P, mesh: AnyMesh
+) -> int:
+    """How often to repeat each scale: 1 where groups fit the cut."""
+    parts = axis_size(mesh, fit_spec(spec, q.shape, mesh)[-2])
+    groups = q.scales.shape[-2]
+    return 1 if groups == 1 else math.lcm(groups, parts) // groups
+
+
+# %% book/chapters/07_sharding.md, cell 22
 def fit_groups(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> QuantizedTensor:
@@ -143,16 +154,14 @@ def fit_groups(
     The weights that `q` stands for do not change by a bit. G becomes
     the least common multiple of G and the parts that D is cut into.
     """
-    parts = axis_size(mesh, fit_spec(spec, q.shape, mesh)[-2])
-    groups = q.scales.shape[-2]
-    if groups == 1 or groups % parts == 0:
+    times = group_repeats(q, spec, mesh)
+    if times == 1:
         return q
-    times = math.lcm(groups, parts) // groups
     scales = np.repeat(np.asarray(q.scales), times, axis=-2)
     return QuantizedTensor(q.weight, scales)
 
 
-# %% book/chapters/07_sharding.md, cell 26
+# %% book/chapters/07_sharding.md, cell 27
 def partition_specs(
     params: dict[str, dict[str, Any]], mesh: AnyMesh
 ) -> dict[str, dict[str, Any]]:
@@ -172,7 +181,7 @@ def partition_specs(
     return specs
 
 
-# %% book/chapters/07_sharding.md, cell 27
+# %% book/chapters/07_sharding.md, cell 28
 def shardings(specs: Any, mesh: AnyMesh) -> Any:
     """A tree of specs as a tree of shardings, for `jax.device_put`."""
     return jax.tree.map(
@@ -182,14 +191,14 @@ def shardings(specs: Any, mesh: AnyMesh) -> Any:
     )
 
 
-# %% book/chapters/07_sharding.md, cell 31
+# %% book/chapters/07_sharding.md, cell 32
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
-# %% book/chapters/07_sharding.md, cell 32
+# %% book/chapters/07_sharding.md, cell 33
 def matmul(
     x: Float[Array, "N D"], w: Weight, axes: tuple[Axis, Axis]
 ) -> Float[Array, "N F"]:
@@ -216,7 +225,7 @@ def matmul(
     )(x, w)
 
 
-# %% book/chapters/07_sharding.md, cell 48
+# %% book/chapters/07_sharding.md, cell 49
 def constrain(
     x: Shaped[Array, "..."], *axes: Axis
 ) -> Shaped[Array, "..."]:
@@ -230,3 +239,32 @@ def constrain(
         return x
     spec = fit_spec(P(*axes), x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+# %% book/chapters/07_sharding.md, cell 55
+def head_copies(kv_heads: int, q_heads: int) -> int:
+    """How often the current mesh holds each key head: mostly once.
+
+    So often that `model` cuts the copies between heads. Once where
+    `model` does not divide the query heads: then all stay whole.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return 1
+    parts = axis_size(mesh, fit("model", q_heads, mesh))
+    return math.lcm(kv_heads, parts) // kv_heads
+
+
+# %% book/chapters/07_sharding.md, cell 56
+def spread_heads(
+    k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], q_heads: int
+) -> tuple[Float[Array, "B T M H"], Float[Array, "B T M H"]]:
+    """Keys and values, each head as often as `head_copies` says."""
+    copies = head_copies(k.shape[2], q_heads)
+    if copies == 1:
+        return k, v
+    flat = [z.reshape(*z.shape[:2], -1) for z in (k, v)]    # [B, T, KH]
+    whole = constrain(jnp.stack(flat))        # gathered in one exchange
+    heads = jnp.repeat(whole.reshape(2, *k.shape), copies, axis=3)
+    k, v = constrain(heads, None, None, None, "model")
+    return k, v

@@ -18,7 +18,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
@@ -42,6 +42,8 @@ from annotated_moe.model import (
     init_params,
 )
 from annotated_moe.quantization import QuantizedTensor
+
+Number = int | float
 
 
 # %% book/chapters/13_scale.md, cell 3
@@ -70,7 +72,7 @@ HARDWARE = {
     "v5e": Hardware("TPU v5e",
                     16e9, 819e9, 197e12, 393e12, 200e9),
     "v5p": Hardware("TPU v5p",
-                    95 * 2**30, 2765e9, 459e12, 918e12, 600e9),
+                    95.0 * 2**30, 2765e9, 459e12, 918e12, 600e9),
     "v6e": Hardware("TPU v6e",
                     32e9, 1638e9, 918e12, 1836e12, 400e9),
 }
@@ -306,7 +308,7 @@ def root_of(ops: dict[str, Op]) -> Op:
 
 
 # %% book/chapters/13_scale.md, cell 21
-def times_around(program: Program, loop: Op, unknown: float) -> float:
+def times_around(program: Program, loop: Op, unknown: Number) -> float:
     """How often a loop runs; `unknown` where the data decides."""
     told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.after)
     if told:
@@ -315,7 +317,7 @@ def times_around(program: Program, loop: Op, unknown: float) -> float:
     for name in root_of(test).operands:
         if test[name].kind == "constant":
             return float(test[name].inside)
-    return unknown
+    return float(unknown)
 
 
 # %% book/chapters/13_scale.md, cell 22
@@ -323,7 +325,7 @@ Line = tuple[float, dict[str, Op], Op]
 
 
 def lines_run(
-    program: Program, start: str, unknown: float, times: float = 1.0
+    program: Program, start: str, unknown: Number, times: Number = 1.0
 ) -> Iterator[Line]:
     """(how often, its computation, line) of all that is run.
 
@@ -491,7 +493,7 @@ def fusion_bytes(
 
 
 # %% book/chapters/13_scale.md, cell 31
-def bytes_moved(text: str, unknown: float = 1.0) -> float:
+def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     """Bytes one device reads and writes in a run of the program.
 
     `text` is `compiled.as_text()`; `unknown` says how often loops run
@@ -499,11 +501,12 @@ def bytes_moved(text: str, unknown: float = 1.0) -> float:
     """
     program, entry = parse_program(text)
     lines = lines_run(program, entry, unknown)
-    return sum(n * line_bytes(program, ops, op) for n, ops, op in lines)
+    sizes = (n * line_bytes(program, ops, op) for n, ops, op in lines)
+    return float(sum(sizes))
 
 
 def largest_movers(
-    text: str, unknown: float = 1.0, most: int = 8
+    text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
     """(bytes, kind, shape) of the lines that move most."""
     program, entry = parse_program(text)
@@ -560,7 +563,7 @@ EXCHANGES = re.compile(
 
 
 def exchanges(
-    text: str, devices: int, unknown: float = 1.0
+    text: str, devices: int, unknown: Number = 1.0
 ) -> Iterator[Exchange]:
     """The collectives of a compiled program, fused ones included."""
     program, entry = parse_program(text)
@@ -684,7 +687,7 @@ class Plan:
 
 
 # %% book/chapters/13_scale.md, cell 41
-def held(plan: Plan) -> float:
+def held(plan: Plan) -> int:
     """Bytes that one device must have room for."""
     return plan.weights + plan.cache + plan.temporaries
 
@@ -798,7 +801,10 @@ def add_up(found: Iterator[Exchange]) -> list[list[Any]]:
 
 # %% book/chapters/13_scale.md, cell 48
 def model_named(name: str) -> tuple[ModelConfig, Params]:
-    """Configuration and weights' shapes of a preset or checkpoint."""
+    """Configuration and weights' shapes of a preset or checkpoint.
+
+    To compute in bfloat16, as `load` does unless told otherwise.
+    """
     if name in PRESETS:
         return PRESETS[name], published(PRESETS[name])
     if not Path(name).exists():
@@ -811,7 +817,7 @@ def model_named(name: str) -> tuple[ModelConfig, Params]:
     for path, w in read(where, config).items():
         module, leaf = path.rsplit("/", 1)
         params.setdefault(module, {})[leaf] = shape_of(w)
-    return config, params
+    return replace(config, dtype="bfloat16"), params
 
 
 def shape_of(w: Any) -> Any:
@@ -948,7 +954,7 @@ UNITS = (
 )
 
 
-def amount(size: float) -> str:
+def amount(size: Number) -> str:
     """Bytes with three digits: 39.9 GB."""
     unit, name = next((u for u in UNITS if size >= u[0]), UNITS[-1])
     value = size / unit

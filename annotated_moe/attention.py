@@ -122,9 +122,13 @@ def write_cache(
     if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
         raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
     rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
-    return stack.at[layer, rows, positions].set(
-        x.astype(stack.dtype), mode="drop", wrap_negative_indices=False
+    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
+    # Heads as one axis: with two, XLA copies the stack on a TPU.
+    flat = stack.reshape(*stack.shape[:3], -1)              # [.., S, KH]
+    flat = flat.at[layer, rows, positions].set(
+        x, mode="drop", wrap_negative_indices=False
     )
+    return flat.reshape(stack.shape)
 
 
 # %% book/chapters/04_attention.md, cell 38

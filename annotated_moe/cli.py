@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 from jax.sharding import Mesh
 
-from annotated_moe import checkpoints
+from annotated_moe import checkpoints, scale
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
 
@@ -178,6 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("info", help=text, description=text)
     sub.add_argument("--model", help=FOLDER)
     sub.set_defaults(run=run_info)
+    scale.add_plan(commands)
     return parser
 
 

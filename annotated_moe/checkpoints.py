@@ -437,11 +437,10 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_JSON + 1)
-        if len(data) > MOST_JSON:
-            raise ValueError(f"it has more than {MOST_JSON} bytes")
-        content = json.loads(data.decode(), object_pairs_hook=unique)
+        if path.stat().st_size > MOST_JSON or not path.is_file():
+            raise ValueError(f"no file of at most {MOST_JSON} bytes")
+        text = path.read_text("utf-8")
+        content = json.loads(text, object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         message = f"{path} is not readable: {error}"
         raise CheckpointError(message) from None
@@ -705,8 +704,11 @@ def place_quantized(
 
 
 # %% book/chapters/09_checkpoints.md, cell 69
-CODES = {"F32": np.dtype("<f4"), "I8": np.dtype("i1")}
-CODES["BF16"] = np.dtype(ml_dtypes.bfloat16)
+CODES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I8": np.dtype("i1"),
+}
 
 
 # %% book/chapters/09_checkpoints.md, cell 70
@@ -751,7 +753,7 @@ def entry_of(
     sized = whole_numbers(shape, 2**40) and whole_numbers(span, most)
     if not known or not sized or len(span) != 2 or 0 in shape:
         raise CheckpointError(f"has a malformed entry {name[:80]!r}")
-    code = fields["dtype"]
+    code: Any = fields["dtype"]
     if not isinstance(code, str) or code not in CODES:
         shown = code[:20] if isinstance(code, str) else "no text"
         raise CheckpointError(

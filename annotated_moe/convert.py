@@ -30,20 +30,20 @@ from annotated_moe.model import ModelConfig
 from annotated_moe.quantization import QuantizedTensor
 
 
-# %% book/chapters/10_convert.md, cell 5
+# %% book/chapters/10_convert.md, cell 6
 def text(word: str) -> bytes:
     """SHORT_BINUNICODE: a text of at most 255 bytes."""
     data = word.encode()
     return b"\x8c" + bytes([len(data)]) + data
 
 
-# %% book/chapters/10_convert.md, cell 6
+# %% book/chapters/10_convert.md, cell 7
 def named(module: str, name: str) -> bytes:
     """STACK_GLOBAL: two texts, and pickle imports what they name."""
     return text(module) + text(name) + b"\x93"
 
 
-# %% book/chapters/10_convert.md, cell 7
+# %% book/chapters/10_convert.md, cell 8
 def integer(value: int) -> bytes:
     """The shortest of BININT1, BININT2 and BININT."""
     if 0 <= value < 2**8:
@@ -53,7 +53,7 @@ def integer(value: int) -> bytes:
     return b"J" + value.to_bytes(4, "little", signed=True)
 
 
-# %% book/chapters/10_convert.md, cell 8
+# %% book/chapters/10_convert.md, cell 9
 def dtype_program(dtype: np.dtype) -> bytes:
     """What leaves `dtype` on pickle's stack."""
     codes = {"float32": ("f4", "<"), "int8": ("i1", "|")}
@@ -68,7 +68,7 @@ def dtype_program(dtype: np.dtype) -> bytes:
     return made + b"(" + state + b"".join(map(integer, sizes)) + b"tb"
 
 
-# %% book/chapters/10_convert.md, cell 9
+# %% book/chapters/10_convert.md, cell 10
 def array_parts(w: Any, name: str) -> list[Part]:
     """An array's program, its data, and the end of its program."""
     made = named("numpy.core.multiarray", "_reconstruct")
@@ -81,13 +81,13 @@ def array_parts(w: Any, name: str) -> list[Part]:
     return [around(head), data, around(b"tb")]
 
 
-# %% book/chapters/10_convert.md, cell 10
+# %% book/chapters/10_convert.md, cell 11
 def around(data: bytes) -> Part:
     """Bytes that belong to no tensor."""
     return Part(np.frombuffer(data, np.uint8))
 
 
-# %% book/chapters/10_convert.md, cell 11
+# %% book/chapters/10_convert.md, cell 12
 def pickle_parts(w: Any, name: str) -> list[Part]:
     """One file of the Grok-1 layout: an array, or int8 and scales."""
     start, stop = around(b"\x80\x04"), around(b".")
@@ -105,12 +105,12 @@ def pickle_parts(w: Any, name: str) -> list[Part]:
     ]
 
 
-# %% book/chapters/10_convert.md, cell 14
+# %% book/chapters/10_convert.md, cell 15
 Plan = dict[str, list[Part]]
 Tensors = dict[str, Any]
 
 
-# %% book/chapters/10_convert.md, cell 15
+# %% book/chapters/10_convert.md, cell 16
 def part_of(w: Any, index: int | None) -> Any:
     """One layer, or one expert of a layer; all of it for None."""
     if index is None:
@@ -120,13 +120,13 @@ def part_of(w: Any, index: int | None) -> Any:
     return w[index]
 
 
-# %% book/chapters/10_convert.md, cell 16
+# %% book/chapters/10_convert.md, cell 17
 def plan_ours(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     parts = ck.safetensors_parts(ck.flat_arrays(tensors))
     return {ck.ONE_FILE: parts}
 
 
-# %% book/chapters/10_convert.md, cell 17
+# %% book/chapters/10_convert.md, cell 18
 def plan_grok(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     plan = {}
     for i, name in enumerate(ck.grok_paths(config)):
@@ -137,7 +137,7 @@ def plan_grok(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 18
+# %% book/chapters/10_convert.md, cell 19
 def their_tensors(
     family: ck.Family, tensors: Tensors, config: ModelConfig
 ) -> Iterator[tuple[str, Any]]:
@@ -154,7 +154,7 @@ def their_tensors(
                 yield from changed(w, name, ck.CHANGES[change][1])
 
 
-# %% book/chapters/10_convert.md, cell 19
+# %% book/chapters/10_convert.md, cell 20
 def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
     """A tensor as the layout wants it; scales get a name of their own."""
     if isinstance(w, QuantizedTensor):
@@ -164,7 +164,7 @@ def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
         yield name, write(w)
 
 
-# %% book/chapters/10_convert.md, cell 20
+# %% book/chapters/10_convert.md, cell 21
 def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
     """Cut into groups of at most `most` bytes, or of a single tensor."""
     groups: list[Tensors] = [{}]
@@ -179,7 +179,7 @@ def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
     return groups
 
 
-# %% book/chapters/10_convert.md, cell 21
+# %% book/chapters/10_convert.md, cell 22
 GROK_HF = "Grok1ModelForCausalLM"
 
 def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
@@ -200,7 +200,7 @@ def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 22
+# %% book/chapters/10_convert.md, cell 23
 def hf_settings(config: ModelConfig) -> dict[str, Any]:
     family, values = ck.FAMILIES[GROK_HF], asdict(config)
     if config.num_experts == 1:
@@ -211,7 +211,7 @@ def hf_settings(config: ModelConfig) -> dict[str, Any]:
     return {**start, **named, **family.fixed, "quantization_config": scheme}
 
 
-# %% book/chapters/10_convert.md, cell 23
+# %% book/chapters/10_convert.md, cell 24
 def grok_settings(config: ModelConfig) -> dict[str, Any]:
     standard, values = ModelConfig(), asdict(config)
     for name in ("attn_softcap", "rope_base"):
@@ -230,7 +230,7 @@ def grok_settings(config: ModelConfig) -> dict[str, Any]:
     return {**flat, "widening_factor": widening}
 
 
-# %% book/chapters/10_convert.md, cell 24
+# %% book/chapters/10_convert.md, cell 25
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "ours": (plan_ours, ck.our_settings),
     "grok-1": (plan_grok, grok_settings),
@@ -238,12 +238,12 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-# %% book/chapters/10_convert.md, cell 25
+# %% book/chapters/10_convert.md, cell 26
 SYNC = 2**25
 JOURNAL = "journal"
 
 
-# %% book/chapters/10_convert.md, cell 26
+# %% book/chapters/10_convert.md, cell 27
 class Journal(ck.Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
@@ -274,7 +274,7 @@ class Journal(ck.Watcher):
         self.waiting = 0
 
 
-# %% book/chapters/10_convert.md, cell 27
+# %% book/chapters/10_convert.md, cell 28
 def replay(journal: Journal) -> str | None:
     """Take up the lines that are there; which job they belong to."""
     job, end = None, 0
@@ -293,7 +293,7 @@ def replay(journal: Journal) -> str | None:
     return job
 
 
-# %% book/chapters/10_convert.md, cell 28
+# %% book/chapters/10_convert.md, cell 29
 def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files, and what stands beside it."""
     inside = folder / "ckpt-0"
@@ -303,7 +303,7 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in names if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 29
+# %% book/chapters/10_convert.md, cell 30
 def job_of(folder: Path, to: str, most: int) -> str:
     """A name for one conversion of one state of one folder."""
     stats = [(str(p), p.stat()) for p in files_of(folder)]
@@ -312,7 +312,7 @@ def job_of(folder: Path, to: str, most: int) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-# %% book/chapters/10_convert.md, cell 30
+# %% book/chapters/10_convert.md, cell 31
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a partial folder, for one process at a time."""
@@ -330,7 +330,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# %% book/chapters/10_convert.md, cell 31
+# %% book/chapters/10_convert.md, cell 32
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -345,7 +345,7 @@ def check_target(source: Path, target: Path) -> None:
         raise CheckpointError(f"{target} lies within {source}: choose another")
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 33
 def check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -355,7 +355,7 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 34
 WEIGHTS = {"config.json", "checksums.json", ck.INDEX, "ckpt-0"}
 
 def companions(folder: Path) -> list[Path]:
@@ -365,7 +365,7 @@ def companions(folder: Path) -> list[Path]:
     return [p for n in kept if n[0] != "." and (p := folder / n).is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 35
 def write_plan(partial: Path, plan: Plan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
@@ -381,7 +381,7 @@ def write_plan(partial: Path, plan: Plan, journal: Journal) -> None:
         ck.sync(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 36
 def finish(
     partial: Path,
     target: Path,
@@ -391,10 +391,7 @@ def finish(
 ) -> None:
     """Add what is small, then give `partial` its name."""
     for file in companions(folder):
-        with open(file, "rb") as data:
-            content = data.read()
-        (partial / file.name).write_bytes(b"")
-        ck.append(partial / file.name, memoryview(content))
+        shutil.copyfile(file, partial / file.name)
         ck.sync(partial / file.name)
     ck.write_json(partial / "checksums.json", {"sha256": sums})
     ck.write_json(partial / "config.json", settings)
@@ -404,7 +401,7 @@ def finish(
     ck.sync(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 36
+# %% book/chapters/10_convert.md, cell 37
 @contextmanager
 def cleared(partial: Path) -> Iterator[None]:
     """Remove `partial` when an error ends the work, not when a kill."""
@@ -418,7 +415,7 @@ def cleared(partial: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 37
+# %% book/chapters/10_convert.md, cell 38
 def begin(journal: Journal, partial: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -431,7 +428,7 @@ def begin(journal: Journal, partial: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 39
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -444,12 +441,12 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 39
+# %% book/chapters/10_convert.md, cell 40
 def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-# %% book/chapters/10_convert.md, cell 40
+# %% book/chapters/10_convert.md, cell 41
 def check_options(to: str, most: int | None) -> int:
     """The size of a shard; ValueError for what makes no sense."""
     if to not in TARGETS:
@@ -461,7 +458,7 @@ def check_options(to: str, most: int | None) -> int:
     return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 41
+# %% book/chapters/10_convert.md, cell 42
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -485,7 +482,7 @@ def convert(
     carry_out(folder, target, plan, settings, job_of(folder, to, most), tell)
 
 
-# %% book/chapters/10_convert.md, cell 42
+# %% book/chapters/10_convert.md, cell 43
 def carry_out(
     folder: Path,
     target: Path,
@@ -507,7 +504,7 @@ def carry_out(
             finish(partial, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 52
+# %% book/chapters/10_convert.md, cell 53
 class Bar:
     """Progress on stderr: a line that moves, or one each ten percent."""
 
@@ -528,7 +525,7 @@ class Bar:
         print(f"{line:50s}", end=end, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/10_convert.md, cell 53
+# %% book/chapters/10_convert.md, cell 54
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def size_of(word: str) -> int:
@@ -540,7 +537,7 @@ def size_of(word: str) -> int:
     return int(number) * UNITS[unit]
 
 
-# %% book/chapters/10_convert.md, cell 54
+# %% book/chapters/10_convert.md, cell 55
 def run_convert(args: argparse.Namespace) -> None:
     most = args.max_shard_size
     size = None if most is None else size_of(most)
@@ -554,7 +551,7 @@ def run_convert(args: argparse.Namespace) -> None:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 55
+# %% book/chapters/10_convert.md, cell 56
 def add_convert(commands: Any) -> None:
     """The subcommand `convert`, for `annotated-moe`'s parser."""
     text = "write a checkpoint in another layout, a block at a time"

@@ -7,10 +7,15 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 124
 from importlib.metadata import version
 
-from annotated_moe.checkpoints import CheckpointError, load, save
+from annotated_moe.checkpoints import (
+    CheckpointError,
+    load,
+    save,
+    verify,
+)
 from annotated_moe.model import PRESETS, Model, ModelConfig
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.sharding import make_mesh
@@ -27,4 +32,5 @@ __all__ = [
     "load",
     "make_mesh",
     "save",
+    "verify",
 ]

@@ -8,14 +8,14 @@ its devices while reading only the bytes that a device keeps.
 """
 
 # %% book/chapters/09_checkpoints.md, cell 1
+import hashlib
 import json
 import math
 import os
 import pickletools
-import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
@@ -28,8 +28,6 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from annotated_moe import sharding
 from annotated_moe.model import PRESETS, Model, ModelConfig, init_params
@@ -359,7 +357,7 @@ def read_pickled(path: Path) -> Tensor:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 39
+# %% book/chapters/09_checkpoints.md, cell 41
 @cache
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; layers are stacked in front."""
@@ -374,7 +372,7 @@ def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 40
+# %% book/chapters/09_checkpoints.md, cell 42
 def grok_paths(config: ModelConfig) -> list[str]:
     """The release's path of every file, in the files' order."""
     paths = []
@@ -388,7 +386,7 @@ def grok_paths(config: ModelConfig) -> list[str]:
     return sorted(paths)
 
 
-# %% book/chapters/09_checkpoints.md, cell 41
+# %% book/chapters/09_checkpoints.md, cell 43
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token makes use of."""
     sizes = {path: math.prod(s) for path, s in expected(config).items()}
@@ -398,7 +396,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, total - idle // config.num_experts
 
 
-# %% book/chapters/09_checkpoints.md, cell 46
+# %% book/chapters/09_checkpoints.md, cell 48
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -424,11 +422,26 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 47
+# %% book/chapters/09_checkpoints.md, cell 49
+MOST_JSON = 2**24
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's pairs as a dict; ValueError for a name met twice."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"it holds {twice[:80]!r} twice")
+    return dict(pairs)
+
+
+# %% book/chapters/09_checkpoints.md, cell 50
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        if path.stat().st_size > MOST_JSON or not path.is_file():
+            raise ValueError(f"no file of at most {MOST_JSON} bytes")
+        text = path.read_text("utf-8")
+        content = json.loads(text, object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         message = f"{path} is not readable: {error}"
         raise CheckpointError(message) from None
@@ -437,7 +450,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09_checkpoints.md, cell 48
+# %% book/chapters/09_checkpoints.md, cell 51
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -447,7 +460,7 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 49
+# %% book/chapters/09_checkpoints.md, cell 52
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     try:
         config = ModelConfig(**values)
@@ -459,16 +472,16 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09_checkpoints.md, cell 50
+# %% book/chapters/09_checkpoints.md, cell 53
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09_checkpoints.md, cell 51
+# %% book/chapters/09_checkpoints.md, cell 54
 def grok_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return PRESETS["grok-1"]
     raw = read_json(path)
     inner = raw.pop("model", {})
@@ -488,7 +501,7 @@ def grok_config(path: Path) -> ModelConfig:
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 53
+# %% book/chapters/09_checkpoints.md, cell 56
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
     scales = tuple(w.scales.shape)
@@ -504,13 +517,13 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 54
+# %% book/chapters/09_checkpoints.md, cell 57
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
     return path.endswith("/w") and "/router/" not in path
 
 
-# %% book/chapters/09_checkpoints.md, cell 55
+# %% book/chapters/09_checkpoints.md, cell 58
 def check_tensor(
     where: Path, name: str, w: Tensor, shape: tuple[int, ...]
 ) -> None:
@@ -531,11 +544,27 @@ def check_tensor(
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 56
+# %% book/chapters/09_checkpoints.md, cell 59
+def names_in(folder: Path) -> set[str]:
+    """The names in a folder, or a CheckpointError."""
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{folder} is not a folder: give the one that holds "
+            "ckpt-0/ or config.json"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is not readable: {error.strerror}"
+        ) from None
+
+
+# %% book/chapters/09_checkpoints.md, cell 60
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
     files = [f"tensor{i:05d}_000" for i in range(len(names))]
-    found = {p.name for p in folder.glob("tensor*")}
+    found = {n for n in names_in(folder) if n.startswith("tensor")}
     for file, name in zip(files, names, strict=True):
         if file not in found:
             message = f"{folder} lacks {file}, which is {name}"
@@ -549,7 +578,7 @@ def grok_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% book/chapters/09_checkpoints.md, cell 57
+# %% book/chapters/09_checkpoints.md, cell 61
 def our_path(name: str) -> tuple[str, int | None]:
     """transformer/decoder_layer_3/a/w -> decoder_layer/a/w and 3."""
     top, rest = name.split("/", 1)
@@ -559,10 +588,13 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 58
-@dataclass(frozen=True)
+# %% book/chapters/09_checkpoints.md, cell 62
+@dataclass(frozen=True, eq=False)
 class Stack:
-    """Arrays of one shape and dtype behind one another, not copied."""
+    """Arrays of one shape and dtype behind one another, not copied.
+
+    `stack[3]` is a part; any other index copies what it names.
+    """
 
     parts: list
 
@@ -570,16 +602,31 @@ class Stack:
     def shape(self) -> tuple[int, ...]:
         return (len(self.parts), *self.parts[0].shape)
 
-    def __getitem__(self, index: tuple) -> np.ndarray:
-        layers = range(len(self.parts))[index[0]]
-        return np.stack([self.parts[i][index[1:]] for i in layers])
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        first, rest = (*index, slice(None))[0], index[1:]
+        if not isinstance(first, slice):
+            return self.parts[first][rest] if rest else self.parts[first]
+        parts = self.parts[first]
+        return np.stack([part[rest] for part in parts])
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 59
+# %% book/chapters/09_checkpoints.md, cell 63
 def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     """One lazily stacked tensor from those of all layers."""
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
     if not pairs:
+        if len({getattr(w, "dtype", None) for w in parts}) > 1:
+            raise CheckpointError(
+                f"{where}: the layers of {path} have several dtypes"
+            )
         return Stack(parts)
     shapes = {w.scales.shape for w in pairs}
     if len(pairs) < len(parts) or len(shapes) > 1:
@@ -591,7 +638,7 @@ def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 60
+# %% book/chapters/09_checkpoints.md, cell 64
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
@@ -613,7 +660,7 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 61
+# %% book/chapters/09_checkpoints.md, cell 65
 BYTES_READ: Counter[str] = Counter()            # path of a parameter
 
 
@@ -624,7 +671,7 @@ def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
     return block
 
 
-# %% book/chapters/09_checkpoints.md, cell 62
+# %% book/chapters/09_checkpoints.md, cell 66
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any, path: str = ""
 ) -> jax.Array:
@@ -649,7 +696,7 @@ def on_devices(
     return make(shape, where, shards)
 
 
-# %% book/chapters/09_checkpoints.md, cell 63
+# %% book/chapters/09_checkpoints.md, cell 67
 def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
@@ -664,7 +711,7 @@ def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     return on_devices(w, spec, mesh, dtype, path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 64
+# %% book/chapters/09_checkpoints.md, cell 68
 def place_quantized(
     w: QuantizedTensor, spec: P, mesh: Mesh | None, path: str = ""
 ) -> QuantizedTensor:
@@ -681,7 +728,7 @@ def place_quantized(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 65
+# %% book/chapters/09_checkpoints.md, cell 69
 @dataclass(frozen=True)
 class Repeated:
     """`source` with each row of axis -2 `times` times, not copied."""
@@ -705,39 +752,304 @@ class Repeated:
         return block[..., skip : skip + stop - start, :]
 
 
-# %% book/chapters/09_checkpoints.md, cell 66
-OUR_FORMAT = "annotated-moe"
+# %% book/chapters/09_checkpoints.md, cell 71
+CODES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I8": np.dtype("i1"),
+}
 
 
-# %% book/chapters/09_checkpoints.md, cell 67
-def flat_arrays(params: dict) -> dict[str, np.ndarray]:
-    """Haiku's dict of dicts as path -> array; scales get their own."""
+# %% book/chapters/09_checkpoints.md, cell 72
+def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says it holds, and where that begins."""
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 or size > min(len(data) - 8, MOST_JSON):
+        raise CheckpointError(
+            f"has a header of {size} bytes; it has {len(data)} in all, "
+            f"and a header has at most {MOST_JSON}"
+        )
+    try:
+        text = data[8 : 8 + size].tobytes().decode()
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"has a broken header: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError("has a header that is no JSON object")
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+# %% book/chapters/09_checkpoints.md, cell 73
+def whole_numbers(values: Any, most: int) -> bool:
+    """Whether `values` is a list of at most eight sizes or offsets."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 8
+        and all(type(n) is int and 0 <= n <= most for n in values)
+    )
+
+
+# %% book/chapters/09_checkpoints.md, cell 74
+def entry_of(
+    name: str, entry: Any, most: int
+) -> tuple[int, int, np.dtype, tuple[int, ...]]:
+    """Begin, end, dtype and shape of one tensor, each of them checked."""
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    shape: Any = fields.get("shape")
+    span: Any = fields.get("data_offsets")
+    known = set(fields) == {"dtype", "shape", "data_offsets"}
+    sized = whole_numbers(shape, 2**40) and whole_numbers(span, most)
+    if not known or not sized or len(span) != 2 or 0 in shape:
+        raise CheckpointError(f"has a malformed entry {name[:80]!r}")
+    code: Any = fields["dtype"]
+    if not isinstance(code, str) or code not in CODES:
+        shown = code[:20] if isinstance(code, str) else "no text"
+        raise CheckpointError(
+            f"holds {name[:80]!r} in the dtype {shown!r}; "
+            f"supported are {', '.join(CODES)}"
+        )
+    dtype = CODES[code]
+    size = math.prod(shape) * dtype.itemsize
+    if size != span[1] - span[0]:
+        raise CheckpointError(
+            f"holds {name[:80]!r} of shape {tuple(shape)}, which takes "
+            f"{size} bytes, in {span[1] - span[0]}"
+        )
+    return span[0], span[1], dtype, tuple(shape)
+
+
+# %% book/chapters/09_checkpoints.md, cell 75
+def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> view of `data`, the bytes of a safetensors file."""
+    header, start = read_header(data)
+    most, end = len(data) - start, 0
+    entries = {n: entry_of(n, e, most) for n, e in header.items()}
+    for name, entry in sorted(entries.items(), key=lambda e: e[1][:2]):
+        if entry[0] != end:
+            raise CheckpointError(
+                f"holds {name[:80]!r} from byte {entry[0]}, but what "
+                f"comes before it ends at {end}"
+            )
+        end = entry[1]
+    if end != most:
+        raise CheckpointError(
+            f"has {most} bytes of tensors and names {end}: it was cut "
+            "or something was added; fetch it again"
+        )
+    return {
+        name: data[start + a : start + b].view(dtype).reshape(shape)
+        for name, (a, b, dtype, shape) in entries.items()
+    }
+
+
+# %% book/chapters/09_checkpoints.md, cell 76
+def open_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Name -> array of a safetensors file, mapped, not copied.
+
+    Raises CheckpointError, naming the file.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        message = f"{path} is not readable: {error}"
+        raise CheckpointError(message) from None
+    try:
+        return arrays_in(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+
+
+# %% book/chapters/09_checkpoints.md, cell 78
+BLOCK = 2**24
+
+def pieces(w: Any) -> Iterator[np.ndarray]:
+    """An array or `Stack` as views of at most BLOCK bytes, in order."""
+    if isinstance(w, Stack):
+        for part in w.parts:
+            yield from pieces(part)
+        return
+    w = np.asarray(w)
+    if w.nbytes <= BLOCK:
+        yield w
+        return
+    rows = BLOCK * len(w) // w.nbytes
+    if rows:
+        for at in range(0, len(w), rows):
+            yield w[at : at + rows]
+    else:
+        for row in w:
+            yield from pieces(row)
+
+
+# %% book/chapters/09_checkpoints.md, cell 79
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A stretch of a file: a tensor, or without a name what is around."""
+
+    data: Any
+    name: str = ""
+
+    @property
+    def size(self) -> int:
+        itemsize = np.dtype(self.data.dtype).itemsize
+        return math.prod(self.data.shape) * itemsize
+
+
+# %% book/chapters/09_checkpoints.md, cell 80
+def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
+    """A safetensors file of `arrays`, the widest dtypes first.
+
+    Every tensor then begins at a multiple of its own item size.
+    """
+    codes = {dtype: code for code, dtype in CODES.items()}
+    parts = [Part(w, name) for name, w in arrays.items()]
+    parts.sort(key=lambda p: (-np.dtype(p.data.dtype).itemsize, p.name))
+    header, at = {}, 0
+    for part in parts:
+        header[part.name] = {
+            "dtype": codes[np.dtype(part.data.dtype)],
+            "shape": list(part.data.shape),
+            "data_offsets": [at, at + part.size],
+        }
+        at += part.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    return [Part(np.frombuffer(start, np.uint8)), *parts]
+
+
+# %% book/chapters/09_checkpoints.md, cell 81
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# %% book/chapters/09_checkpoints.md, cell 82
+class Watcher:
+    """Told how files grow; `sums` has the sha256 of each tensor."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, str] = {}
+
+    def wrote(self, path: Path, size: int) -> None:
+        """A block of `size` bytes was written, or was there already."""
+
+    def closed(self, path: Path) -> None:
+        """A file is whole."""
+        sync(path)
+
+
+# %% book/chapters/09_checkpoints.md, cell 83
+def append(path: Path, data: memoryview) -> None:
+    """`data` to the end of a file; one sentence when it has no room."""
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}; make room or "
+            "choose another folder"
+        ) from None
+
+
+# %% book/chapters/09_checkpoints.md, cell 84
+def as_bytes(w: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, copied only if they are not."""
+    return np.ascontiguousarray(w).reshape(-1).view(np.uint8).data
+
+
+# %% book/chapters/09_checkpoints.md, cell 85
+def write_part(
+    path: Path, part: Part, skip: int, watcher: Watcher
+) -> None:
+    """Append `part` but for its first `skip` bytes; note its sha256."""
+    digest = hashlib.sha256()
+    for piece in pieces(part.data):
+        data = as_bytes(piece)
+        digest.update(data)
+        append(path, data[skip:])
+        skip = max(skip - len(data), 0)
+        watcher.wrote(path, len(data))
+    if part.name:
+        watcher.sums[part.name] = digest.hexdigest()
+
+
+# %% book/chapters/09_checkpoints.md, cell 86
+def write_file(
+    path: Path, parts: list[Part], watcher: Watcher, at: int = 0
+) -> None:
+    """Write a file of `parts`, of which `at` bytes are there."""
+    with open(path, "ab") as file:
+        file.truncate(at)
+    for part in parts:
+        skip = min(at, part.size)
+        at -= skip
+        known = not part.name or part.name in watcher.sums
+        if skip == part.size and known:
+            watcher.wrote(path, part.size)
+        else:
+            write_part(path, part, skip, watcher)
+    watcher.closed(path)
+
+
+# %% book/chapters/09_checkpoints.md, cell 87
+def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
-    for module, leaves in params.items():
-        for name, w in leaves.items():
-            path = f"{module}/{name}"
-            if isinstance(w, QuantizedTensor):
-                flat[f"{path}.weight"] = np.asarray(w.weight)
-                flat[f"{path}.scales"] = np.asarray(w.scales)
-            else:
-                flat[path] = np.asarray(w)
+    for path, w in tensors.items():
+        if isinstance(w, QuantizedTensor):
+            flat[f"{path}.weight"] = w.weight
+            flat[f"{path}.scales"] = w.scales
+        else:
+            flat[path] = w
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 88
+OUR_FORMAT = "annotated-moe"
+PARTS = {
+    "config.json",
+    "model.safetensors",
+    "checksums.json",
+    "tokenizer.model",
+}
+
+
+# %% book/chapters/09_checkpoints.md, cell 89
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    path.write_bytes(b"")
+    append(path, memoryview(text.encode()))
+    sync(path)
+
+
+# %% book/chapters/09_checkpoints.md, cell 90
+def our_settings(config: ModelConfig) -> dict[str, Any]:
+    return {"format": OUR_FORMAT, **asdict(config)}
+
+
+# %% book/chapters/09_checkpoints.md, cell 91
 def write_parts(model: Model, folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    config = folder / "config.json"
-    save_file(flat_arrays(model.params), weights)
-    settings = {"format": OUR_FORMAT, **asdict(model.config)}
-    config.write_text(json.dumps(settings, indent=1) + "\n")
-    # safetensors makes files that only their owner may read.
-    shutil.copymode(config, weights)
+    tensors = {
+        f"{module}/{name}": w
+        for module, leaves in model.params.items()
+        for name, w in leaves.items()
+    }
+    parts = safetensors_parts(flat_arrays(tensors))
+    watcher = Watcher()
+    write_file(folder / "model.safetensors", parts, watcher)
+    write_json(folder / "checksums.json", {"sha256": watcher.sums})
+    write_json(folder / "config.json", our_settings(model.config))
     if model.tokenizer is not None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 69
+# %% book/chapters/09_checkpoints.md, cell 92
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -763,11 +1075,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 70
-PARTS = {"config.json", "model.safetensors", "tokenizer.model"}
-
-
-# %% book/chapters/09_checkpoints.md, cell 71
+# %% book/chapters/09_checkpoints.md, cell 93
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -787,7 +1095,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 72
+# %% book/chapters/09_checkpoints.md, cell 94
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -795,7 +1103,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 73
+# %% book/chapters/09_checkpoints.md, cell 95
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -803,19 +1111,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 74
-def open_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, "numpy") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is no readable safetensors file: {error}"
-        ) from None
-
-
-# %% book/chapters/09_checkpoints.md, cell 75
+# %% book/chapters/09_checkpoints.md, cell 96
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -838,7 +1134,280 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 76
+# %% book/chapters/09_checkpoints.md, cell 97
+ATTENTION = "decoder_layer/multi_head_attention"
+MOE = "decoder_layer/moe"
+GROK_WEIGHTS = (
+    ("model.embed_tokens.weight", "in_out_embed/embeddings", "as is"),
+    ("model.norm.scale", "rms_norm/scale", "as is"),
+    ("pre_attn_norm.scale", "decoder_layer/rms_norm/scale", "as is"),
+    ("post_attn_norm.scale", "decoder_layer/rms_norm_1/scale", "as is"),
+    ("pre_moe_norm.scale", "decoder_layer/rms_norm_2/scale", "as is"),
+    ("post_moe_norm.scale", "decoder_layer/rms_norm_3/scale", "as is"),
+    ("attn.q_proj.weight", f"{ATTENTION}/query/w", "transpose"),
+    ("attn.k_proj.weight", f"{ATTENTION}/key/w", "transpose"),
+    ("attn.v_proj.weight", f"{ATTENTION}/value/w", "transpose"),
+    ("attn.o_proj.weight", f"{ATTENTION}/linear/w", "transpose"),
+    ("moe_block.gate.weight", "decoder_layer/router/w", "transpose"),
+    ("{expert}.linear.weight", f"{MOE}/linear/w", "transpose"),
+    ("{expert}.linear_v.weight", f"{MOE}/linear_v/w", "transpose"),
+    ("{expert}.linear_1.weight", f"{MOE}/linear_1/w", "transpose"),
+)
+
+
+# %% book/chapters/09_checkpoints.md, cell 98
+Change = Callable[[np.ndarray], np.ndarray]
+CHANGES: dict[str, tuple[Change, Change]] = {
+    "as is": (lambda w: w, lambda w: w),
+    "transpose": (lambda w: w.T, lambda w: w.T),
+}
+
+
+# %% book/chapters/09_checkpoints.md, cell 99
+GROK_FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "q_heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_size",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "embedding_multiplier_scale": "embedding_multiplier",
+    "output_multiplier_scale": "output_multiplier",
+    "attn_output_multiplier": "attn_multiplier",
+    "max_attn_value": "attn_softcap",
+    "rope_theta": "rope_base",
+    "pad_token_id": "pad_id",
+    "eos_token_id": "eos_id",
+    "torch_dtype": "dtype",
+}
+
+
+# %% book/chapters/09_checkpoints.md, cell 100
+@dataclass(frozen=True)
+class Family:
+    """One architecture of the Hugging Face layout, as data.
+
+    `fixed` are fields that have one value here, `ignored` those that
+    do not change what is computed.
+    """
+
+    weights: tuple[tuple[str, str, str], ...]
+    fields: dict[str, str]
+    fixed: dict[str, Any]
+    ignored: frozenset[str]
+    layer: str = "model.layers.{i}."
+    expert: str = "moe_block.experts.{i}"
+
+
+# %% book/chapters/09_checkpoints.md, cell 101
+HOUSEKEEPING = (
+    "architectures model_type auto_map transformers_version use_cache "
+    "bos_token_id output_router_logits router_aux_loss_coef "
+    "initializer_range quantization_config"
+)
+FAMILIES = {
+    "Grok1ModelForCausalLM": Family(
+        GROK_WEIGHTS,
+        GROK_FIELDS,
+        {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        frozenset(HOUSEKEEPING.split()),
+    ),
+}
+
+
+# %% book/chapters/09_checkpoints.md, cell 102
+def family_of(path: Path, raw: dict[str, Any]) -> Family:
+    """The table for a Hugging Face `config.json`."""
+    found = raw.get("architectures")
+    name = found[0] if isinstance(found, list) and found else None
+    if not isinstance(name, str) or name not in FAMILIES:
+        shown = repr(name[:40]) if isinstance(name, str) else "none"
+        raise CheckpointError(
+            f"{path} names the architecture {shown}; other layouts are "
+            f"not supported: known are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name]
+
+
+# %% book/chapters/09_checkpoints.md, cell 103
+def hf_config(path: Path) -> ModelConfig:
+    """A Hugging Face `config.json`, by its family's table."""
+    raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
+    family = family_of(path, raw)
+    for name, value in family.fixed.items():
+        if raw.get(name, value) != value:
+            raise CheckpointError(
+                f"{path}: {name} is {raw[name]!r}; only {value!r} "
+                "is supported"
+            )
+    known = {*family.fields, *family.fixed, *family.ignored}
+    refuse_unknown(path, raw, known)
+    later = {"head_dim", "rope_theta", "torch_dtype"}
+    missing = sorted(set(family.fields) - later - set(raw))
+    if missing:
+        raise CheckpointError(f"{path} lacks the field {missing[0]!r}")
+    raw.setdefault("torch_dtype", "bfloat16")
+    names = {ours: name for name, ours in family.fields.items()}
+    values = {o: raw[n] for o, n in names.items() if n in raw}
+    config = make_config(path, {**values, "head_size": 2})
+    size = config.d_model // config.q_heads
+    return make_config(path, {"head_size": size, **values})
+
+
+# %% book/chapters/09_checkpoints.md, cell 104
+INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+
+
+# %% book/chapters/09_checkpoints.md, cell 105
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> shard, if every shard on disk is in it and vice versa."""
+    path = folder / INDEX
+    index: Any = read_json(path).get("weight_map")
+    shards = index.values() if isinstance(index, dict) else [None]
+    if not all(isinstance(shard, str) for shard in shards):
+        raise CheckpointError(f"{path} has no 'weight_map' of names")
+    there = {n for n in names_in(folder) if n.endswith(".safetensors")}
+    for shard in sorted(set(shards) ^ there):
+        if shard in there:
+            what = f"does not name {shard}, which lies beside it"
+        else:
+            what = f"names {shard[:80]!r}, which is missing: fetch it"
+        raise CheckpointError(f"{path} {what}")
+    return index
+
+
+# %% book/chapters/09_checkpoints.md, cell 106
+def open_folder(folder: Path) -> dict[str, np.ndarray]:
+    """Name -> array of one safetensors file, or of all shards."""
+    names = names_in(folder)
+    if INDEX not in names:
+        return open_arrays(folder / ONE_FILE)
+    index, arrays = read_index(folder), {}
+    for shard in sorted(set(index.values())):
+        for name, array in open_arrays(folder / shard).items():
+            if index.get(name) != shard:
+                raise CheckpointError(
+                    f"{folder / shard} holds {name[:80]!r}, which the "
+                    f"index places in {index.get(name)!r}: one "
+                    "parameter has two tensors"
+                )
+            arrays[name] = array
+    lost = sorted(set(index) - set(arrays))
+    if lost:
+        raise CheckpointError(
+            f"{folder / index[lost[0]]} lacks {lost[0][:80]!r}, which "
+            "the index places there"
+        )
+    return arrays
+
+
+# %% book/chapters/09_checkpoints.md, cell 107
+def their_name(
+    family: Family, name: str, layer: int | None, expert: int | None
+) -> str:
+    """A name of the weight map, for one layer and one expert."""
+    before = "" if layer is None else family.layer.format(i=layer)
+    return before + name.format(expert=family.expert.format(i=expert))
+
+
+# %% book/chapters/09_checkpoints.md, cell 108
+def take(
+    where: Path,
+    arrays: dict[str, np.ndarray],
+    name: str,
+    row: tuple[str, str, str],
+    shape: tuple[int, ...],
+) -> Tensor:
+    """One tensor of theirs, with its scales, as ours: only views."""
+    _, path, change = row
+    read = CHANGES[change][0]
+    if name not in arrays:
+        raise CheckpointError(f"{where} lacks {name}")
+    weight = arrays.pop(name)
+    scales = arrays.pop(f"{name}_scale", None)
+    if scales is None and weight.dtype == np.int8:
+        raise CheckpointError(f"{where}: {name} lacks {name}_scale")
+    w: Tensor = read(weight)
+    if scales is not None:
+        w = QuantizedTensor(w, read(scales))
+    check_tensor(where, f"{name} as {path}", w, shape)
+    return w
+
+
+# %% book/chapters/09_checkpoints.md, cell 109
+def gather(
+    where: Path,
+    arrays: dict[str, np.ndarray],
+    family: Family,
+    row: tuple[str, str, str],
+    config: ModelConfig,
+) -> Any:
+    """One of our stacks, from a tensor a layer, or a layer and expert."""
+    theirs, path, _ = row
+    shape = expected(config)[path]
+
+    def one(layer: int | None, expert: int | None, axes: int) -> Tensor:
+        name = their_name(family, theirs, layer, expert)
+        return take(where, arrays, name, row, shape[axes:])
+
+    def of_layer(layer: int) -> Any:
+        if "{expert}" not in theirs:
+            return one(layer, None, 1)
+        experts = range(config.num_experts)
+        parts = [one(layer, expert, 2) for expert in experts]
+        return stack_layers(where, path, parts)
+
+    if not path.startswith("decoder_layer/"):
+        return one(None, None, 0)
+    parts = [of_layer(layer) for layer in range(config.num_layers)]
+    return stack_layers(where, path, parts)
+
+
+# %% book/chapters/09_checkpoints.md, cell 110
+def check_head(where: Path, arrays: dict, embedding: np.ndarray) -> None:
+    """Take `lm_head.weight` out; CheckpointError if it is another."""
+    head = arrays.pop("lm_head.weight", None)
+    if head is None:
+        return
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    pairs = zip(pieces(head), pieces(embedding))
+    if not same or any(as_bytes(a) != as_bytes(b) for a, b in pairs):
+        raise CheckpointError(
+            f"{where}: lm_head.weight is not the embedding; a model "
+            "with an output matrix of its own is not supported"
+        )
+
+
+# %% book/chapters/09_checkpoints.md, cell 111
+def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
+    settings = folder / "config.json"
+    family = family_of(settings, read_json(settings))
+    arrays, tensors = open_folder(folder), {}
+    rows = {row[1]: row for row in family.weights}
+    for path in expected(config):
+        if path not in rows:
+            raise CheckpointError(
+                f"{settings}: this architecture has no {path}; "
+                "num_experts must be at least 2"
+            )
+        row = rows[path]
+        tensors[path] = gather(folder, arrays, family, row, config)
+    check_head(folder, arrays, tensors["in_out_embed/embeddings"])
+    if arrays:
+        raise CheckpointError(
+            f"{folder} holds {min(arrays)[:80]!r}, which its "
+            "configuration has no place for"
+        )
+    return tensors
+
+
+# %% book/chapters/09_checkpoints.md, cell 112
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -854,38 +1423,99 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 77
+# %% book/chapters/09_checkpoints.md, cell 113
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder: give the one that holds "
-            "ckpt-0/ or model.safetensors"
-        )
     folder = folder.parent if folder.name == "ckpt-0" else folder
-    settings = folder / "config.json"
-    if (folder / "ckpt-0").is_dir():
+    names, settings = names_in(folder), folder / "config.json"
+    if "ckpt-0" in names:
         return grok_config(settings), read_grok, folder / "ckpt-0"
-    if is_ours(folder):
+    raw = read_json(settings) if "config.json" in names else {}
+    if raw.get("format") == OUR_FORMAT:
         return our_config(settings), read_ours, folder
+    if "architectures" in raw:
+        return hf_config(settings), read_hf, folder
     raise CheckpointError(
         f"{folder} holds neither ckpt-0/ (Grok-1) nor a config.json of "
-        f"format {OUR_FORMAT!r}; other layouts are not supported yet"
+        f"format {OUR_FORMAT!r} or with 'architectures' (Hugging Face)"
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 78
+# %% book/chapters/09_checkpoints.md, cell 114
+LAYOUTS: dict[Callable, str] = {
+    read_grok: "Grok-1",
+    read_ours: OUR_FORMAT,
+    read_hf: "Hugging Face",
+}
+
+
+# %% book/chapters/09_checkpoints.md, cell 115
+def beside(where: Path) -> Path:
+    """Where the configuration and the tokenizer stand."""
+    return where.parent if where.name == "ckpt-0" else where
+
+
+# %% book/chapters/09_checkpoints.md, cell 116
+def stored(where: Path) -> dict[str, np.ndarray]:
+    """Every array in a checkpoint's files, by the name it has there."""
+    if where.name != "ckpt-0":
+        return open_folder(where)
+    files = [n for n in names_in(where) if n.startswith("tensor")]
+    return flat_arrays({n: read_pickled(where / n) for n in sorted(files)})
+
+
+# %% book/chapters/09_checkpoints.md, cell 117
+def checksums(folder: Path) -> dict[str, str]:
+    """Tensor -> sha256, as `checksums.json` says."""
+    path = folder / "checksums.json"
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{folder} has no checksums.json: annotated-moe convert "
+            "makes a copy that has"
+        )
+    sums = read_json(path).get("sha256")
+    if not isinstance(sums, dict):
+        raise CheckpointError(f"{path} lacks the field 'sha256'")
+    return sums
+
+
+# %% book/chapters/09_checkpoints.md, cell 118
+def verify(path: str | os.PathLike[str] | None = None) -> int:
+    """Hold every tensor against its checksum; how many there are.
+
+    Reads the whole checkpoint, a block at a time. Raises
+    CheckpointError for the first tensor that is not what was written.
+    """
+    folder = small_model() if path is None else Path(path)
+    where = find_layout(folder)[2]
+    arrays, sums = stored(where), checksums(beside(where))
+    for name in sorted(set(arrays) ^ set(sums)):
+        lacks = "checksum" if name in arrays else "tensor"
+        raise CheckpointError(f"{where}: {name[:80]!r} has no {lacks}")
+    for name, array in arrays.items():
+        digest = hashlib.sha256()
+        for piece in pieces(array):
+            digest.update(as_bytes(piece))
+        if digest.hexdigest() != sums[name]:
+            raise CheckpointError(
+                f"{where}: {name} does not match its checksum; it was "
+                "changed or damaged: fetch it again"
+            )
+    return len(arrays)
+
+
+# %% book/chapters/09_checkpoints.md, cell 119
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
     """`tokenizer.model`, if there; its ids must fit the model."""
     path = folder / "tokenizer.model"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         tokenizer = Tokenizer(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path} has {tokenizer.vocab_size} pieces, but the "
@@ -894,13 +1524,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 79
+# %% book/chapters/09_checkpoints.md, cell 120
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 80
+# %% book/chapters/09_checkpoints.md, cell 121
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     wanted = [
@@ -915,7 +1545,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 81
+# %% book/chapters/09_checkpoints.md, cell 122
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -937,7 +1567,7 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 123
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

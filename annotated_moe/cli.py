@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 138
 import argparse
 import os
 import sys
@@ -21,17 +21,18 @@ import jax
 from jax.sharding import Mesh
 
 from annotated_moe import checkpoints, scale
+from annotated_moe.convert import add_convert
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 139
 def say(text: str) -> None:
     """Status goes to stderr: stdout holds the text and nothing else."""
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 140
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
@@ -44,7 +45,7 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 141
 def open_model(
     path: str | None, devices: int, dtype: str
 ) -> tuple[Model, str]:
@@ -63,14 +64,14 @@ def open_model(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 142
 def room(model: Model, prompt: str) -> int:
     """At most 128 new tokens, and never more than the context holds."""
     left = model.config.context - len(model.text_ids(prompt)) + 1
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 143
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
@@ -83,7 +84,7 @@ def read_on(
     yield text.flush()
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 144
 def run_generate(args: argparse.Namespace) -> None:
     model, status = open_model(args.model, args.devices, args.dtype)
     prompt, new = model.text_ids(args.prompt), args.max_new_tokens
@@ -100,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(args.prompt, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 145
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -112,7 +113,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 146
 def rate(times: list[float]) -> str:
     """The first two tokens waited for a compiler and do not count."""
     text = f"{len(times)} new tokens"
@@ -122,27 +123,41 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 147
+def bytes_by_dtype(where: Path) -> dict[str, int]:
+    """What the arrays of each dtype take; only their heads are read."""
+    sizes: dict[str, int] = {}
+    for array in checkpoints.stored(where).values():
+        name = f"bytes of {array.dtype}"
+        sizes[name] = sizes.get(name, 0) + array.nbytes
+    return sizes
+
+
+# %% book/chapters/09_checkpoints.md, cell 148
 def run_info(args: argparse.Namespace) -> None:
-    folder = Path(args.model or checkpoints.small_model())
-    config, _, where = checkpoints.find_layout(folder)
+    folder = Path(args.path or args.model or checkpoints.small_model())
+    config, read, where = checkpoints.find_layout(folder)
+    read(where, config)                     # complains, or says nothing
     total, active = checkpoints.parameter_counts(config)
-    size = sum(p.stat().st_size for p in where.iterdir() if p.is_file())
-    released = where.name == "ckpt-0"
     about = {
-        "layout": "Grok-1" if released else checkpoints.OUR_FORMAT,
+        "layout": checkpoints.LAYOUTS[read],
         "parameters": f"{total:,}, {active:,} active per token",
-        "size on disk": f"{size:,} bytes",
     }
+    sizes = bytes_by_dtype(where)
+    sizes["bytes of weights"] = sum(sizes.values())
+    about |= {name: f"{size:,}" for name, size in sizes.items()}
+    if args.verify:
+        count = checkpoints.verify(folder)
+        about["checksums"] = f"{count:,} tensors are as written"
     for name, value in {**about, **vars(config)}.items():
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 149
 FOLDER = "checkpoint folder [the small model]"
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 150
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
@@ -160,7 +175,18 @@ def add_generate(commands: Any) -> None:
     add("--dtype", choices=dtypes, default=dtypes[0], help="[bfloat16]")
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 151
+def add_info(commands: Any) -> None:
+    text = "print a checkpoint's layout, size and configuration"
+    sub = commands.add_parser("info", help=text, description=text)
+    sub.set_defaults(run=run_info)
+    sub.add_argument("path", nargs="?", metavar="PATH", help=FOLDER)
+    sub.add_argument("--model", help="the same, as an option")
+    text = "hold every tensor against its checksum"
+    sub.add_argument("--verify", action="store_true", help=text)
+
+
+# %% book/chapters/09_checkpoints.md, cell 152
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -168,21 +194,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 153
 def make_parser() -> argparse.ArgumentParser:
     text = "Run the mixture-of-experts model that the book builds."
     parser = Parser("annotated-moe", description=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
-    text = "print a checkpoint's configuration and size"
-    sub = commands.add_parser("info", help=text, description=text)
-    sub.add_argument("--model", help=FOLDER)
-    sub.set_defaults(run=run_info)
+    add_convert(commands)
+    add_info(commands)
     scale.add_plan(commands)
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 154
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     args = make_parser().parse_args(argv)

@@ -1,0 +1,565 @@
+# Generated from book/chapters/10_convert.md by `make sync`; edit the chapter.
+"""Grok-1 takes 318 GB on disk, so a program that loads it to write it
+down again in another layout needs a machine with 318 GB of memory, and
+some hours in which nothing may happen. This chapter needs 16 MiB, and
+anything may happen. By its end you will have `annotated-moe convert`,
+which carries a checkpoint between three layouts a block at a time, goes
+on where it was killed, and puts nothing under the new name before the
+last byte is safe.
+"""
+
+# %% book/chapters/10_convert.md, cell 1
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from annotated_moe import checkpoints as ck
+from annotated_moe.checkpoints import CheckpointError, Part
+from annotated_moe.model import ModelConfig
+from annotated_moe.quantization import QuantizedTensor
+
+
+# %% book/chapters/10_convert.md, cell 6
+def text(word: str) -> bytes:
+    """SHORT_BINUNICODE: a text of at most 255 bytes."""
+    data = word.encode()
+    return b"\x8c" + bytes([len(data)]) + data
+
+
+# %% book/chapters/10_convert.md, cell 7
+def named(module: str, name: str) -> bytes:
+    """STACK_GLOBAL: two texts, and pickle imports what they name."""
+    return text(module) + text(name) + b"\x93"
+
+
+# %% book/chapters/10_convert.md, cell 8
+def integer(value: int) -> bytes:
+    """The shortest of BININT1, BININT2 and BININT."""
+    if 0 <= value < 2**8:
+        return b"K" + value.to_bytes(1, "little")
+    if 0 <= value < 2**16:
+        return b"M" + value.to_bytes(2, "little")
+    return b"J" + value.to_bytes(4, "little", signed=True)
+
+
+# %% book/chapters/10_convert.md, cell 9
+def dtype_program(dtype: np.dtype) -> bytes:
+    """What leaves `dtype` on pickle's stack."""
+    codes = {"float32": ("f4", "<"), "int8": ("i1", "|")}
+    if dtype.name in codes:
+        code, order = codes[dtype.name]
+        what, sizes = text(code), (-1, -1, 0)
+    else:
+        order = "<"
+        what, sizes = named("ml_dtypes", "bfloat16"), (2, 2, 64)
+    made = named("numpy", "dtype") + what + b"\x89\x88\x87R"
+    state = integer(3) + text(order) + b"NNN"
+    return made + b"(" + state + b"".join(map(integer, sizes)) + b"tb"
+
+
+# %% book/chapters/10_convert.md, cell 10
+def array_parts(w: Any, name: str) -> list[Part]:
+    """An array's program, its data, and the end of its program."""
+    made = named("numpy.core.multiarray", "_reconstruct")
+    made += named("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+    shape = b"(" + b"".join(map(integer, w.shape)) + b"t"
+    head = made + b"(" + integer(1) + shape + dtype_program(w.dtype)
+    data = Part(w, name)
+    width, op = (4, b"B") if data.size < 2**32 else (8, b"\x8e")
+    head += b"\x89" + op + data.size.to_bytes(width, "little")
+    return [around(head), data, around(b"tb")]
+
+
+# %% book/chapters/10_convert.md, cell 11
+def around(data: bytes) -> Part:
+    """Bytes that belong to no tensor."""
+    return Part(np.frombuffer(data, np.uint8))
+
+
+# %% book/chapters/10_convert.md, cell 12
+def pickle_parts(w: Any, name: str) -> list[Part]:
+    """One file of the Grok-1 layout: an array, or int8 and scales."""
+    start, stop = around(b"\x80\x04"), around(b".")
+    if not isinstance(w, QuantizedTensor):
+        return [start, *array_parts(w, name), stop]
+    pair = named("__main__", "QuantizedWeight8bit") + b")\x81}("
+    return [
+        start,
+        around(pair + text("weight")),
+        *array_parts(w.weight, f"{name}.weight"),
+        around(text("scales")),
+        *array_parts(w.scales, f"{name}.scales"),
+        around(b"ub"),
+        stop,
+    ]
+
+
+# %% book/chapters/10_convert.md, cell 15
+Plan = dict[str, list[Part]]
+Tensors = dict[str, Any]
+
+
+# %% book/chapters/10_convert.md, cell 16
+def part_of(w: Any, index: int | None) -> Any:
+    """One layer, or one expert of a layer; all of it for None."""
+    if index is None:
+        return w
+    if isinstance(w, QuantizedTensor):
+        return QuantizedTensor(w.weight[index], w.scales[index])
+    return w[index]
+
+
+# %% book/chapters/10_convert.md, cell 17
+def plan_ours(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
+    parts = ck.safetensors_parts(ck.flat_arrays(tensors))
+    return {ck.ONE_FILE: parts}
+
+
+# %% book/chapters/10_convert.md, cell 18
+def plan_grok(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
+    plan = {}
+    for i, name in enumerate(ck.grok_paths(config)):
+        path, layer = ck.our_path(name)
+        file = f"tensor{i:05d}_000"
+        w = part_of(tensors[path], layer)
+        plan[f"ckpt-0/{file}"] = pickle_parts(w, file)
+    return plan
+
+
+# %% book/chapters/10_convert.md, cell 19
+def their_tensors(
+    family: ck.Family, tensors: Tensors, config: ModelConfig
+) -> Iterator[tuple[str, Any]]:
+    """(name, array) of every tensor of a family's layout."""
+    for theirs, path, change in family.weights:
+        layered = path.startswith("decoder_layer/")
+        each = "{expert}" in theirs
+        layers = range(config.num_layers) if layered else [None]
+        experts = range(config.num_experts) if each else [None]
+        for layer in layers:
+            for expert in experts:
+                w = part_of(part_of(tensors[path], layer), expert)
+                name = ck.their_name(family, theirs, layer, expert)
+                yield from changed(w, name, ck.CHANGES[change][1])
+
+
+# %% book/chapters/10_convert.md, cell 20
+def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
+    """A tensor as the layout wants it; scales get a name of their own."""
+    if isinstance(w, QuantizedTensor):
+        yield name, write(w.weight)
+        yield f"{name}_scale", write(w.scales)
+    else:
+        yield name, write(w)
+
+
+# %% book/chapters/10_convert.md, cell 21
+def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
+    """Cut into groups of at most `most` bytes, or of a single tensor."""
+    groups: list[Tensors] = [{}]
+    room = most
+    for name, w in arrays.items():
+        size = Part(w).size
+        if size > room and groups[-1]:
+            groups.append({})
+            room = most
+        groups[-1][name] = w
+        room -= size
+    return groups
+
+
+# %% book/chapters/10_convert.md, cell 22
+GROK_HF = "Grok1ModelForCausalLM"
+
+def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
+    """One file, or shards and their index."""
+    family = ck.FAMILIES[GROK_HF]
+    groups = in_shards(dict(their_tensors(family, tensors, config)), most)
+    if len(groups) == 1:
+        return {ck.ONE_FILE: ck.safetensors_parts(groups[0])}
+    plan: Plan = {}
+    index: dict[str, str] = {}
+    total = sum(Part(w).size for group in groups for w in group.values())
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        plan[file] = ck.safetensors_parts(group)
+        index |= dict.fromkeys(group, file)
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    plan[ck.INDEX] = [around(json.dumps(content, indent=1).encode())]
+    return plan
+
+
+# %% book/chapters/10_convert.md, cell 23
+def hf_settings(config: ModelConfig) -> dict[str, Any]:
+    family, values = ck.FAMILIES[GROK_HF], asdict(config)
+    if config.num_experts == 1:
+        raise CheckpointError("the hf layout has no model without experts")
+    named = {n: values[ours] for n, ours in family.fields.items()}
+    scheme = {"quant_method": "int8-weight-scale", "bits": 8}
+    start = {"architectures": [GROK_HF], "model_type": "grok-1"}
+    return {**start, **named, **family.fixed, "quantization_config": scheme}
+
+
+# %% book/chapters/10_convert.md, cell 24
+def grok_settings(config: ModelConfig) -> dict[str, Any]:
+    standard, values = ModelConfig(), asdict(config)
+    for name in ("attn_softcap", "rope_base"):
+        if values[name] != getattr(standard, name):
+            raise CheckpointError(
+                f"the grok-1 layout has no field for {name}, which is "
+                f"{values[name]} here and {getattr(standard, name)} there"
+            )
+    widening = -(-3 * config.d_ff // 2) / config.d_model
+    if ck.ffn_size(config.d_model, widening) != config.d_ff:
+        raise CheckpointError(
+            f"the grok-1 layout has no widening_factor for d_ff="
+            f"{config.d_ff}: it must be a multiple of 8"
+        )
+    flat = {n: values[ours] for n, ours in ck.GROK_NAMES.items()}
+    return {**flat, "widening_factor": widening}
+
+
+# %% book/chapters/10_convert.md, cell 25
+TARGETS: dict[str, tuple[Callable, Callable]] = {
+    "ours": (plan_ours, ck.our_settings),
+    "grok-1": (plan_grok, grok_settings),
+    "hf": (plan_hf, hf_settings),
+}
+
+
+# %% book/chapters/10_convert.md, cell 26
+SYNC = 2**25
+JOURNAL = "journal"
+
+
+# %% book/chapters/10_convert.md, cell 27
+class Journal(ck.Watcher):
+    """Notes in `file` what is safe; `done` is file -> bytes."""
+
+    def __init__(self, file: IO[bytes], tell: Callable) -> None:
+        super().__init__()
+        self.file, self.tell = file, tell
+        self.done: dict[str, int] = {}
+        self.noted: set[str] = set()
+        self.waiting = 0
+
+    def note(self, **line: Any) -> None:
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def wrote(self, path: Path, size: int) -> None:
+        self.tell(size)
+        self.waiting += size
+        if self.waiting >= SYNC:
+            self.closed(path)
+
+    def closed(self, path: Path) -> None:
+        """What `path` holds by now is put on disk, then noted."""
+        ck.sync(path)
+        new = {n: s for n, s in self.sums.items() if n not in self.noted}
+        self.note(file=path.name, at=path.stat().st_size, sums=new)
+        self.noted |= set(new)
+        self.waiting = 0
+
+
+# %% book/chapters/10_convert.md, cell 28
+def replay(journal: Journal) -> str | None:
+    """Take up the lines that are there; which job they belong to."""
+    job, end = None, 0
+    journal.file.seek(0)
+    for line in journal.file.read().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        entry = json.loads(line)
+        end += len(line)
+        job = entry.get("job", job)
+        journal.sums |= entry.get("sums", {})
+        if "file" in entry:
+            journal.done[entry["file"]] = entry["at"]
+    journal.file.truncate(end)
+    journal.noted = set(journal.sums)
+    return job
+
+
+# %% book/chapters/10_convert.md, cell 29
+def files_of(folder: Path) -> list[Path]:
+    """The checkpoint's files, and what stands beside it."""
+    inside = folder / "ckpt-0"
+    names = [folder / name for name in sorted(ck.names_in(folder))]
+    if inside in names:
+        names += [inside / name for name in sorted(ck.names_in(inside))]
+    return [path for path in names if path.is_file()]
+
+
+# %% book/chapters/10_convert.md, cell 30
+def job_of(folder: Path, to: str, most: int) -> str:
+    """A name for one conversion of one state of one folder."""
+    stats = [(str(p), p.stat()) for p in files_of(folder)]
+    state = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    words = json.dumps([state, to, most, ck.BLOCK])
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+# %% book/chapters/10_convert.md, cell 31
+@contextmanager
+def locked(folder: Path) -> Iterator[IO[bytes]]:
+    """The journal of a partial folder, for one process at a time."""
+    import fcntl  # which Windows lacks: it may import this module
+
+    folder.mkdir(exist_ok=True)
+    with open(folder / JOURNAL, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder} is being written by another convert: wait "
+                "for it, or choose another folder"
+            ) from None
+        yield file
+
+
+# %% book/chapters/10_convert.md, cell 32
+def check_target(source: Path, target: Path) -> None:
+    """CheckpointError unless `target` is a free name in a folder."""
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.parent} is not a folder: make it")
+    empty = target.is_dir() and not target.is_symlink()
+    if os.path.lexists(target) and not (empty and not os.listdir(target)):
+        raise CheckpointError(
+            f"{target} exists already: choose another name, or remove it"
+        )
+    inside = target.parent.resolve() / target.name
+    if inside.is_relative_to(source.resolve()):
+        raise CheckpointError(f"{target} lies within {source}: choose another")
+
+
+# %% book/chapters/10_convert.md, cell 33
+def check_room(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{target} needs {needed:,} bytes more and its disk has "
+            f"{free:,}: make room or choose another disk"
+        )
+
+
+# %% book/chapters/10_convert.md, cell 34
+WEIGHTS = {"config.json", "checksums.json", ck.INDEX, "ckpt-0"}
+
+def companions(folder: Path) -> list[Path]:
+    """The tokenizer and whatever else lies beside the weights."""
+    names = ck.names_in(folder) - WEIGHTS
+    kept = [n for n in sorted(names) if not n.endswith(".safetensors")]
+    return [p for n in kept if n[0] != "." and (p := folder / n).is_file()]
+
+
+# %% book/chapters/10_convert.md, cell 35
+def write_plan(partial: Path, plan: Plan, journal: Journal) -> None:
+    """Every file of the plan, from where the journal says it stands."""
+    for name, parts in plan.items():
+        path = partial / name
+        path.parent.mkdir(exist_ok=True)
+        at = journal.done.get(path.name, 0)
+        if at and (not path.is_file() or path.stat().st_size < at):
+            raise CheckpointError(
+                f"{partial} is not as its journal says: remove it and "
+                "start again"
+            )
+        ck.write_file(path, parts, journal, at)
+        ck.sync(path.parent)
+
+
+# %% book/chapters/10_convert.md, cell 36
+def finish(
+    partial: Path,
+    target: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    sums: dict[str, str],
+) -> None:
+    """Add what is small, then give `partial` its name."""
+    for file in companions(folder):
+        shutil.copyfile(file, partial / file.name)
+        ck.sync(partial / file.name)
+    ck.write_json(partial / "checksums.json", {"sha256": sums})
+    ck.write_json(partial / "config.json", settings)
+    (partial / JOURNAL).unlink()
+    ck.sync(partial)
+    os.rename(partial, target)
+    ck.sync(target.parent)
+
+
+# %% book/chapters/10_convert.md, cell 37
+@contextmanager
+def cleared(partial: Path) -> Iterator[None]:
+    """Remove `partial` when an error ends the work, not when a kill."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            what = f"{error.filename or partial}: {error.strerror}"
+            raise CheckpointError(what) from None
+        raise
+
+
+# %% book/chapters/10_convert.md, cell 38
+def begin(journal: Journal, partial: Path, job: str) -> None:
+    """Take up the journal, or start one, for this job and no other."""
+    found = replay(journal)
+    if found is None:
+        journal.note(job=job)
+    elif found != job:
+        raise CheckpointError(
+            f"{partial} holds the beginning of another conversion, or "
+            "its source has changed since: remove it and start again"
+        )
+
+
+# %% book/chapters/10_convert.md, cell 39
+def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
+    """Adds up what a journal hears, for somebody who watches."""
+    done = 0
+
+    def add(size: int) -> None:
+        nonlocal done
+        done += size
+        tell(done, total)
+
+    return add
+
+
+# %% book/chapters/10_convert.md, cell 40
+def silent(done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+# %% book/chapters/10_convert.md, cell 41
+def check_options(to: str, most: int | None) -> int:
+    """The size of a shard; ValueError for what makes no sense."""
+    if to not in TARGETS:
+        raise ValueError(f"to must be {', '.join(TARGETS)}: {to!r}")
+    if most is not None and (to != "hf" or most < 1):
+        raise ValueError(
+            f"max_shard_size is a number of bytes, for hf only: {most}"
+        )
+    return 5 * 10**9 if most is None else most
+
+
+# %% book/chapters/10_convert.md, cell 42
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str = "ours",
+    max_shard_size: int | None = None,
+    tell: Callable[[int, int], None] = silent,
+) -> None:
+    """Write the checkpoint `source` in another layout to `target`.
+
+    `to` is "ours", "grok-1" or "hf"; for "hf", shards have at most
+    `max_shard_size` bytes [5 GB]. Raises CheckpointError and leaves
+    nothing behind; killed, the same call goes on. `tell(done, total)`
+    hears of bytes.
+    """
+    most, target = check_options(to, max_shard_size), Path(target).absolute()
+    config, read, where = ck.find_layout(Path(source))
+    folder, (plan_for, settings_for) = ck.beside(where), TARGETS[to]
+    check_target(folder, target)
+    settings = settings_for(config)
+    plan = plan_for(read(where, config), config, most)
+    carry_out(folder, target, plan, settings, job_of(folder, to, most), tell)
+
+
+# %% book/chapters/10_convert.md, cell 43
+def carry_out(
+    folder: Path,
+    target: Path,
+    plan: Plan,
+    settings: dict[str, Any],
+    job: str,
+    tell: Callable[[int, int], None],
+) -> None:
+    """Write `plan` to the partial folder, and let that be `target`."""
+    partial = target.parent / f".{target.name}.partial"
+    total = sum(part.size for parts in plan.values() for part in parts)
+    if not partial.is_dir():
+        check_room(target, total)
+    with locked(partial) as file:
+        journal = Journal(file, counter(total, tell))
+        begin(journal, partial, job)
+        with cleared(partial):
+            write_plan(partial, plan, journal)
+            finish(partial, target, folder, settings, journal.sums)
+
+
+# %% book/chapters/10_convert.md, cell 53
+class Bar:
+    """Progress on stderr: a line that moves, or one each ten percent."""
+
+    def __init__(self) -> None:
+        self.start, self.shown = time.perf_counter(), -1
+        self.moves = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        share = 100 * done // total
+        share -= 0 if self.moves else share % 10
+        if share <= self.shown:
+            return
+        self.shown = share
+        speed = done / 1e6 / max(time.perf_counter() - self.start, 1e-6)
+        of = f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB"
+        line = f"{share:3d} %  {of}, {speed:,.0f} MB/s"
+        end = "\r" if self.moves and share < 100 else "\n"
+        print(f"{line:50s}", end=end, file=sys.stderr, flush=True)
+
+
+# %% book/chapters/10_convert.md, cell 54
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+def size_of(word: str) -> int:
+    """"5GB" as a number of bytes; ValueError for anything else."""
+    number = word.upper().rstrip("KMGTB")
+    unit = word.upper()[len(number) :]
+    if unit not in UNITS or not number.isdecimal():
+        raise ValueError(f"no size: {word!r}; write 500MB, or 5GB")
+    return int(number) * UNITS[unit]
+
+
+# %% book/chapters/10_convert.md, cell 55
+def run_convert(args: argparse.Namespace) -> None:
+    most = args.max_shard_size
+    size = None if most is None else size_of(most)
+    try:
+        convert(args.source, args.target, args.to, size, Bar())
+    except KeyboardInterrupt:
+        print(
+            "\nStopped; the same command goes on from here.",
+            file=sys.stderr,
+        )
+        raise
+
+
+# %% book/chapters/10_convert.md, cell 56
+def add_convert(commands: Any) -> None:
+    """The subcommand `convert`, for `annotated-moe`'s parser."""
+    text = "write a checkpoint in another layout, a block at a time"
+    sub = commands.add_parser("convert", help=text, description=text)
+    sub.set_defaults(run=run_convert)
+    add = sub.add_argument
+    add("source", metavar="SRC", help="checkpoint folder, any layout")
+    add("target", metavar="DST", help="new folder")
+    add("--to", choices=list(TARGETS), default="ours", help="[ours]")
+    size = "of a file, such as 500MB; with --to hf [5GB]"
+    add("--max-shard-size", metavar="SIZE", help=size)

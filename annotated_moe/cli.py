@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 from jax.sharding import Mesh
 
-from annotated_moe import checkpoints, scale
+from annotated_moe import checkpoints, hosts, scale
 from annotated_moe.convert import add_convert
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
@@ -161,7 +161,8 @@ FOLDER = "checkpoint folder [the small model]"
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
-    sub.set_defaults(run=run_generate)
+    sub.set_defaults(run=hosts.together(run_generate))
+    hosts.add_options(sub)
     add, number, real = sub.add_argument, {"type": int}, {"type": float}
     add("--model", help=FOLDER)
     add("--prompt", required=True, help="text to go on from")

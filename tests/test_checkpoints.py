@@ -222,7 +222,7 @@ def test_files_are_in_string_order(tiny, tmp_path, devices):
     assert names == sorted(released_tensors(tiny))
     layers = [name.split("/")[1] for name in names if "router" in name]
     assert layers[:4] == [f"decoder_layer_{i}" for i in (0, 1, 10, 11)]
-    mesh = am.make_mesh(model=devices) if devices > 1 else None
+    mesh = am.make_mesh(2, devices // 2) if devices > 1 else None
     loaded = am.load(folder, mesh=mesh, dtype="float32")
     assert loaded.config == replace(TINY, dtype="float32")
     if devices == 1:

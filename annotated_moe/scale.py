@@ -46,7 +46,7 @@ from annotated_moe.quantization import QuantizedTensor
 Number = int | float
 
 
-# %% book/chapters/13_scale.md, cell 3
+# %% book/chapters/13_scale.md, cell 5
 @dataclass(frozen=True)
 class Hardware:
     """What one device can do, by its maker's data sheet.
@@ -63,7 +63,7 @@ class Hardware:
     disk: float = 0.0                       # sequential reads
 
 
-# %% book/chapters/13_scale.md, cell 4
+# %% book/chapters/13_scale.md, cell 6
 HARDWARE = {
     "laptop": Hardware("laptop: 8 Zen 4 cores, DDR5-5600, NVMe",
                        32e9, 89.6e9, 0.97e12, 3.9e12, disk=7.45e9),
@@ -78,7 +78,7 @@ HARDWARE = {
 }
 
 
-# %% book/chapters/13_scale.md, cell 5
+# %% book/chapters/13_scale.md, cell 10
 def abstract(tree: Any) -> Any:
     """Every array of a tree as its shape and dtype."""
     return jax.tree.map(
@@ -86,6 +86,7 @@ def abstract(tree: Any) -> Any:
     )
 
 
+# %% book/chapters/13_scale.md, cell 11
 def published(config: ModelConfig) -> Params:
     """Shapes of a preset's weights, in 8 bits as Grok-1's are."""
     return jax.eval_shape(
@@ -95,7 +96,7 @@ def published(config: ModelConfig) -> Params:
     )
 
 
-# %% book/chapters/13_scale.md, cell 6
+# %% book/chapters/13_scale.md, cell 12
 def as_loaded(path: str, w: Any, mesh: Any, dtype: str) -> Any:
     """The arrays that `checkpoints.place` makes of `w`: shapes only."""
     if isinstance(w, QuantizedTensor):
@@ -109,7 +110,7 @@ def as_loaded(path: str, w: Any, mesh: Any, dtype: str) -> Any:
     return jax.ShapeDtypeStruct(w.shape, "float32" if kept else dtype)
 
 
-# %% book/chapters/13_scale.md, cell 7
+# %% book/chapters/13_scale.md, cell 13
 def on_mesh(params: Params, mesh: Any, dtype: str) -> Params:
     """`params` as `load` places them: shapes, dtypes, shardings.
 
@@ -127,7 +128,7 @@ def on_mesh(params: Params, mesh: Any, dtype: str) -> Params:
     return with_shardings(fitted, sharding.shardings(specs, mesh))
 
 
-# %% book/chapters/13_scale.md, cell 8
+# %% book/chapters/13_scale.md, cell 14
 def with_shardings(tree: Any, where: Any) -> Any:
     """Shapes and dtypes, told where their arrays would lie."""
     return jax.tree.map(
@@ -136,7 +137,7 @@ def with_shardings(tree: Any, where: Any) -> Any:
     )
 
 
-# %% book/chapters/13_scale.md, cell 9
+# %% book/chapters/13_scale.md, cell 15
 def check_divides(params: Params, mesh: Any) -> None:
     """ValueError for a weight that its rule cannot cut on this mesh."""
     for module, leaves in params.items():
@@ -154,7 +155,7 @@ def check_divides(params: Params, mesh: Any) -> None:
                     )
 
 
-# %% book/chapters/13_scale.md, cell 10
+# %% book/chapters/13_scale.md, cell 16
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree with shardings."""
     return sum(
@@ -163,7 +164,38 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-# %% book/chapters/13_scale.md, cell 11
+# %% book/chapters/13_scale.md, cell 17
+def model_named(name: str) -> tuple[ModelConfig, Params]:
+    """Configuration and weights' shapes of a preset or checkpoint.
+
+    To compute in bfloat16, as `load` does unless told otherwise.
+    """
+    if name in PRESETS:
+        return PRESETS[name], published(PRESETS[name])
+    if not Path(name).exists():
+        raise ValueError(
+            f"{name!r} is neither a folder nor a preset; presets are"
+            f" {', '.join(PRESETS)}"
+        )
+    config, read, where = checkpoints.find_layout(Path(name))
+    params: dict[str, dict[str, Any]] = {}
+    for path, w in read(where, config).items():
+        module, leaf = path.rsplit("/", 1)
+        params.setdefault(module, {})[leaf] = shape_of(w)
+    return replace(config, dtype="bfloat16"), params
+
+
+# %% book/chapters/13_scale.md, cell 18
+def shape_of(w: Any) -> Any:
+    """A tensor on disk as a shape; float ones are cast when loaded."""
+    if not isinstance(w, QuantizedTensor):
+        return jax.ShapeDtypeStruct(w.shape, jnp.float32)
+    weight = jax.ShapeDtypeStruct(w.weight.shape, jnp.int8)
+    scales = jax.ShapeDtypeStruct(w.scales.shape, jnp.bfloat16)
+    return QuantizedTensor(weight, scales)
+
+
+# %% book/chapters/13_scale.md, cell 23
 def empty_cache(
     config: ModelConfig, mesh: Mesh, batch: int, context: int
 ) -> KVCache:
@@ -178,7 +210,7 @@ def empty_cache(
     return with_shardings(shapes, program.output_shardings)
 
 
-# %% book/chapters/13_scale.md, cell 12
+# %% book/chapters/13_scale.md, cell 24
 def busy_experts(config: ModelConfig, batch: int) -> float:
     """How many experts of a layer are asked by `batch` tokens.
 
@@ -190,7 +222,7 @@ def busy_experts(config: ModelConfig, batch: int) -> float:
     return config.num_experts * (1 - skipped)
 
 
-# %% book/chapters/13_scale.md, cell 13
+# %% book/chapters/13_scale.md, cell 25
 KINDS = (
     ("experts", r"moe/|decoder_layer/linear"),
     ("attention", r"multi_head_attention/"),
@@ -204,7 +236,7 @@ def kind_of(path: str) -> str:
     return next(kind for kind, words in KINDS if re.search(words, path))
 
 
-# %% book/chapters/13_scale.md, cell 14
+# %% book/chapters/13_scale.md, cell 26
 def step_needs(
     params: Params, cache: KVCache, config: ModelConfig, batch: int
 ) -> dict[str, float]:
@@ -221,7 +253,7 @@ def step_needs(
     return {**needs, "cache": float(device_bytes((cache.k, cache.v)))}
 
 
-# %% book/chapters/13_scale.md, cell 15
+# %% book/chapters/13_scale.md, cell 27
 def step_flops(config: ModelConfig, batch: int, context: int) -> float:
     """Operations of one decode step on all devices together.
 
@@ -232,7 +264,21 @@ def step_flops(config: ModelConfig, batch: int, context: int) -> float:
     return batch * (2.0 * active + 4.0 * context * heads)
 
 
-# %% book/chapters/13_scale.md, cell 16
+# %% book/chapters/13_scale.md, cell 28
+UNITS = (
+    (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"),
+)
+
+
+def amount(size: Number) -> str:
+    """Bytes with three digits: 39.9 GB."""
+    unit, name = next((u for u in UNITS if size >= u[0]), UNITS[-1])
+    value = size / unit
+    digits = max(0, 2 - int(math.log10(max(value, 1))))
+    return f"{value:.{digits}f} {name}"
+
+
+# %% book/chapters/13_scale.md, cell 32
 class Op(NamedTuple):
     """One line of a compiled program."""
 
@@ -248,7 +294,7 @@ class Op(NamedTuple):
 Program = dict[str, dict[str, Op]]          # computation -> name -> Op
 
 
-# %% book/chapters/13_scale.md, cell 17
+# %% book/chapters/13_scale.md, cell 33
 def closing(text: str) -> int:
     """Where the parenthesis that opens `text` is closed."""
     depth = 0
@@ -259,7 +305,7 @@ def closing(text: str) -> int:
     raise ValueError(f"no closing parenthesis in {text[:60]!r}")
 
 
-# %% book/chapters/13_scale.md, cell 18
+# %% book/chapters/13_scale.md, cell 34
 def parse_op(line: str) -> Op | None:
     """`ROOT %name = shape kind(operands), attributes`, or None."""
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
@@ -276,7 +322,7 @@ def parse_op(line: str) -> Op | None:
     return Op(head[2], shape, kind, operands, inside, after, root)
 
 
-# %% book/chapters/13_scale.md, cell 19
+# %% book/chapters/13_scale.md, cell 35
 def parse_program(text: str) -> tuple[Program, str]:
     """The computations of `compiled.as_text()`, and which is first."""
     program: Program = {}
@@ -293,7 +339,7 @@ def parse_program(text: str) -> tuple[Program, str]:
     return program, entry
 
 
-# %% book/chapters/13_scale.md, cell 20
+# %% book/chapters/13_scale.md, cell 36
 def called(op: Op, role: str = "calls") -> str:
     """The computation that `op` names in that role."""
     found = re.search(rf"\b{role}=%?([\w.\-]+)", op.after)
@@ -302,12 +348,13 @@ def called(op: Op, role: str = "calls") -> str:
     return found[1]
 
 
+# %% book/chapters/13_scale.md, cell 37
 def root_of(ops: dict[str, Op]) -> Op:
     """The line whose value a computation returns."""
     return next(op for op in ops.values() if op.root)
 
 
-# %% book/chapters/13_scale.md, cell 21
+# %% book/chapters/13_scale.md, cell 38
 def times_around(program: Program, loop: Op, unknown: Number) -> float:
     """How often a loop runs; `unknown` where the data decides."""
     told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.after)
@@ -320,10 +367,11 @@ def times_around(program: Program, loop: Op, unknown: Number) -> float:
     return float(unknown)
 
 
-# %% book/chapters/13_scale.md, cell 22
+# %% book/chapters/13_scale.md, cell 39
 Line = tuple[float, dict[str, Op], Op]
 
 
+# %% book/chapters/13_scale.md, cell 40
 def lines_run(
     program: Program, start: str, unknown: Number, times: Number = 1.0
 ) -> Iterator[Line]:
@@ -349,7 +397,7 @@ def lines_run(
             yield times, ops, op
 
 
-# %% book/chapters/13_scale.md, cell 23
+# %% book/chapters/13_scale.md, cell 41
 WIDTHS = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
@@ -362,7 +410,7 @@ def integers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-# %% book/chapters/13_scale.md, cell 24
+# %% book/chapters/13_scale.md, cell 42
 def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     """Bytes of one array in main memory, its tile's padding included.
 
@@ -380,12 +428,13 @@ def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     return math.prod(shape) * WIDTHS.get(kind, 0)
 
 
+# %% book/chapters/13_scale.md, cell 43
 def value_bytes(shape: str) -> int:
     """Bytes of a printed shape, which may be a tuple of arrays."""
     return sum(array_bytes(*found) for found in ARRAY.findall(shape))
 
 
-# %% book/chapters/13_scale.md, cell 25
+# %% book/chapters/13_scale.md, cell 44
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
@@ -405,7 +454,7 @@ def bytes_read(program: Program, ops: dict[str, Op], name: str) -> int:
     return min(total, whole)
 
 
-# %% book/chapters/13_scale.md, cell 26
+# %% book/chapters/13_scale.md, cell 45
 def read_by(
     program: Program, ops: dict[str, Op], op: Op, name: str, whole: int
 ) -> int:
@@ -426,7 +475,7 @@ def read_by(
     return asked
 
 
-# %% book/chapters/13_scale.md, cell 27
+# %% book/chapters/13_scale.md, cell 46
 def argument(ops: dict[str, Op], place: int) -> str:
     """The name of a computation's parameter number `place`."""
     return next(
@@ -435,7 +484,7 @@ def argument(ops: dict[str, Op], place: int) -> str:
     )
 
 
-# %% book/chapters/13_scale.md, cell 28
+# %% book/chapters/13_scale.md, cell 47
 def bytes_written(program: Program, ops: dict[str, Op], op: Op) -> int:
     """What a fused computation with this root writes."""
     if op.kind == "tuple":
@@ -452,7 +501,7 @@ def bytes_written(program: Program, ops: dict[str, Op], op: Op) -> int:
     return value_bytes(op.shape)
 
 
-# %% book/chapters/13_scale.md, cell 29
+# %% book/chapters/13_scale.md, cell 48
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast",
     "after-all", "partition-id", "replica-id", "copy-done",
@@ -460,6 +509,7 @@ FREE = {
 }
 
 
+# %% book/chapters/13_scale.md, cell 49
 def line_bytes(program: Program, ops: dict[str, Op], op: Op) -> int:
     """Bytes to and from main memory of one line that is run."""
     if op.kind in FREE:
@@ -479,7 +529,7 @@ def line_bytes(program: Program, ops: dict[str, Op], op: Op) -> int:
     return sum(whole) + value_bytes(op.shape)
 
 
-# %% book/chapters/13_scale.md, cell 30
+# %% book/chapters/13_scale.md, cell 50
 def fusion_bytes(
     program: Program, ops: dict[str, Op], op: Op
 ) -> int:
@@ -492,7 +542,7 @@ def fusion_bytes(
     return total + min(written, value_bytes(op.shape))
 
 
-# %% book/chapters/13_scale.md, cell 31
+# %% book/chapters/13_scale.md, cell 51
 def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     """Bytes one device reads and writes in a run of the program.
 
@@ -505,6 +555,7 @@ def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     return float(sum(sizes))
 
 
+# %% book/chapters/13_scale.md, cell 52
 def largest_movers(
     text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
@@ -516,7 +567,7 @@ def largest_movers(
     return sorted(found, reverse=True)[:most]
 
 
-# %% book/chapters/13_scale.md, cell 32
+# %% book/chapters/13_scale.md, cell 55
 class Exchange(NamedTuple):
     """A collective, what a device puts in, and how often it is run."""
 
@@ -537,7 +588,7 @@ class Exchange(NamedTuple):
         return self.times * self.bytes * hops[self.kind]
 
 
-# %% book/chapters/13_scale.md, cell 33
+# %% book/chapters/13_scale.md, cell 56
 def group_size(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
@@ -555,7 +606,7 @@ def group_size(after: str, devices: int) -> int:
     return devices
 
 
-# %% book/chapters/13_scale.md, cell 34
+# %% book/chapters/13_scale.md, cell 57
 EXCHANGES = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?$"
@@ -581,7 +632,7 @@ def exchanges(
                 yield Exchange(found[1], n, size, times)
 
 
-# %% book/chapters/13_scale.md, cell 35
+# %% book/chapters/13_scale.md, cell 58
 def plain_bytes(shape: str) -> int:
     """Bytes of a printed shape wherever it lies, without padding."""
     return sum(
@@ -590,7 +641,7 @@ def plain_bytes(shape: str) -> int:
     )
 
 
-# %% book/chapters/13_scale.md, cell 36
+# %% book/chapters/13_scale.md, cell 59
 def compile_decode(
     config: ModelConfig, params: Params, cache: KVCache, mesh: Mesh
 ) -> Any:
@@ -603,7 +654,7 @@ def compile_decode(
         return job.compile()
 
 
-# %% book/chapters/13_scale.md, cell 37
+# %% book/chapters/13_scale.md, cell 60
 def grid(devices: Any, data: int, model: int) -> Mesh:
     """`sharding.make_mesh` for devices that JAX does not list."""
     if data * model != len(devices):
@@ -616,7 +667,7 @@ def grid(devices: Any, data: int, model: int) -> Mesh:
     return Mesh(array, ("data", "model"), axis_types=auto)
 
 
-# %% book/chapters/13_scale.md, cell 38
+# %% book/chapters/13_scale.md, cell 61
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
@@ -636,7 +687,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return describe(topology)
 
 
-# %% book/chapters/13_scale.md, cell 39
+# %% book/chapters/13_scale.md, cell 62
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",              # ask no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # nor guess what is here
@@ -645,6 +696,7 @@ QUIET = {
 }
 
 
+# %% book/chapters/13_scale.md, cell 63
 def describe(topology: str) -> list[Any]:
     """Ask libtpu for a slice's devices, without its messages."""
     from jax.experimental import topologies
@@ -662,7 +714,7 @@ def describe(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-# %% book/chapters/13_scale.md, cell 40
+# %% book/chapters/13_scale.md, cell 67
 @dataclass(frozen=True)
 class Plan:
     """What running a model would take; bytes and seconds a device."""
@@ -686,18 +738,28 @@ class Plan:
     compile_seconds: float = 0.0
 
 
-# %% book/chapters/13_scale.md, cell 41
+# %% book/chapters/13_scale.md, cell 68
+def knows(plan: Plan) -> bool:
+    """Whether it was compiled for its hardware: a CPU, or a slice."""
+    return plan.compiler != "CPU" or not HARDWARE[plan.hardware].link
+
+
 def held(plan: Plan) -> int:
-    """Bytes that one device must have room for."""
-    return plan.weights + plan.cache + plan.temporaries
+    """Bytes that one device must have room for.
+
+    Another machine's temporaries are not counted.
+    """
+    both = plan.weights + plan.cache
+    return both + plan.temporaries if knows(plan) else both
 
 
+# %% book/chapters/13_scale.md, cell 69
 def fits(plan: Plan) -> bool:
     """Whether a device's memory holds all of it."""
     return held(plan) <= HARDWARE[plan.hardware].memory
 
 
-# %% book/chapters/13_scale.md, cell 42
+# %% book/chapters/13_scale.md, cell 70
 def disk_bytes(plan: Plan) -> float:
     """Bytes a step must read from disk, memory being kept full.
 
@@ -715,7 +777,7 @@ def disk_bytes(plan: Plan) -> float:
     return experts * max(0.0, 1 - spare / idle)
 
 
-# %% book/chapters/13_scale.md, cell 43
+# %% book/chapters/13_scale.md, cell 71
 def step_seconds(plan: Plan) -> dict[str, float]:
     """The least time of one step, by what it would wait for."""
     machine = HARDWARE[plan.hardware]
@@ -732,7 +794,7 @@ def step_seconds(plan: Plan) -> dict[str, float]:
     }
 
 
-# %% book/chapters/13_scale.md, cell 44
+# %% book/chapters/13_scale.md, cell 72
 def bound(plan: Plan) -> tuple[str, float]:
     """What binds, and the most tokens a second, all rows together.
 
@@ -743,7 +805,7 @@ def bound(plan: Plan) -> tuple[str, float]:
     return name, plan.batch / seconds[name]
 
 
-# %% book/chapters/13_scale.md, cell 45
+# %% book/chapters/13_scale.md, cell 73
 def make_plan(
     name: str, config: ModelConfig, params: Params, mesh: Mesh,
     hardware: str, batch: int, context: int, compiler: str = "CPU",
@@ -766,7 +828,7 @@ def make_plan(
     )
 
 
-# %% book/chapters/13_scale.md, cell 46
+# %% book/chapters/13_scale.md, cell 74
 def read_program(
     program: Any, config: ModelConfig, batch: int, devices: int,
     compiler: str,
@@ -786,7 +848,7 @@ def read_program(
     return fields
 
 
-# %% book/chapters/13_scale.md, cell 47
+# %% book/chapters/13_scale.md, cell 75
 def add_up(found: Iterator[Exchange]) -> list[list[Any]]:
     """[kind, how often, bytes sent] for each kind of exchange."""
     kinds: dict[str, list[Exchange]] = {}
@@ -799,43 +861,14 @@ def add_up(found: Iterator[Exchange]) -> list[list[Any]]:
     ]
 
 
-# %% book/chapters/13_scale.md, cell 48
-def model_named(name: str) -> tuple[ModelConfig, Params]:
-    """Configuration and weights' shapes of a preset or checkpoint.
-
-    To compute in bfloat16, as `load` does unless told otherwise.
-    """
-    if name in PRESETS:
-        return PRESETS[name], published(PRESETS[name])
-    if not Path(name).exists():
-        raise ValueError(
-            f"{name!r} is neither a folder nor a preset; presets are"
-            f" {', '.join(PRESETS)}"
-        )
-    config, read, where = checkpoints.find_layout(Path(name))
-    params: dict[str, dict[str, Any]] = {}
-    for path, w in read(where, config).items():
-        module, leaf = path.rsplit("/", 1)
-        params.setdefault(module, {})[leaf] = shape_of(w)
-    return replace(config, dtype="bfloat16"), params
-
-
-def shape_of(w: Any) -> Any:
-    """A tensor on disk as a shape; float ones are cast when loaded."""
-    if not isinstance(w, QuantizedTensor):
-        return jax.ShapeDtypeStruct(w.shape, jnp.float32)
-    weight = jax.ShapeDtypeStruct(w.weight.shape, jnp.int8)
-    scales = jax.ShapeDtypeStruct(w.scales.shape, jnp.bfloat16)
-    return QuantizedTensor(weight, scales)
-
-
-# %% book/chapters/13_scale.md, cell 49
+# %% book/chapters/13_scale.md, cell 76
 def usual_mesh(devices: int, config: ModelConfig) -> tuple[int, int]:
     """(data, model): a key head for each model shard at most."""
     model = math.gcd(devices, config.kv_heads)
     return devices // model, model
 
 
+# %% book/chapters/13_scale.md, cell 77
 def fewest_devices(
     config: ModelConfig, params: Params, hardware: str, batch: int,
     context: int,
@@ -858,7 +891,7 @@ def fewest_devices(
     )
 
 
-# %% book/chapters/13_scale.md, cell 50
+# %% book/chapters/13_scale.md, cell 78
 def recorded(topology: str) -> Plan:
     """Grok-1's plan for a slice, as `plan --json` once wrote it.
 
@@ -873,10 +906,11 @@ def recorded(topology: str) -> Plan:
     return Plan(**fields, mesh=(data, model))
 
 
-# %% book/chapters/13_scale.md, cell 51
+# %% book/chapters/13_scale.md, cell 84
 MOST_DEVICES = 64
 
 
+# %% book/chapters/13_scale.md, cell 85
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
     if not 1 <= devices <= 512:
@@ -888,7 +922,7 @@ def simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-# %% book/chapters/13_scale.md, cell 52
+# %% book/chapters/13_scale.md, cell 86
 def mesh_sizes(text: str) -> tuple[int, int]:
     """"2x4" as (2, 4)."""
     found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
@@ -899,7 +933,7 @@ def mesh_sizes(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-# %% book/chapters/13_scale.md, cell 53
+# %% book/chapters/13_scale.md, cell 87
 def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     """The context to plan for; ValueError if the job makes no sense."""
     context = config.context if args.context is None else args.context
@@ -915,7 +949,7 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
-# %% book/chapters/13_scale.md, cell 54
+# %% book/chapters/13_scale.md, cell 88
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
     slices = args.topology and args.topology.split(":")[0]
@@ -927,7 +961,7 @@ def hardware_of(args: argparse.Namespace) -> str:
     return slices or args.hardware or "h100"
 
 
-# %% book/chapters/13_scale.md, cell 55
+# %% book/chapters/13_scale.md, cell 89
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = model_named(args.model)
@@ -948,35 +982,22 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return make_plan(args.model, config, params, mesh, *job, compiler)
 
 
-# %% book/chapters/13_scale.md, cell 56
-UNITS = (
-    (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"),
-)
-
-
-def amount(size: Number) -> str:
-    """Bytes with three digits: 39.9 GB."""
-    unit, name = next((u for u in UNITS if size >= u[0]), UNITS[-1])
-    value = size / unit
-    digits = max(0, 2 - int(math.log10(max(value, 1))))
-    return f"{value:.{digits}f} {name}"
-
-
-# %% book/chapters/13_scale.md, cell 57
+# %% book/chapters/13_scale.md, cell 90
 def memory_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a device holds, and whether it has room."""
     have = amount(HARDWARE[plan.hardware].memory)
-    compiler = f"as compiled for {plan.compiler}"
     answer = "fits" if fits(plan) else "does not fit"
+    extra = f"{amount(plan.temporaries)} as compiled for "
+    extra += plan.compiler + ("" if knows(plan) else ", not counted")
     return [
         ("weights", amount(plan.weights)),
         ("cache", amount(plan.cache)),
-        ("temporaries", f"{amount(plan.temporaries)}, {compiler}"),
+        ("temporaries", extra),
         ("together", f"{amount(held(plan))} of {have}: {answer}"),
     ]
 
 
-# %% book/chapters/13_scale.md, cell 58
+# %% book/chapters/13_scale.md, cell 91
 def step_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a device does in one step."""
     total = sum(plan.needs.values())
@@ -994,7 +1015,7 @@ def step_rows(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-# %% book/chapters/13_scale.md, cell 59
+# %% book/chapters/13_scale.md, cell 92
 def bound_rows(plan: Plan) -> list[tuple[str, str]]:
     """How long a step takes at least, and what it waits for."""
     seconds = step_seconds(plan)
@@ -1008,7 +1029,7 @@ def bound_rows(plan: Plan) -> list[tuple[str, str]]:
     return [*rows, ("at most", f"{rate} tokens a second; {name} binds")]
 
 
-# %% book/chapters/13_scale.md, cell 60
+# %% book/chapters/13_scale.md, cell 93
 def table(plan: Plan) -> str:
     """A plan for people, 72 columns wide at most."""
     data, model = plan.mesh
@@ -1030,7 +1051,7 @@ def table(plan: Plan) -> str:
     )
 
 
-# %% book/chapters/13_scale.md, cell 61
+# %% book/chapters/13_scale.md, cell 94
 def run_plan(args: argparse.Namespace) -> None:
     """Print a plan as a table, or as JSON."""
     plan = plan_of(args)
@@ -1038,6 +1059,7 @@ def run_plan(args: argparse.Namespace) -> None:
     print(text if args.json else table(plan))
 
 
+# %% book/chapters/13_scale.md, cell 95
 def add_plan(commands: Any) -> None:
     """The subcommand `plan` of the command line."""
     text = "say what running a model takes, before any download"

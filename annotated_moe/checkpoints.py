@@ -619,7 +619,7 @@ class Stack:
 
 
 # %% book/chapters/09_checkpoints.md, cell 63
-def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
+def stack_layers(where: Path, path: str, parts: list) -> Any:
     """One lazily stacked tensor from those of all layers."""
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
     if not pairs:
@@ -1244,8 +1244,8 @@ def hf_config(path: Path) -> ModelConfig:
                 f"{path}: {name} is {raw[name]!r}; only {value!r} "
                 "is supported"
             )
-    known = {*family.fields, *family.fixed, *family.ignored}
-    refuse_unknown(path, raw, known)
+    others = {*family.fixed, *family.ignored}
+    refuse_unknown(path, set(raw) - others, family.fields)
     later = {"head_dim", "rope_theta", "torch_dtype"}
     missing = sorted(set(family.fields) - later - set(raw))
     if missing:
@@ -1514,8 +1514,8 @@ def find_tokenizer(
         return None
     try:
         tokenizer = Tokenizer(path)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path} has {tokenizer.vocab_size} pieces, but the "

@@ -124,12 +124,12 @@ def rate(times: list[float]) -> str:
 
 
 # %% book/chapters/09_checkpoints.md, cell 147
-def bytes_by_dtype(where: Path) -> dict[str, int]:
-    """What the arrays of each dtype take; only their heads are read."""
+def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
+    """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
-    for array in checkpoints.stored(where).values():
-        name = f"bytes of {array.dtype}"
-        sizes[name] = sizes.get(name, 0) + array.nbytes
+    for w in checkpoints.flat_arrays(tensors).values():
+        name = f"bytes of {w.dtype}"
+        sizes[name] = sizes.get(name, 0) + checkpoints.Part(w).size
     return sizes
 
 
@@ -137,13 +137,12 @@ def bytes_by_dtype(where: Path) -> dict[str, int]:
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or args.model or checkpoints.small_model())
     config, read, where = checkpoints.find_layout(folder)
-    read(where, config)                     # complains, or says nothing
     total, active = checkpoints.parameter_counts(config)
     about = {
         "layout": checkpoints.LAYOUTS[read],
         "parameters": f"{total:,}, {active:,} active per token",
     }
-    sizes = bytes_by_dtype(where)
+    sizes = bytes_by_dtype(read(where, config))
     sizes["bytes of weights"] = sum(sizes.values())
     about |= {name: f"{size:,}" for name, size in sizes.items()}
     if args.verify:

@@ -519,10 +519,11 @@ class Bar:
             return
         self.shown = share
         speed = done / 1e6 / max(time.perf_counter() - self.start, 1e-6)
-        of = f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB"
+        of = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
         line = f"{share:3d} %  {of}, {speed:,.0f} MB/s"
         end = "\r" if self.moves and share < 100 else "\n"
-        print(f"{line:50s}", end=end, file=sys.stderr, flush=True)
+        wide = f"{line:50s}" if self.moves else line
+        print(wide, end=end, file=sys.stderr, flush=True)
 
 
 # %% book/chapters/10_convert.md, cell 54

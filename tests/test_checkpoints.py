@@ -1,5 +1,6 @@
 """Checkpoints: recorded outputs, files that are wrong, files that mean harm."""
 
+import errno
 import json
 import os
 import pickle
@@ -697,7 +698,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     config = '{"architectures": ["MixtralForCausalLM"], "hidden_size": 8}'
     (tmp_path / "config.json").write_text(config)
     save_file({"a": SMALL}, tmp_path / "model.safetensors")
-    complaint(tmp_path, tmp_path, "other layouts are not supported")
+    complaint(tmp_path, "MixtralForCausalLM", "other layouts are not supported")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "f4", ""])
@@ -780,14 +781,23 @@ def test_a_failed_save_changes_nothing(tiny, saved, monkeypatch):
     (saved / "notes.txt").write_text("mine")
     before = snapshot(saved.parent)
 
-    def full(arrays, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+    append = checkpoints.append
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    def full(path, data):
+        """A disk with room for the header and no more."""
+        if path.stat().st_size:
+            monkeypatch.setattr("builtins.open", lambda *_, **__: full_disk())
+        append(path, data)
+
+    def full_disk():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     for target in (saved, saved.parent / "other"):
-        with pytest.raises(OSError, match="No space"):
+        monkeypatch.setattr(checkpoints, "append", full)
+        with pytest.raises(CheckpointError, match="No space") as error:
             am.save(tiny, target)
+        monkeypatch.undo()
+        one_sentence(error, "model.safetensors cannot be written", "make room")
     assert snapshot(saved.parent) == before
     assert [path.name for path in saved.parent.iterdir()] == ["ours"]
 
@@ -814,7 +824,8 @@ def test_saving_again_replaces_only_what_is_ours(tiny, saved):
     (saved / "tokenizer.model").write_bytes(b"old")
     am.save(tiny, saved)
     names = sorted(path.name for path in saved.iterdir())
-    assert names == ["config.json", "model.safetensors", "notes.txt"]
+    ours = ["checksums.json", "config.json", "model.safetensors"]
+    assert names == [*ours, "notes.txt"]
     assert [path.name for path in saved.parent.iterdir()] == ["ours"]
 
 

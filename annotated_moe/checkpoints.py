@@ -33,6 +33,7 @@ from safetensors.numpy import save_file
 from annotated_moe import sharding
 from annotated_moe.model import PRESETS, Model, ModelConfig, init_params
 from annotated_moe.quantization import QuantizedTensor, quantize
+from annotated_moe.streaming import StreamedModel
 from annotated_moe.tokenizer import Tokenizer
 
 
@@ -856,11 +857,13 @@ def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
+    stream: bool = False,
 ) -> Model:
     """A model from a checkpoint folder; without one, the small model.
 
     `mesh` comes from `make_mesh`; None is one device. `dtype` is what
-    it computes in, "bfloat16" or "float32". Raises CheckpointError
+    it computes in, "bfloat16" or "float32". With `stream` the weights
+    stay on disk, for a model larger than memory. Raises CheckpointError
     for whatever is missing, left over, misshapen or unsafe, and
     ValueError for another dtype or mesh. Source: the Grok-1 release,
     `checkpoint.py`.
@@ -868,13 +871,21 @@ def load(
     axes = getattr(mesh, "axis_names", ())
     if mesh is not None and set(axes) != {"data", "model"}:
         raise ValueError("mesh needs axes data, model: use make_mesh")
+    if stream and mesh is not None:
+        raise ValueError(
+            "stream=True runs on one device: leave out the mesh, or "
+            "load without stream=True"
+        )
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
     config = replace(config, dtype=dtype)
     params: dict[str, dict] = {}
     for name, w in read(where, config).items():
         module, leaf = name.rsplit("/", 1)
-        w = place(name, w, mesh, dtype)
+        w = w if stream else place(name, w, mesh, dtype)
         params.setdefault(module, {})[leaf] = w
     beside = where.parent if where.name == "ckpt-0" else where
-    return Model(config, params, find_tokenizer(beside, config), mesh)
+    tokenizer = find_tokenizer(beside, config)
+    if stream:
+        return StreamedModel(config, params, tokenizer)
+    return Model(config, params, tokenizer, mesh)

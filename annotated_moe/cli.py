@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from annotated_moe import checkpoints
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
+from annotated_moe.streaming import StreamedModel, watched
 
 
 # %% book/chapters/09_checkpoints.md, cell 92
@@ -46,12 +47,12 @@ def mesh_of(devices: int) -> Mesh | None:
 
 # %% book/chapters/09_checkpoints.md, cell 94
 def open_model(
-    path: str | None, devices: int, dtype: str
+    path: str | None, devices: int, dtype: str, stream: bool = False
 ) -> tuple[Model, str]:
     """The model, and a sentence about it."""
     start = time.perf_counter()
     mesh = mesh_of(devices)
-    model = checkpoints.load(path, mesh=mesh, dtype=dtype)
+    model = checkpoints.load(path, mesh, dtype, stream)
     spent = time.perf_counter() - start
     kind = jax.devices()[0].platform.upper()
     total, _ = checkpoints.parameter_counts(model.config)
@@ -85,7 +86,9 @@ def read_on(
 
 # %% book/chapters/09_checkpoints.md, cell 97
 def run_generate(args: argparse.Namespace) -> None:
-    model, status = open_model(args.model, args.devices, args.dtype)
+    model, status = open_model(
+        args.model, args.devices, args.dtype, args.stream
+    )
     prompt, new = model.text_ids(args.prompt), args.max_new_tokens
     ids = model.stream_ids(
         prompt,
@@ -97,6 +100,8 @@ def run_generate(args: argparse.Namespace) -> None:
         stop_ids=(model.config.eos_id,),
     )
     say(f"{status}\nCompiling, which takes some seconds ...\n")
+    if isinstance(model, StreamedModel):
+        ids = watched(model, ids)
     say("\n" + rate(show(args.prompt, read_on(model, prompt, ids))))
 
 
@@ -119,6 +124,8 @@ def rate(times: list[float]) -> str:
     if len(times) < 3:
         return text
     speed = (len(times) - 2) / (times[-1] - times[1])
+    if speed < 1:
+        return f"{text}, {1 / speed:.1f} seconds each once compiled"
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
@@ -158,6 +165,8 @@ def add_generate(commands: Any) -> None:
     add("--devices", **number, default=1, help="shard over so many [1]")
     dtypes = ["bfloat16", "float32"]
     add("--dtype", choices=dtypes, default=dtypes[0], help="[bfloat16]")
+    text = "leave the weights on disk: for models larger than memory"
+    add("--stream", action="store_true", help=text)
 
 
 # %% book/chapters/09_checkpoints.md, cell 103

@@ -5,8 +5,10 @@
 # %% book/chapters/11_streaming.md, cell 1
 import mmap
 import os
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -238,6 +240,7 @@ class Shelf:
 
     def __init__(self, params: Params) -> None:
         self.params, self.reading = params, Reading()
+        self.report: Callable[[int], None] | None = None
         self.reader = ThreadPoolExecutor(1, "reads-ahead")
         self.opened = {name: state_of(name) for name in files_of(params)}
 
@@ -518,12 +521,8 @@ def pieces(table: np.ndarray) -> list[np.ndarray]:
 # %% book/chapters/11_streaming.md, cell 34
 @dataclass(frozen=True)
 class LayerByLayer(Model):
-    """A model whose `params` are arrays in files, one layer a time.
+    """A model whose `params` are arrays in files, one layer a time."""
 
-    `report` is called with the number of layers that are done.
-    """
-
-    report: Callable[[int], None] | None = None
     shelf: Shelf = field(init=False)
 
     def __post_init__(self) -> None:
@@ -560,8 +559,8 @@ class Halves(LayerByLayer):
             h, cache = stream_layer(
                 self.shelf, layer, h, positions, cache, real, self.config
             )
-            if self.report:
-                self.report(layer + 1)
+            if self.shelf.report:
+                self.shelf.report(layer + 1)
         return h, cache
 
     def unembed(
@@ -636,3 +635,58 @@ class StreamedModel(Halves):
         h, grown = self.forward(tokens, at, cache, real)
         length = at[:, 0] + 1
         return self.unembed(h[:, 0]), replace(grown, length=length)
+
+
+# %% book/chapters/11_streaming.md, cell 38
+# VT100: make a line below, save the cursor, go there, clear; go back.
+BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
+
+
+def status(text: str) -> None:
+    """A line on stderr: on a terminal, below the text and rewritten."""
+    if sys.stderr.isatty():
+        print(BELOW + text + BACK, end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+# %% book/chapters/11_streaming.md, cell 39
+class Progress:
+    """Says which layer a streamed model is at, and seconds a token."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self.model, self.token = model, 0
+        model.shelf.report = self.layer_done
+        self.begin()
+
+    def begin(self) -> None:
+        """The next token starts now."""
+        self.token, self.bytes = self.token + 1, self.read()
+        self.start = self.said = time.perf_counter()
+
+    def read(self) -> int:
+        return self.model.shelf.reading.bytes
+
+    def layer_done(self, layer: int) -> None:
+        """On a terminal at every layer, in a log every 5 seconds."""
+        now, depth = time.perf_counter(), self.model.config.num_layers
+        if not sys.stderr.isatty() and now < self.said + 5:
+            return
+        self.said, spent = now, now - self.start
+        status(f"token {self.token}: layer {layer} of {depth}, "
+               f"{spent:.1f} s")
+
+
+# %% book/chapters/11_streaming.md, cell 40
+def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
+    """`ids` as they come, with a `status` for each."""
+    progress = Progress(model)
+    for token in ids:
+        spent = time.perf_counter() - progress.start
+        size = (progress.read() - progress.bytes) / 1e9
+        status(
+            f"token {progress.token}: {spent:.1f} s a token, "
+            f"{size:.3g} GB read, {size / spent:.2g} GB/s"
+        )
+        yield token
+        progress.begin()

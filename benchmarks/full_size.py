@@ -181,3 +181,94 @@ def run(*words: str) -> tuple[str, float, dict[str, int]]:
     done.set()
     watcher.join()
     return "".join(lines), seconds, peak
+
+
+def token_bytes(folder: Path, config: ModelConfig) -> list[tuple[Path, int]]:
+    """Files, and how much of each a token needs: two experts of eight."""
+    needed = []
+    for i, name in enumerate(grok_paths(config)):
+        file = folder / f"ckpt-0/tensor{i:05d}_000"
+        size = file.stat().st_size
+        if "/moe/" in name:
+            size = size * config.top_k // config.num_experts
+        needed.append((file, size))
+    return needed
+
+
+def read_plainly(needed: list[tuple[Path, int]]) -> float:
+    """Bytes a second of read() into one buffer, file after file."""
+    buffer, start = memoryview(bytearray(2**22)), time.perf_counter()
+    for path, size in needed:
+        with open(path, "rb", buffering=0) as file:
+            while size > 0:
+                size -= file.readinto(buffer[: min(size, 2**22)]) or size
+    return sum(size for _, size in needed) / (time.perf_counter() - start)
+
+
+def sum_mapped(needed: list[tuple[Path, int]]) -> float:
+    """Bytes a second of NumPy adding up a memory map, file after file."""
+    start = time.perf_counter()
+    for path, size in needed:
+        words = np.memmap(path, np.uint8, "r")[: size // 8 * 8].view(np.int64)
+        words.sum()
+    return sum(size for _, size in needed) / (time.perf_counter() - start)
+
+
+def report(text: str, peak: dict[str, int], plain: list[dict[str, float]]) -> None:
+    tokens = re.findall(r"token \d+: ([\d.]+) s a token, ([\d.e+]+) GB", text)
+    seconds = np.array([float(s) for s, _ in tokens])
+    size = float(tokens[-1][1])
+    speed = size / float(np.median(seconds[2:]))
+    print(f"\nprompt and first token  {seconds[0]:8.1f} s")
+    spans = ", ".join(f"{s:.1f}" for s in seconds[1:])
+    print(f"seconds a token after it   {spans}")
+    print(f"median once compiled    {np.median(seconds[2:]):8.1f} s")
+    print(f"read a token            {size:8.1f} GB, so {speed:.1f} GB/s")
+    for name in plain[0]:
+        found = [run[name] / 1e9 for run in plain]
+        mean = sum(found) / len(found)
+        print(f"{name:24}{mean:8.1f} GB/s before and after "
+              f"({', '.join(f'{x:.1f}' for x in found)}): "
+              f"streaming reaches {speed / mean:.0%}")
+    for name, most in peak.items():
+        print(f"peak {name:19}{most / 2**30:8.2f} GiB")
+    print("peak resident memory without page cache is RssAnon; RssFile is page cache")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="to make, 8 GB; must not exist")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--prompt", default="In the beginning")
+    parser.add_argument("--tokens", type=int, default=6, help="[6]")
+    parser.add_argument("--keep", action="store_true", help="leave FOLDER there")
+    parser.add_argument("--reuse", action="store_true", help="FOLDER is there")
+    args = parser.parse_args()
+    config, folder = PRESETS["grok-1"], args.folder
+    if args.tokens < 3:
+        parser.error("--tokens must be 3 or more: two are spent on compiling")
+    if not args.reuse:
+        start = time.perf_counter()
+        make(folder, config)
+        shutil.copy(args.tokenizer, folder / "tokenizer.model")
+        print(f"made {folder} in {time.perf_counter() - start:.0f} s", flush=True)
+    try:
+        _, seconds, _ = run("info", "--model", str(folder))
+        print(f"info took {seconds:.1f} s", flush=True)
+        needed, plain = token_bytes(folder, config), []
+        kinds = {"plain read()": read_plainly, "sum of a memory map": sum_mapped}
+        read_plainly(needed)                                # warms the cache
+        plain.append({name: kind(needed) for name, kind in kinds.items()})
+        text, _, peak = run(
+            "generate", "--stream", "--model", str(folder), "--temperature", "0",
+            "--prompt", args.prompt, "--max-new-tokens", str(args.tokens),
+        )
+        plain.append({name: kind(needed) for name, kind in kinds.items()})
+        report(text, peak, plain)
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -690,6 +690,15 @@ def write_parts(model: Model, folder: Path) -> None:
 
 
 # %% book/chapters/09_checkpoints.md, cell 67
+def refuse_streamed(model: Model) -> None:
+    if isinstance(model, StreamedModel):
+        raise CheckpointError(
+            "a streamed model is on disk already: copy its folder, or "
+            "load it without stream=True to save it elsewhere"
+        )
+
+
+# %% book/chapters/09_checkpoints.md, cell 68
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -697,6 +706,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     that is not empty is refused (CheckpointError). All of it is
     written, or nothing.
     """
+    refuse_streamed(model)
     target = Path(path).absolute()
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not is_ours(target):
@@ -715,11 +725,11 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 69
 PARTS = {"config.json", "model.safetensors", "tokenizer.model"}
 
 
-# %% book/chapters/09_checkpoints.md, cell 69
+# %% book/chapters/09_checkpoints.md, cell 70
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -739,7 +749,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 70
+# %% book/chapters/09_checkpoints.md, cell 71
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -747,7 +757,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 71
+# %% book/chapters/09_checkpoints.md, cell 72
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -755,7 +765,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 72
+# %% book/chapters/09_checkpoints.md, cell 73
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "numpy") as file:
@@ -767,7 +777,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 73
+# %% book/chapters/09_checkpoints.md, cell 74
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -790,7 +800,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 74
+# %% book/chapters/09_checkpoints.md, cell 75
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -806,7 +816,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 75
+# %% book/chapters/09_checkpoints.md, cell 76
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     if not folder.is_dir():
@@ -826,7 +836,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 76
+# %% book/chapters/09_checkpoints.md, cell 77
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -846,13 +856,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 77
+# %% book/chapters/09_checkpoints.md, cell 78
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 78
+# %% book/chapters/09_checkpoints.md, cell 79
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

@@ -26,6 +26,7 @@ from annotated_moe.model import (
     ModelConfig,
     Params,
     attention_half,
+    bucket,
     embed,
     layer_function,
     tied_logits,
@@ -428,10 +429,11 @@ MOST_CHOICES = 1024
 def in_batches(
     choices: np.ndarray, nobody: int
 ) -> Iterator[np.ndarray]:
-    """At most MOST_CHOICES at a time, filled up to a power of two."""
+    """At most MOST_CHOICES at a time, filled up to one of few sizes."""
     for start in range(0, len(choices), MOST_CHOICES):
         some = choices[start : start + MOST_CHOICES]
-        size = 1 << (len(some) - 1).bit_length()
+        sizes = 1, 4, bucket(len(some), MOST_CHOICES)
+        size = min(s for s in sizes if s >= len(some))
         full = np.full(size, nobody, np.int32)
         full[: len(some)] = some
         yield full

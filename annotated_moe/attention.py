@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from annotated_moe.rope import rope
 from annotated_moe import sharding
+from annotated_moe.rope import rope
 from annotated_moe.sharding import matmul
 
 

@@ -32,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 from annotated_moe import sharding
 from annotated_moe.model import PRESETS, Model, ModelConfig, init_params
 from annotated_moe.quantization import QuantizedTensor, quantize
+from annotated_moe.streaming import StreamedModel
 from annotated_moe.tokenizer import Tokenizer
 
 
@@ -1050,6 +1051,15 @@ def write_parts(model: Model, folder: Path) -> None:
 
 
 # %% book/chapters/09_checkpoints.md, cell 92
+def refuse_streamed(model: Model) -> None:
+    if isinstance(model, StreamedModel):
+        raise CheckpointError(
+            "a streamed model is on disk already: copy its folder, or "
+            "load it without stream=True to save it elsewhere"
+        )
+
+
+# %% book/chapters/09_checkpoints.md, cell 93
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1057,6 +1067,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     that is not empty is refused (CheckpointError). All of it is
     written, or nothing.
     """
+    refuse_streamed(model)
     target = Path(path).absolute()
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not is_ours(target):
@@ -1075,7 +1086,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 94
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1095,7 +1106,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 95
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1103,7 +1114,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 96
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1111,7 +1122,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 97
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1134,7 +1145,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 98
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1155,7 +1166,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 99
 Change = Callable[[np.ndarray], np.ndarray]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w: w, lambda w: w),
@@ -1163,7 +1174,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 100
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1186,7 +1197,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 101
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1203,7 +1214,7 @@ class Family:
     expert: str = "moe_block.experts.{i}"
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 102
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1219,7 +1230,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 103
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1233,7 +1244,7 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 104
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
@@ -1258,12 +1269,12 @@ def hf_config(path: Path) -> ModelConfig:
     return make_config(path, {"head_size": size, **values})
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 105
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 106
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard, if every shard on disk is in it and vice versa."""
     path = folder / INDEX
@@ -1281,7 +1292,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 107
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1306,7 +1317,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 108
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1315,7 +1326,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 109
 def take(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1339,7 +1350,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 110
 def gather(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1368,7 +1379,7 @@ def gather(
     return stack_layers(where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 111
 def check_head(where: Path, arrays: dict, embedding: np.ndarray) -> None:
     """Take `lm_head.weight` out; CheckpointError if it is another."""
     head = arrays.pop("lm_head.weight", None)
@@ -1383,7 +1394,7 @@ def check_head(where: Path, arrays: dict, embedding: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 112
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1407,7 +1418,7 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 113
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -1423,7 +1434,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 114
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1441,7 +1452,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 115
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1449,13 +1460,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 116
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 117
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1464,7 +1475,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays({n: read_pickled(where / n) for n in sorted(files)})
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 118
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1479,7 +1490,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 119
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1504,7 +1515,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 120
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1524,13 +1535,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 121
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 122
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     wanted = [
@@ -1545,7 +1556,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 123
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1567,20 +1578,27 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 124
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
+    stream: bool = False,
 ) -> Model:
     """A model from a checkpoint folder; without one, the small model.
 
     `mesh` comes from `make_mesh`; None is one device. `dtype` is what
-    it computes in, "bfloat16" or "float32". Raises CheckpointError
+    it computes in, "bfloat16" or "float32". With `stream` the weights
+    stay on disk, for a model larger than memory. Raises CheckpointError
     for whatever is missing, left over, misshapen or unsafe, and
     ValueError for another dtype or mesh. Source: the Grok-1 release,
     `checkpoint.py`.
     """
+    if stream and mesh is not None:
+        raise ValueError(
+            "stream=True runs on one device: leave out the mesh, or "
+            "load without stream=True"
+        )
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
     if mesh is not None:
@@ -1589,7 +1607,10 @@ def load(
     params: dict[str, dict] = {}
     for name, w in read(where, config).items():
         module, leaf = name.rsplit("/", 1)
-        w = place(name, w, mesh, dtype)
+        w = w if stream else place(name, w, mesh, dtype)
         params.setdefault(module, {})[leaf] = w
     beside = where.parent if where.name == "ckpt-0" else where
-    return Model(config, params, find_tokenizer(beside, config), mesh)
+    tokenizer = find_tokenizer(beside, config)
+    if stream:
+        return StreamedModel(config, params, tokenizer)
+    return Model(config, params, tokenizer, mesh)

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 import jax
 
-
 # %% book/chapters/12_hosts.md, cell 3
 PATIENCE = 20                               # seconds without a sign
 

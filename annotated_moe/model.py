@@ -147,15 +147,29 @@ class DecoderLayer(hk.Module):
         train: bool = False,
     ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
         c = self.config
-        x = RMSNorm(name="rms_norm")(h).astype(c.dtype)
-        y, cache = attention_of(c)(x, positions, cache, layer)
-        h = h + RMSNorm(name="rms_norm_1")(y)
-        x = RMSNorm(name="rms_norm_2")(h)
+        h, x, cache = attention_half(h, positions, cache, layer, c)
         y, losses = feed_forward(x, c, train)
         return h + RMSNorm(name="rms_norm_3")(y), cache, losses
 
 
 # %% book/chapters/08_model.md, cell 11
+def attention_half(
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    layer: int | Int32[Array, ""],
+    c: ModelConfig,
+) -> tuple[
+    Float32[Array, "B T D"], Float32[Array, "B T D"], KVCache | None
+]:
+    """h after attention, what the experts read of it, the cache."""
+    x = RMSNorm(name="rms_norm")(h).astype(c.dtype)
+    y, cache = attention_of(c)(x, positions, cache, layer)
+    h = h + RMSNorm(name="rms_norm_1")(y)
+    return h, RMSNorm(name="rms_norm_2")(h), cache
+
+
+# %% book/chapters/08_model.md, cell 12
 def attention_of(c: ModelConfig) -> MultiHeadAttention:
     """The attention that a configuration asks for."""
     return MultiHeadAttention(
@@ -164,7 +178,7 @@ def attention_of(c: ModelConfig) -> MultiHeadAttention:
     )
 
 
-# %% book/chapters/08_model.md, cell 12
+# %% book/chapters/08_model.md, cell 13
 def feed_forward(
     x: Float32[Array, "B T D"], c: ModelConfig, train: bool
 ) -> tuple[Float32[Array, "B T D"], Losses]:
@@ -179,7 +193,7 @@ def feed_forward(
     return y.reshape(x.shape), {"balance": balance, "z": z}
 
 
-# %% book/chapters/08_model.md, cell 13
+# %% book/chapters/08_model.md, cell 14
 def dense(
     x: Float[Array, "B T D"], c: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -190,7 +204,7 @@ def dense(
     return Linear(c.d_model, ("model", "data"), "linear_1")(hidden)
 
 
-# %% book/chapters/08_model.md, cell 14
+# %% book/chapters/08_model.md, cell 15
 def layer_function(config: ModelConfig) -> hk.Transformed:
     """`init(key, h, positions)` and `apply(weights, h, positions)`."""
     def run(*job: Any, **options: Any) -> Any:
@@ -199,17 +213,17 @@ def layer_function(config: ModelConfig) -> hk.Transformed:
     return hk.without_apply_rng(hk.transform(run))
 
 
-# %% book/chapters/08_model.md, cell 15
+# %% book/chapters/08_model.md, cell 16
 def norm_function() -> hk.Transformed:
     """The one norm after the last layer."""
     return hk.without_apply_rng(hk.transform(lambda h: RMSNorm()(h)))
 
 
-# %% book/chapters/08_model.md, cell 16
+# %% book/chapters/08_model.md, cell 17
 Params = Mapping[str, Mapping[str, Any]]
 
 
-# %% book/chapters/08_model.md, cell 17
+# %% book/chapters/08_model.md, cell 18
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -228,7 +242,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return {"in_out_embed": {"embeddings": table}, **layers, **norm}
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/08_model.md, cell 19
 def split_params(params: Params) -> tuple[Params, Params]:
     """The layers' stacks, and everything else."""
     def of_layer(module: str, name: str, w: Any) -> bool:
@@ -237,7 +251,7 @@ def split_params(params: Params) -> tuple[Params, Params]:
     return hk.data_structures.partition(of_layer, params)
 
 
-# %% book/chapters/08_model.md, cell 26
+# %% book/chapters/08_model.md, cell 27
 def weights_of(layers: Params, layer: Int32[Array, ""]) -> Params:
     """One layer's weights: `Row`s for products, else slices."""
     def pick(module: str, name: str, stack: Any) -> Any:
@@ -247,7 +261,7 @@ def weights_of(layers: Params, layer: Int32[Array, ""]) -> Params:
     return hk.data_structures.map(pick, layers)
 
 
-# %% book/chapters/08_model.md, cell 27
+# %% book/chapters/08_model.md, cell 28
 def check_depth(layers: Params, depth: int) -> None:
     """ValueError unless every stack holds `depth` layers."""
     for module, leaves in layers.items():
@@ -259,13 +273,13 @@ def check_depth(layers: Params, depth: int) -> None:
                 )
 
 
-# %% book/chapters/08_model.md, cell 28
+# %% book/chapters/08_model.md, cell 29
 def keep(h: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
     """The residual stream's layout on a mesh, layer after layer."""
     return sharding.constrain(h, None, None, "data")
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 30
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -293,7 +307,7 @@ def decoder(
     return keep(h), cache, {}
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 31
 def decoder_to_train(
     layers: Params,
     h: Float32[Array, "B T D"],
@@ -311,7 +325,7 @@ def decoder_to_train(
     return h, None, jax.tree.map(jnp.mean, losses)
 
 
-# %% book/chapters/08_model.md, cell 42
+# %% book/chapters/08_model.md, cell 43
 def embed(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -322,7 +336,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 44
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -331,7 +345,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 45
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -351,7 +365,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 50
 def tied_logits_on_mesh(
     h: Float[Array, "N D"],
     table: Float[Array, "V D"],
@@ -377,7 +391,7 @@ def tied_logits_on_mesh(
     )(h, table)
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 51
 def unembed(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -394,7 +408,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 52
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -414,7 +428,7 @@ def forward(
     return decoder(params, h, positions, config, cache, train)
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 53
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
@@ -424,7 +438,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 55
+# %% book/chapters/08_model.md, cell 56
 def pin(cache: KVCache) -> KVCache:
     """Keep the cache's layout on the mesh from step to step."""
     mesh = sharding.current_mesh()
@@ -440,7 +454,7 @@ def pin(cache: KVCache) -> KVCache:
     )
 
 
-# %% book/chapters/08_model.md, cell 56
+# %% book/chapters/08_model.md, cell 57
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
@@ -451,7 +465,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     return pin(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
 
-# %% book/chapters/08_model.md, cell 57
+# %% book/chapters/08_model.md, cell 58
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     params: Params,
@@ -477,7 +491,7 @@ def prefill(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 58
+# %% book/chapters/08_model.md, cell 59
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -496,7 +510,7 @@ def decode_step(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 65
+# %% book/chapters/08_model.md, cell 66
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -511,7 +525,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 66
+# %% book/chapters/08_model.md, cell 67
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -527,7 +541,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 71
+# %% book/chapters/08_model.md, cell 72
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -548,7 +562,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 74
+# %% book/chapters/08_model.md, cell 75
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -558,7 +572,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 75
+# %% book/chapters/08_model.md, cell 76
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -574,7 +588,7 @@ def sample(
     return choose(logits, drawn, how.temperature, how.top_k, how.top_p)
 
 
-# %% book/chapters/08_model.md, cell 76
+# %% book/chapters/08_model.md, cell 77
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"], step: Any = 0, how: Any = None
@@ -583,7 +597,7 @@ def greedy(
     return jnp.argmax(logits, axis=-1)
 
 
-# %% book/chapters/08_model.md, cell 77
+# %% book/chapters/08_model.md, cell 78
 def per_row(
     name: str, value: Any, rows: int, good: Any, need: str
 ) -> np.ndarray:
@@ -599,7 +613,7 @@ def per_row(
     return np.broadcast_to(a, (rows,))
 
 
-# %% book/chapters/08_model.md, cell 78
+# %% book/chapters/08_model.md, cell 79
 def sampling(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:
@@ -628,13 +642,13 @@ def sampling(
     )
 
 
-# %% book/chapters/08_model.md, cell 79
+# %% book/chapters/08_model.md, cell 80
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 80
+# %% book/chapters/08_model.md, cell 81
 def pad_rows(
     rows: list[list[int]], width: int, pad: int = 0
 ) -> np.ndarray:
@@ -645,7 +659,7 @@ def pad_rows(
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 81
+# %% book/chapters/08_model.md, cell 82
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -667,7 +681,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% book/chapters/08_model.md, cell 82
+# %% book/chapters/08_model.md, cell 83
 def check_rows(
     prompts: Any, new: Any, c: ModelConfig
 ) -> list[list[int]]:
@@ -679,14 +693,14 @@ def check_rows(
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% book/chapters/08_model.md, cell 84
+# %% book/chapters/08_model.md, cell 85
 def token_steps(
-    model: "Runnable", rows: list[list[int]], how: Sampling, count: int
+    model: "Steps", rows: list[list[int]], how: Sampling, count: int
 ) -> Iterator[list[int]]:
     """The next token of every row, `count` times."""
     if not rows or not count:
         return
-    c, params = model.config, model.params
+    c = model.config
     pick = sample if (how.temperature > 0).any() else greedy
     longest = max(map(len, rows))
     slots = bucket(longest + count - 1, c.context)
@@ -694,17 +708,17 @@ def token_steps(
     lengths = np.array([len(row) for row in rows], np.int32)
     with model.on_mesh():
         cache = init_cache(c, len(rows), slots)
-        logits, cache = prefill(params, padded, lengths, cache, c)
+        logits, cache = model.prefill(padded, lengths, cache)
         tokens = pick(logits, 0, how)
     yield np.asarray(tokens).tolist()
     for step in range(1, count):
         with model.on_mesh():
-            logits, cache = decode_step(params, tokens, cache, c)
+            logits, cache = model.decode_step(tokens, cache)
             tokens = pick(logits, step, how)
         yield np.asarray(tokens).tolist()
 
 
-# %% book/chapters/08_model.md, cell 85
+# %% book/chapters/08_model.md, cell 86
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
@@ -720,7 +734,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 86
+# %% book/chapters/08_model.md, cell 87
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -731,7 +745,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 87
+# %% book/chapters/08_model.md, cell 88
 @dataclass(frozen=True)
 class Runnable:
     """A configuration, its weights, and where and with what to run."""
@@ -760,7 +774,21 @@ class Runnable:
         return self.tokenizer
 
 
-# %% book/chapters/08_model.md, cell 88
+# %% book/chapters/08_model.md, cell 89
+class Steps(Runnable):
+    """The compiled programs, on these weights."""
+
+    def all_logits(self, tokens: Any, lengths: Any) -> Any:
+        return all_logits(self.params, tokens, self.config)
+
+    def prefill(self, tokens: Any, lengths: Any, cache: KVCache) -> Any:
+        return prefill(self.params, tokens, lengths, cache, self.config)
+
+    def decode_step(self, tokens: Any, cache: KVCache) -> Any:
+        return decode_step(self.params, tokens, cache, self.config)
+
+
+# %% book/chapters/08_model.md, cell 90
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
@@ -778,8 +806,8 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 89
-class IdModel(Runnable):
+# %% book/chapters/08_model.md, cell 91
+class IdModel(Steps):
     """What a model does with token ids."""
 
     def logits(
@@ -790,7 +818,8 @@ class IdModel(Runnable):
         width = bucket(t, self.config.context)
         padded = pad_rows(rows, width, self.config.pad_id)
         with self.on_mesh():
-            return all_logits(self.params, padded, self.config)[:, :t]
+            lengths = np.array([len(row) for row in rows], np.int32)
+            return self.all_logits(padded, lengths)[:, :t]
 
     def generate_ids(
         self, prompts: Any, max_new_tokens: int = 32,
@@ -808,7 +837,7 @@ class IdModel(Runnable):
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 92
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -825,7 +854,7 @@ class StreamModel(IdModel):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 91
+# %% book/chapters/08_model.md, cell 93
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -858,5 +887,5 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 97
+# %% book/chapters/08_model.md, cell 99
 PRESETS = {"grok-1": ModelConfig()}

@@ -101,7 +101,9 @@ def plain(w: Weight) -> Float[Array, "..."]:
     """`w` as an ordinary array; quantized weights become float32."""
     if isinstance(w, Row):
         return plain(jax.tree.map(lambda s: s[w.index], w.stack))
-    return dequantize(w) if isinstance(w, QuantizedTensor) else w
+    if isinstance(w, QuantizedTensor):
+        return dequantize(w)
+    return jnp.asarray(w)
 
 
 # %% book/chapters/05_moe.md, cell 21

@@ -205,10 +205,21 @@ class Row:
 
 
 # %% book/chapters/06_quantization.md, cell 52
-Weight = jax.Array | QuantizedTensor | Row
+class OwnProduct:
+    """A matrix [D, F] that is no array, but can be multiplied by."""
+
+    shape: tuple[int, ...]
+
+    def times(self, x: Float[Array, "N D"]) -> Float[Array, "N F"]:
+        """x times this matrix, in float32."""
+        raise NotImplementedError
 
 
 # %% book/chapters/06_quantization.md, cell 53
+Weight = jax.Array | QuantizedTensor | Row | OwnProduct
+
+
+# %% book/chapters/06_quantization.md, cell 54
 def matmul(
     x: Float[Array, "N D"], w: Weight, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -221,6 +232,8 @@ def matmul(
     if isinstance(w, Row):
         return matmul(x, w.stack, (w.index, *index))
     check_fits(x, w, index)
+    if isinstance(w, OwnProduct):
+        return w.times(x)
     if isinstance(w, QuantizedTensor):
         index = tuple(jnp.asarray(i, jnp.int32) for i in index)
         return jax.lax.platform_dependent(
@@ -230,7 +243,7 @@ def matmul(
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/06_quantization.md, cell 54
+# %% book/chapters/06_quantization.md, cell 55
 def check_fits(x: Any, w: Any, index: Index) -> None:
     """Raise ValueError unless x [N, D] times w[index] [D, F] exists."""
     if isinstance(w, QuantizedTensor):

@@ -1,0 +1,694 @@
+# Generated from book/chapters/11_streaming.md by `make sync`; edit the chapter.
+"""TODO.
+"""
+
+# %% book/chapters/11_streaming.md, cell 1
+import mmap
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int8, Int32
+
+from annotated_moe.attention import KVCache
+from annotated_moe.model import (
+    Model,
+    ModelConfig,
+    Params,
+    attention_half,
+    bucket,
+    embed,
+    layer_function,
+    tied_logits,
+)
+from annotated_moe.moe import Experts, Router, expert
+from annotated_moe.quantization import OwnProduct, QuantizedTensor, tile_rows
+from annotated_moe.rms_norm import rms_norm
+
+
+# %% book/chapters/11_streaming.md, cell 2
+def to_digits(
+    x: Float[Array, "N D"],
+) -> tuple[Int8[Array, "3 N D"], Float32[Array, "N 1"]]:
+    """x = step * (254**2 * d[0] + 254 * d[1] + d[2]), nearly.
+
+    `step` is a row's largest magnitude / (127 * 254**2); no element is
+    off by more than 1.1 steps, 1.4e-7 of that magnitude.
+    """
+    x = x.astype(jnp.float32)
+    peak = jnp.max(jnp.abs(x), axis=1, keepdims=True)       # [N, 1]
+    rest, digits = x / jnp.where(peak == 0, 1, peak) * 127, []
+    for _ in range(3):
+        digit = jnp.round(rest)                     # -127 ... 127
+        rest = (rest - digit) * 254
+        digits.append(digit.astype(jnp.int8))
+    return jnp.stack(digits), peak / (127 * 254**2)
+
+
+# %% book/chapters/11_streaming.md, cell 3
+def digits_dot(
+    digits: Int8[Array, "3 N D"], w: Int8[Array, "D F"]
+) -> Float32[Array, "N F"]:
+    """The number that `digits` spell, times w; D up to 2**17."""
+    _, n, d = digits.shape
+    rows = digits.reshape(3 * n, d)
+    y = jnp.dot(rows, w, preferred_element_type=jnp.int32)
+    a, b, c = y.reshape(3, n, -1).astype(jnp.float32)
+    return (a * 254 + b) * 254 + c
+
+
+# %% book/chapters/11_streaming.md, cell 4
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mapped(OwnProduct):
+    """A matrix [D, F] that begins `skip` bytes into `raw`.
+
+    `raw` is int8 [bytes], memory that a file is mapped to. `dtype` is
+    what the file holds; int8 comes with bfloat16 `scales` [G, F].
+    """
+
+    raw: Any
+    skip: Any
+    scales: Any
+    shape: tuple[int, int] = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    def times(self, x: Float[Array, "N D"]) -> Float32[Array, "N F"]:
+        """x times the matrix, a tile of rows at a time."""
+        product = float_product if self.scales is None else int8_product
+        return in_chunks(partial(product, w=self), x)
+
+
+# %% book/chapters/11_streaming.md, cell 5
+def read_tile(w: Mapped, start: Any, rows: int) -> Any:
+    """Rows start : start + rows, as they stand in the file."""
+    f, size = w.shape[1], jnp.dtype(w.dtype).itemsize
+    at = w.skip + start * (f * size)
+    raw = jax.lax.dynamic_slice(w.raw, (at,), (rows * f * size,))
+    if size == 1:
+        return raw.reshape(rows, f)
+    raw = raw.reshape(rows, f, size)
+    return jax.lax.bitcast_convert_type(raw, jnp.dtype(w.dtype))
+
+
+# %% book/chapters/11_streaming.md, cell 6
+def int8_product(
+    x: Float[Array, "N D"], w: Mapped
+) -> Float32[Array, "N F"]:
+    """x times a quantized matrix: integers first, scales after."""
+    (n, d), f = x.shape, w.shape[1]
+    group = d // w.scales.shape[0]
+    rows = tile_rows(group, max(128, min(8 * n, 1024)))
+    digits, step = to_digits(x)
+
+    def add_tile(t, total):
+        tile = read_tile(w, t * rows, rows)
+        part = jax.lax.dynamic_slice(
+            digits, (0, 0, t * rows), (3, n, rows)
+        )
+        s = jax.lax.dynamic_slice(w.scales, (t * rows // group, 0), (1, f))
+        return total + digits_dot(part, tile) * s.astype(jnp.float32)
+
+    zero = jnp.zeros((n, f), jnp.float32)
+    return step * jax.lax.fori_loop(0, d // rows, add_tile, zero)
+
+
+# %% book/chapters/11_streaming.md, cell 7
+def float_product(
+    x: Float[Array, "N D"], w: Mapped
+) -> Float32[Array, "N F"]:
+    """x times a float matrix, a tile of which is cast to `x.dtype`."""
+    n, d = x.shape
+    rows = tile_rows(d, 128)
+
+    def add_tile(t, total):
+        tile = read_tile(w, t * rows, rows).astype(x.dtype)
+        part = jax.lax.dynamic_slice(x, (0, t * rows), (n, rows))
+        return total + jnp.dot(
+            part, tile, preferred_element_type=jnp.float32
+        )
+
+    zero = jnp.zeros((n, w.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, d // rows, add_tile, zero)
+
+
+# %% book/chapters/11_streaming.md, cell 8
+MOST_ROWS = 512
+
+
+def in_chunks(
+    product: Callable[[Array], Array], x: Float[Array, "N D"]
+) -> Float32[Array, "N F"]:
+    """`product` of at most MOST_ROWS rows at a time."""
+    n, d = x.shape
+    if n <= MOST_ROWS:
+        return product(x)
+    x = jnp.pad(x, ((0, -n % MOST_ROWS), (0, 0)))
+    y = jax.lax.map(product, x.reshape(-1, MOST_ROWS, d))
+    return y.reshape(len(x), -1)[:n]
+
+
+# %% book/chapters/11_streaming.md, cell 9
+def file_of(view: np.ndarray) -> tuple[Any, str | None]:
+    """The mapping that `view` looks into, and the file's name.
+
+    (None, None) for an array in ordinary memory.
+    """
+    base: Any = view
+    name = None
+    while base is not None and not isinstance(base, mmap.mmap):
+        name = getattr(base, "filename", name)
+        holder = isinstance(base, memoryview)
+        base = base.obj if holder else getattr(base, "base", None)
+    return base, None if name is None else str(name)
+
+
+# %% book/chapters/11_streaming.md, cell 10
+def address(a: np.ndarray) -> int:
+    return a.__array_interface__["data"][0]
+
+
+# %% book/chapters/11_streaming.md, cell 11
+ALIGNED = 64                                    # bytes, JAX wants it
+MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
+
+
+def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
+    """The bytes of `view` without a copy, and where in them it starts.
+
+    JAX takes over memory at multiples of 64 bytes only, and a file
+    puts its tensors anywhere: so begin up to 63 bytes earlier.
+    """
+    view = np.ascontiguousarray(view)
+    mapping, _ = file_of(view)
+    around: Any = view if mapping is None else mapping
+    data = np.frombuffer(around, np.int8)
+    offset = address(view) - address(data)
+    skip = (address(view)) % ALIGNED if mapping is not None else 0
+    stop = min(offset - skip + view.nbytes + ALIGNED, len(data))
+    return jax.device_put(data[offset - skip : stop]), np.int32(skip)
+
+
+# %% book/chapters/11_streaming.md, cell 12
+def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
+    """A matrix of a checkpoint, ready to be multiplied by."""
+    if weight.nbytes > MOST_BYTES:
+        raise ValueError(
+            f"cannot stream a matrix of {weight.nbytes:,} bytes: the "
+            f"most is {MOST_BYTES:,}; load it without stream=True"
+        )
+    raw, skip = to_jax(weight)
+    small = None if scales is None else jnp.asarray(scales)
+    d, f = weight.shape
+    return Mapped(raw, skip, small, (d, f), str(weight.dtype))
+
+
+# %% book/chapters/11_streaming.md, cell 13
+def layer_of(w: Any, layer: int) -> np.ndarray:
+    """One layer of a stack, or of a list of layers, not copied."""
+    return getattr(w, "parts", w)[layer]
+
+
+# %% book/chapters/11_streaming.md, cell 14
+@dataclass
+class Reading:
+    """What has been read so far; grows as the model runs."""
+
+    bytes: int = 0
+    matrices: Counter = field(default_factory=Counter)
+
+    def count(self, name: tuple, size: int) -> None:
+        self.bytes += size
+        self.matrices[name] += 1
+
+
+# %% book/chapters/11_streaming.md, cell 15
+Views = list[np.ndarray]
+
+
+class Shelf:
+    """Weights that stay on disk, fetched a matrix at a time."""
+
+    def __init__(self, params: Params) -> None:
+        self.params, self.reading = params, Reading()
+        self.report: Callable[[int], None] | None = None
+        self.reader = ThreadPoolExecutor(1, "reads-ahead")
+        self.opened = {name: state_of(name) for name in files_of(params)}
+
+    def matrix(self, module: str, layer: int, *index: int) -> Mapped:
+        """Matrix `w` of a module, or of expert `index` in it."""
+        weight, scales = self.views(module, layer, *index)
+        check_unchanged(weight, self.opened)
+        name = (module, layer, *index)
+        self.reading.count(name, weight.nbytes)
+        return mapped(weight, scales)
+
+    def views(self, module: str, layer: int, *index: int) -> Any:
+        w = self.params[module]["w"]
+        if not isinstance(w, QuantizedTensor):
+            return layer_of(w, layer)[index], None
+        return layer_of(w.weight, layer)[index], w.scales[layer][index]
+
+    def vector(self, module: str, name: str, layer: int) -> jax.Array:
+        """A norm's gain or a router: small, and float32."""
+        w = layer_of(self.params[module][name], layer)
+        self.reading.count((module, layer), w.nbytes)
+        return jnp.asarray(w, jnp.float32)
+
+
+# %% book/chapters/11_streaming.md, cell 16
+def files_of(params: Params) -> set[str]:
+    """The names of all files that hold a weight."""
+    names: set[str] = set()
+    for leaves in params.values():
+        for w in leaves.values():
+            w = getattr(w, "weight", w)
+            for view in getattr(w, "parts", [w]):
+                name = file_of(view)[1]
+                names |= {name} if name else set()
+    return names
+
+
+# %% book/chapters/11_streaming.md, cell 17
+def state_of(name: str) -> tuple[int, int, int]:
+    """Size, time of change and inode. ValueError if there is none."""
+    try:
+        s = os.stat(name)
+    except OSError as error:
+        raise ValueError(
+            f"{name}, which the model is read from, is gone: {error}"
+        ) from None
+    return s.st_size, s.st_mtime_ns, s.st_ino
+
+
+# %% book/chapters/11_streaming.md, cell 18
+def check_unchanged(view: np.ndarray, opened: dict) -> None:
+    """ValueError if the file of `view` is no longer what it was.
+
+    Reading beyond the end of a mapped file that has shrunk would kill
+    the process.
+    """
+    _, name = file_of(view)
+    if name is not None and state_of(name) != opened[name]:
+        raise ValueError(
+            f"{name} has changed since the model was loaded from it: "
+            "load the model again"
+        )
+
+
+# %% book/chapters/11_streaming.md, cell 19
+def read_ahead(views: Views) -> None:
+    """Ask the system to read what is not in its page cache yet."""
+    for view in views:
+        mapping, _ = file_of(view)
+        if mapping is None or not hasattr(mmap, "MADV_WILLNEED"):
+            continue
+        base = address(np.frombuffer(mapping, np.int8))
+        start = (address(view) - base) // mmap.PAGESIZE * mmap.PAGESIZE
+        size = address(view) + view.nbytes - base - start
+        mapping.madvise(mmap.MADV_WILLNEED, start, size)
+
+
+# %% book/chapters/11_streaming.md, cell 20
+LAYER = "decoder_layer/"
+BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
+
+
+def layer_modules(params: Params) -> list[str]:
+    """The modules of a layer that every token needs."""
+    return [m for m in params if m.startswith(LAYER) and "/moe/" not in m]
+
+
+# %% book/chapters/11_streaming.md, cell 21
+def is_matrix(module: str, name: str) -> bool:
+    return name == "w" and not module.endswith("/router")
+
+
+# %% book/chapters/11_streaming.md, cell 22
+def layer_weights(shelf: Shelf, layer: int) -> Params:
+    """A layer's parameters except its experts'."""
+    found: dict[str, dict[str, Any]] = {}
+    for module in layer_modules(shelf.params):
+        leaves = found[module.removeprefix(LAYER)] = {}
+        for name in shelf.params[module]:
+            if is_matrix(module, name):
+                leaves[name] = shelf.matrix(module, layer)
+            else:
+                leaves[name] = shelf.vector(module, name, layer)
+    return found
+
+
+# %% book/chapters/11_streaming.md, cell 23
+def layer_ahead(shelf: Shelf, layer: int) -> None:
+    """Have the matrices that `layer_weights` will return read."""
+    modules = [m for m in layer_modules(shelf.params)
+               if "w" in shelf.params[m] and is_matrix(m, "w")]
+    views = [shelf.views(m, layer)[0] for m in modules]
+    shelf.reader.submit(read_ahead, views)
+
+
+# %% book/chapters/11_streaming.md, cell 24
+@partial(jax.jit, static_argnames="c", donate_argnames="cache")
+def attend_and_route(
+    weights: Params,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    layer: Int32[Array, ""],
+    c: ModelConfig,
+) -> Any:
+    """h after attention; what experts read; gates; experts; cache."""
+    def run(h, cache):
+        h, x, cache = attention_half(h, positions, cache, layer, c)
+        x = x.reshape(-1, c.d_model)                        # [N, D]
+        routed = Router(c.num_experts, c.top_k)(x)
+        x = x.astype(c.dtype)
+        return h, x, routed.gates, routed.experts, cache
+
+    return applied(run, weights, h, cache)
+
+
+# %% book/chapters/11_streaming.md, cell 25
+def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
+    """`run`, a function of Haiku modules, on these weights."""
+    transformed: Any = hk.without_apply_rng(hk.transform(run))
+    return transformed.apply(weights, *inputs)
+
+
+# %% book/chapters/11_streaming.md, cell 26
+@partial(jax.jit, static_argnames="c", donate_argnames="cache")
+def whole_layer(
+    weights: Params,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    layer: Int32[Array, ""],
+    c: ModelConfig,
+) -> tuple[Float32[Array, "B T D"], KVCache | None]:
+    """A layer without experts, where nothing has to be chosen."""
+    weights = {LAYER + module: w for module, w in weights.items()}
+    run = layer_function(c).apply
+    h, cache, _ = run(weights, h, positions, cache, layer)
+    return h, cache
+
+
+# %% book/chapters/11_streaming.md, cell 27
+@partial(jax.jit, donate_argnames="y")
+def add_expert(
+    y: Float32[Array, "N D"],
+    x: Float[Array, "N D"],
+    gates: Float32[Array, "N A"],
+    choices: Int32[Array, " C"],
+    w: Experts,
+) -> Float32[Array, "N D"]:
+    """Add to y what one expert says to the `choices` that are its.
+
+    Choice i is token i // A; N * A stands for none.
+    """
+    token = choices // gates.shape[1]
+    xs = x.at[token].get(mode="fill", fill_value=0)         # [C, D]
+    gate = gates.ravel().at[choices].get(mode="fill", fill_value=0)
+    out = expert(xs, w) * gate[:, None]
+    return y.at[token].add(out, mode="drop")
+
+
+# %% book/chapters/11_streaming.md, cell 28
+MOST_CHOICES = 1024
+
+
+def in_batches(
+    choices: np.ndarray, nobody: int
+) -> Iterator[np.ndarray]:
+    """At most MOST_CHOICES at a time, filled up to one of few sizes."""
+    for start in range(0, len(choices), MOST_CHOICES):
+        some = choices[start : start + MOST_CHOICES]
+        sizes = 1, 4, bucket(len(some), MOST_CHOICES)
+        size = min(s for s in sizes if s >= len(some))
+        full = np.full(size, nobody, np.int32)
+        full[: len(some)] = some
+        yield full
+
+
+# %% book/chapters/11_streaming.md, cell 29
+def stream_experts(
+    shelf: Shelf,
+    layer: int,
+    x: Float[Array, "N D"],
+    gates: Float32[Array, "N A"],
+    experts: Int[np.ndarray, "N A"],
+) -> Float32[Array, "N D"]:
+    """What the chosen experts add. A token whose experts are -1 has none."""
+    flat = experts.reshape(-1)
+    chosen = [int(e) for e in np.unique(flat) if e >= 0]
+    modules = [f"{LAYER}moe/{block}" for block in BLOCKS]
+    views = [shelf.views(m, layer, e)[0] for e in chosen for m in modules]
+    shelf.reader.submit(read_ahead, views)
+    y = jnp.zeros(x.shape, jnp.float32)
+    for e in chosen:
+        w = Experts(*(shelf.matrix(m, layer, e) for m in modules))
+        mine = np.flatnonzero(flat == e)
+        for choices in in_batches(mine, flat.size):
+            y = add_expert(y, x, gates, choices, w)
+    return y
+
+
+# %% book/chapters/11_streaming.md, cell 30
+@partial(jax.jit, donate_argnames="h")
+def add_normed(
+    h: Float32[Array, "B T D"],
+    y: Float32[Array, "N D"],
+    scale: Float32[Array, " D"],
+) -> Float32[Array, "B T D"]:
+    """h plus what the experts said, normed."""
+    return h + rms_norm(y.reshape(h.shape), scale)
+
+
+# %% book/chapters/11_streaming.md, cell 31
+def stream_layer(
+    shelf: Shelf,
+    layer: int,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    real: np.ndarray,
+    c: ModelConfig,
+) -> tuple[Float32[Array, "B T D"], KVCache | None]:
+    """One layer; tokens that are not `real` choose no expert."""
+    w = layer_weights(shelf, layer)
+    job = w, h, positions, cache, np.int32(layer), c
+    if c.num_experts == 1:
+        return whole_layer(*job)
+    h, x, gates, experts, cache = attend_and_route(*job)
+    known = np.where(real.reshape(-1, 1), np.asarray(experts), -1)
+    y = stream_experts(shelf, layer, x, gates, known)
+    return add_normed(h, y, w["rms_norm_3"]["scale"]), cache
+
+
+# %% book/chapters/11_streaming.md, cell 32
+@jax.jit
+def word_logits(
+    h: Float[Array, "N D"], table: Mapped
+) -> Float32[Array, "N V"]:
+    """`tied_logits`, with a table of which a tile is ever cast."""
+    n, v = len(h), table.shape[0]
+    tile = tile_rows(v, 512)
+
+    def add_tile(t, y):
+        words = read_tile(table, t * tile, tile).astype(h.dtype)
+        rows = jnp.split(h, n) if n <= 8 else [h]
+        part = jnp.concatenate([tied_logits(r, words) for r in rows])
+        return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
+
+    y = jnp.zeros((n, v), jnp.float32)
+    return jax.lax.fori_loop(0, v // tile, add_tile, y)
+
+
+# %% book/chapters/11_streaming.md, cell 33
+def pieces(table: np.ndarray) -> list[np.ndarray]:
+    """The table cut into runs of words of at most a GiB each."""
+    count = 1 << (-(-table.nbytes // 2**30) - 1).bit_length()
+    return np.array_split(table, count)
+
+
+# %% book/chapters/11_streaming.md, cell 34
+@dataclass(frozen=True)
+class LayerByLayer(Model):
+    """A model whose `params` are arrays in files, one layer a time."""
+
+    shelf: Shelf = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shelf", Shelf(self.params))
+
+    def table(self) -> np.ndarray:
+        """The embedding, in its file."""
+        table = self.params["in_out_embed"]["embeddings"]
+        check_unchanged(table, self.shelf.opened)
+        return table
+
+    def embed(self, tokens: np.ndarray) -> Float32[Array, "B T D"]:
+        """Only these tokens' rows are read."""
+        rows = jnp.asarray(self.table()[tokens.reshape(-1)])
+        self.shelf.reading.bytes += rows.nbytes
+        own = {"in_out_embed": {"embeddings": rows}}
+        at = jnp.arange(tokens.size).reshape(tokens.shape)
+        return embed(own, at, self.config)
+
+
+# %% book/chapters/11_streaming.md, cell 35
+class Halves(LayerByLayer):
+    """From tokens to h, and from h to logits."""
+
+    def forward(
+        self, tokens: Any, positions: Any, cache: Any, real: np.ndarray
+    ) -> tuple[Float32[Array, "B T D"], Any]:
+        """All layers; the next one's attention is read ahead."""
+        h, depth = self.embed(np.asarray(tokens)), self.config.num_layers
+        positions = jnp.asarray(positions, jnp.int32)
+        for layer in range(depth):
+            if layer + 1 < depth:
+                layer_ahead(self.shelf, layer + 1)
+            h, cache = stream_layer(
+                self.shelf, layer, h, positions, cache, real, self.config
+            )
+            if self.shelf.report:
+                self.shelf.report(layer + 1)
+        return h, cache
+
+    def unembed(
+        self, h: Float32[Array, "N D"]
+    ) -> Float32[Array, "N V"]:
+        """Logits; the table is read once, whatever N is."""
+        c, table = self.config, self.table()
+        scale = jnp.asarray(self.params["rms_norm"]["scale"], jnp.float32)
+        h = rms_norm(h, scale).astype(c.dtype)
+        y = [word_logits(h, mapped(piece)) for piece in pieces(table)]
+        self.shelf.reading.count(("in_out_embed",), table.nbytes)
+        by = jnp.asarray(c.output_multiplier, c.dtype)
+        return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
+
+
+# %% book/chapters/11_streaming.md, cell 36
+def keep_last(
+    last: Float32[Array, "B D"],
+    h: Float32[Array, "B T D"],
+    index: Int[np.ndarray, " B"],
+) -> Float32[Array, "B D"]:
+    """h[b, index[b]] where there is such a token, else last[b]."""
+    inside = (index >= 0) & (index < h.shape[1])
+    picked = h[np.arange(len(h)), np.where(inside, index, 0)]
+    return jnp.where(inside[:, None], picked, last)
+
+
+# %% book/chapters/11_streaming.md, cell 37
+MOST_TOKENS = 4096
+
+
+class StreamedModel(Halves):
+    """A model that runs from its files. See `Model` for its use."""
+
+    def all_logits(self, tokens: Any, lengths: Any) -> Any:
+        """Logits at every token, so many rows at a time as fit."""
+        b, t = tokens.shape
+        rows, parts = max(1, MOST_TOKENS // t), []
+        for i in range(0, b, rows):
+            some = tokens[i : i + rows]
+            positions = np.broadcast_to(np.arange(t), some.shape)
+            real = positions < lengths[i : i + rows, None]
+            h, _ = self.forward(some, positions, None, real)
+            y = self.unembed(h.reshape(-1, h.shape[-1]))
+            parts.append(y.reshape(*some.shape, -1))
+        return jnp.concatenate(parts)
+
+    def prefill(self, tokens: Any, lengths: Any, cache: KVCache) -> Any:
+        """Each prompt's last logits, and its cache; in runs of tokens
+        if they are many. ValueError if they are more than the slots.
+        """
+        (b, t), before = tokens.shape, np.asarray(cache.length)
+        if t > cache.k.shape[2]:
+            raise ValueError(f"{t} tokens, {cache.k.shape[2]} slots")
+        last = jnp.zeros((b, self.config.d_model))
+        step = max(1, MOST_TOKENS // b)
+        for start in range(0, int(lengths.max()), step):
+            at = np.arange(start, min(start + step, t))
+            real = at < lengths[:, None]
+            positions = before[:, None] + at
+            h, cache = self.forward(
+                tokens[:, at], positions, cache, real
+            )
+            last = keep_last(last, h, lengths - 1 - start)
+        length = jnp.asarray(before + lengths, jnp.int32)
+        return self.unembed(last), replace(cache, length=length)
+
+    def decode_step(self, tokens: Any, cache: KVCache) -> Any:
+        """One more token a row: its logits, and the longer cache."""
+        at, tokens = cache.length[:, None], np.asarray(tokens)[:, None]
+        real = np.ones(tokens.shape, bool)
+        h, grown = self.forward(tokens, at, cache, real)
+        length = at[:, 0] + 1
+        return self.unembed(h[:, 0]), replace(grown, length=length)
+
+
+# %% book/chapters/11_streaming.md, cell 38
+# VT100: make a line below, save the cursor, go there, clear; go back.
+BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
+
+
+def status(text: str) -> None:
+    """A line on stderr: on a terminal, below the text and rewritten."""
+    if sys.stderr.isatty():
+        print(BELOW + text + BACK, end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+# %% book/chapters/11_streaming.md, cell 39
+class Progress:
+    """Says which layer a streamed model is at, and seconds a token."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self.model, self.token = model, 0
+        model.shelf.report = self.layer_done
+        self.begin()
+
+    def begin(self) -> None:
+        """The next token starts now."""
+        self.token, self.bytes = self.token + 1, self.read()
+        self.start = self.said = time.perf_counter()
+
+    def read(self) -> int:
+        return self.model.shelf.reading.bytes
+
+    def layer_done(self, layer: int) -> None:
+        """On a terminal at every layer, in a log every 5 seconds."""
+        now, depth = time.perf_counter(), self.model.config.num_layers
+        if not sys.stderr.isatty() and now < self.said + 5:
+            return
+        self.said, spent = now, now - self.start
+        status(f"token {self.token}: layer {layer} of {depth}, "
+               f"{spent:.1f} s")
+
+
+# %% book/chapters/11_streaming.md, cell 40
+def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
+    """`ids` as they come, with a `status` for each."""
+    progress = Progress(model)
+    for token in ids:
+        spent = time.perf_counter() - progress.start
+        size = (progress.read() - progress.bytes) / 1e9
+        status(
+            f"token {progress.token}: {spent:.1f} s a token, "
+            f"{size:.3g} GB read, {size / spent:.2g} GB/s"
+        )
+        yield token
+        progress.begin()

@@ -1,0 +1,445 @@
+"""Streaming: what the resident model says, from files that are only read."""
+
+import gc
+import json
+import os
+import pickle
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import annotated_moe as am
+from annotated_moe import checkpoints, cli, streaming
+from annotated_moe.model import init_cache
+from annotated_moe.streaming import Mapped, mapped, to_digits
+
+BFLOAT16 = ml_dtypes.bfloat16
+TINY = am.ModelConfig(
+    vocab_size=40, context=32, d_model=16, d_ff=88, num_layers=11,
+    q_heads=4, kv_heads=2, head_size=4, num_experts=8, dtype="float32",
+)
+PROMPTS = [[3, 9, 4, 1, 22, 7, 30], [5], [8, 8, 13, 2]]
+
+
+class QuantizedWeight8bit:
+    """Pickled under the name that the release used."""
+
+    def __init__(self, weight, scales):
+        self.weight, self.scales = weight, scales
+
+
+QuantizedWeight8bit.__module__ = "__main__"
+
+
+def random_tensors(config, kind):
+    """Path -> tensor of all layers; matrices are int8, float32 or bfloat16."""
+    rng, tensors = np.random.default_rng(0), {}
+    for path, shape in checkpoints.expected(config).items():
+        spread = shape[-2] ** -0.5 if len(shape) > 1 else 1
+        w = (spread * rng.standard_normal(shape)).astype(np.float32)
+        if path.endswith("/router/w"):
+            w *= 4
+        elif path.endswith("/w") and kind == "int8":
+            groups = 4 if path.endswith(("/linear_1/w", "attention/linear/w")) else 1
+            weight = rng.integers(-127, 128, shape).astype(np.int8)
+            scales = spread / 73 * (0.5 + rng.random((*shape[:-2], groups, shape[-1])))
+            w = am.QuantizedTensor(weight, scales.astype(BFLOAT16))
+        elif kind == "bfloat16":
+            w = w.astype(BFLOAT16)
+        tensors[path] = w
+    return tensors
+
+
+def write_release(folder, config, tensors):
+    """The Grok-1 layout: one pickle a tensor and layer."""
+    flat = {}
+    for path, w in tensors.items():
+        if not path.startswith("decoder_layer/"):
+            flat[f"language_model/{path}"] = w
+            continue
+        for i in range(config.num_layers):
+            name = f"transformer/{path.replace('layer', f'layer_{i}', 1)}"
+            if isinstance(w, am.QuantizedTensor):
+                flat[name] = QuantizedWeight8bit(w.weight[i], w.scales[i])
+            else:
+                flat[name] = w[i]
+    (folder / "ckpt-0").mkdir(parents=True)
+    main, name = sys.modules["__main__"], QuantizedWeight8bit.__name__
+    with patch.object(main, name, QuantizedWeight8bit, create=True):
+        for i, key in enumerate(sorted(flat)):
+            data = pickle.dumps(flat[key], protocol=4)
+            (folder / f"ckpt-0/tensor{i:05d}_000").write_bytes(data)
+    names = {ours: theirs for theirs, ours in checkpoints.GROK_NAMES.items()}
+    values = {names[k]: v for k, v in asdict(config).items() if k in names}
+    values["widening_factor"] = config.d_ff * 1.5 / config.d_model
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def write(folder, layout, kind, config=TINY):
+    tensors = random_tensors(config, kind)
+    if layout == "grok":
+        return write_release(folder, config, tensors)
+    params = {}
+    for path, w in tensors.items():
+        module, leaf = path.rsplit("/", 1)
+        params.setdefault(module, {})[leaf] = w
+    am.save(am.Model(config, params), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("int8") / "model", "grok", "int8")
+
+
+def both(folder, dtype="float32"):
+    return am.load(folder, dtype=dtype), am.load(folder, dtype=dtype, stream=True)
+
+
+def assert_equal(resident, streamed, **sampling):
+    """Logits of ragged rows, and tokens, greedy or drawn."""
+    lengths = np.array([len(row) for row in PROMPTS])
+    tokens = np.zeros((len(PROMPTS), lengths.max()), np.int32)
+    for row, ids in zip(tokens, PROMPTS):
+        row[: len(ids)] = ids
+    want = np.asarray(resident.logits(tokens, lengths))
+    got = np.asarray(streamed.logits(tokens, lengths))
+    assert got.shape == want.shape and got.dtype == np.float32
+    for i, n in enumerate(lengths):
+        assert want[i, :n].std() > 0.1
+        np.testing.assert_allclose(got[i, :n], want[i, :n], rtol=0, atol=1e-5)
+    options = {"temperature": [1.0, 0.0, 0.7], "top_p": 0.9, "top_k": 20}
+    job = (PROMPTS, 9)
+    expected = resident.generate_ids(*job, **options)
+    assert streamed.generate_ids(*job, **options) == expected
+
+
+# The numbers of the resident model
+
+
+@pytest.mark.parametrize("layout", ["grok", "ours"])
+@pytest.mark.parametrize("kind", ["int8", "float32", "bfloat16"])
+def test_says_what_the_resident_model_says(tmp_path, layout, kind):
+    assert_equal(*both(write(tmp_path / "model", layout, kind)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32"])
+def test_a_dense_model(tmp_path, kind):
+    config = replace(TINY, num_experts=1, top_k=1, num_layers=2)
+    assert_equal(*both(write(tmp_path / "model", "ours", kind, config)))
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_resident_model(release):
+    """Both round; each rounds elsewhere, once in a while."""
+    tokens = np.arange(1, 25).reshape(2, 12)
+    exact = np.asarray(am.load(release, dtype="float32").logits(tokens))
+    models = both(release, "bfloat16")
+    resident, streamed = (np.asarray(model.logits(tokens)) for model in models)
+    off = np.abs(resident - exact).mean()
+    assert 0 < np.abs(streamed - exact).mean() < 1.5 * off
+    assert np.abs(streamed - resident).mean() < 1.5 * off
+
+
+def test_text_comes_out_of_the_small_model():
+    resident, streamed = both(None)
+    prompt = "And God said"
+    want = resident.generate([prompt], max_new_tokens=12)
+    assert streamed.generate([prompt], max_new_tokens=12) == want
+    pieces = list(streamed.stream(prompt, max_new_tokens=12, temperature=0.8, seed=5))
+    again = list(resident.stream(prompt, max_new_tokens=12, temperature=0.8, seed=5))
+    assert pieces == again and len(pieces) > 6
+    ids = list(streamed.stream_ids([3, 4], max_new_tokens=3))
+    assert ids == list(resident.stream_ids([3, 4], max_new_tokens=3))
+
+
+def test_a_long_prompt_is_read_in_runs(release, monkeypatch):
+    resident, streamed = both(release)
+    want = resident.generate_ids(PROMPTS, 4)
+    monkeypatch.setattr(streaming, "MOST_TOKENS", 9)        # 3 a row
+    monkeypatch.setattr(streaming, "MOST_CHOICES", 2)
+    assert streamed.generate_ids(PROMPTS, 4) == want
+    tokens = np.array([PROMPTS[0], PROMPTS[0][::-1]])
+    np.testing.assert_allclose(
+        streamed.logits(tokens), resident.logits(tokens), rtol=0, atol=1e-5
+    )
+
+
+def test_a_prompt_beyond_the_slots_is_refused(release):
+    model = am.load(release, stream=True)
+    cache = init_cache(model.config, 1, 4)
+    with pytest.raises(ValueError, match="5 tokens, 4 slots"):
+        model.prefill(np.ones((1, 5), np.int32), np.array([5]), cache)
+
+
+# What is read
+
+
+def experts_read(model):
+    """(layer, expert) -> how often its first matrix was fetched."""
+    counts = model.shelf.reading.matrices
+    found = {key[1:]: n for key, n in counts.items() if key[0].endswith("moe/linear")}
+    assert sum(n for key, n in counts.items() if "/moe/" in key[0]) == 3 * sum(
+        found.values()
+    )
+    return Counter(found)
+
+
+def prefill(model, prompts):
+    lengths = np.array([len(row) for row in prompts])
+    tokens = np.zeros((len(prompts), 16), np.int32)
+    for row, ids in zip(tokens, prompts):
+        row[: len(ids)] = ids
+    cache = init_cache(model.config, len(prompts), 32)
+    return model.prefill(tokens, lengths, cache)
+
+
+def test_prefill_reads_each_chosen_expert_once(release):
+    model = am.load(release, stream=True, dtype="float32")
+    prefill(model, PROMPTS)
+    read = experts_read(model)
+    assert set(read.values()) == {1}
+    assert 2 * TINY.num_layers < len(read) <= 8 * TINY.num_layers
+
+
+def test_one_token_reads_two_experts_a_layer_and_nothing_else(release):
+    model = am.load(release, stream=True, dtype="float32")
+    logits, cache = prefill(model, [[5]])
+    read = experts_read(model)
+    layers = Counter(layer for layer, _ in read)
+    assert layers == dict.fromkeys(range(TINY.num_layers), 2)
+    before = model.shelf.reading.bytes
+    model.decode_step(jnp.array([7]), cache)
+    c = TINY
+    heads = c.q_heads + 2 * c.kv_heads + c.q_heads
+    matrices = c.d_model * heads * c.head_size + 2 * 3 * c.d_model * c.d_ff
+    floats = c.d_model * c.num_experts + 4 * c.d_model
+    layers = c.num_layers * (matrices + 4 * floats)
+    table = 4 * c.d_model * (c.vocab_size + 1)
+    assert model.shelf.reading.bytes - before == layers + table
+
+
+def test_experts_that_were_not_counted_do_not_matter(tmp_path):
+    """The counts are honest: garbage in all other experts changes nothing."""
+    tensors = random_tensors(TINY, "int8")
+    model = am.load(write_release(tmp_path / "a", TINY, tensors), stream=True)
+    want, _ = prefill(model, [[5, 6]])
+    read = experts_read(model)
+    for block in ("linear", "linear_v", "linear_1"):
+        w = tensors[f"decoder_layer/moe/{block}/w"].weight
+        for layer in range(TINY.num_layers):
+            for e in range(TINY.num_experts):
+                if (layer, e) not in read:
+                    w[layer, e] = 99
+    other = am.load(write_release(tmp_path / "b", TINY, tensors), stream=True)
+    np.testing.assert_array_equal(prefill(other, [[5, 6]])[0], want)
+    layer, e = min(read)
+    tensors["decoder_layer/moe/linear/w"].weight[layer, e] = 99
+    third = am.load(write_release(tmp_path / "c", TINY, tensors), stream=True)
+    assert np.abs(prefill(third, [[5, 6]])[0] - want).max() > 1e-3
+
+
+def test_padding_chooses_no_expert(release):
+    """Rows of one token beside a long one: only real tokens count."""
+    model = am.load(release, stream=True, dtype="float32")
+    prefill(model, [PROMPTS[0], [5]])
+    together = experts_read(model)
+    alone = Counter()
+    for row in (PROMPTS[0], [5]):
+        model = am.load(release, stream=True, dtype="float32")
+        prefill(model, [row])
+        alone |= experts_read(model)
+    assert together == alone
+
+
+OPENED = []
+
+
+def note_open(event, args):
+    if event == "open" and isinstance(args[0], str | os.PathLike):
+        OPENED.append((os.fspath(args[0]), args[1], args[2]))
+
+
+def test_no_file_is_opened_for_writing(release):
+    sys.addaudithook(note_open)
+    try:
+        model = am.load(release, stream=True)
+        model.generate_ids([[5]], 2)
+        mine = [job for job in OPENED if job[0].startswith(str(release))]
+    finally:
+        sys.modules[__name__].OPENED.clear()
+    assert len(mine) >= 2 + 13 * TINY.num_layers // 2
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    assert not [job for job in mine if job[2] & writing]
+
+
+def test_the_weights_are_not_copied(release):
+    model = am.load(release, stream=True)
+    w = model.shelf.matrix("decoder_layer/moe/linear", 3, 5)
+    view, _ = model.shelf.views("decoder_layer/moe/linear", 3, 5)
+    start = w.raw.unsafe_buffer_pointer() + int(w.skip)
+    assert start == view.__array_interface__["data"][0]
+    assert not view.flags.owndata and not view.flags.writeable
+
+
+def test_a_layer_is_compiled_once(release):
+    model = am.load(release, stream=True)
+    ids = model.stream_ids([5], 4)
+    next(ids), next(ids)
+    compiled = [streaming.attend_and_route, streaming.add_expert, streaming.add_normed]
+    before = [f._cache_size() for f in compiled]
+    assert all(n > 0 for n in before)
+    next(ids), next(ids)
+    assert [f._cache_size() for f in compiled] == before
+
+
+# Files that change
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    config = replace(TINY, num_layers=2)
+    return write(tmp_path / "model", "grok", "int8", config)
+
+
+def complaint(model, *words):
+    with pytest.raises(ValueError) as error:
+        model.generate_ids([[5, 6, 7]], 2)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    for word in words:
+        assert word in text, text
+
+
+@pytest.mark.parametrize("which", [0, 2, 9])
+def test_a_file_that_shrinks(scratch, which):
+    model = am.load(scratch, stream=True)
+    path = sorted((scratch / "ckpt-0").iterdir())[which]
+    os.truncate(path, path.stat().st_size // 2)
+    complaint(model, path.name, "has changed", "load the model again")
+
+
+def test_a_file_that_is_written_to_or_gone(scratch):
+    model = am.load(scratch, stream=True)
+    path = sorted((scratch / "ckpt-0").iterdir())[4]
+    os.utime(path, ns=(0, 0))
+    complaint(model, path.name, "has changed")
+    path.unlink()
+    complaint(model, path.name, "is gone")
+
+
+def test_a_file_that_is_too_short_from_the_start(scratch):
+    path = sorted((scratch / "ckpt-0").iterdir())[4]
+    os.truncate(path, path.stat().st_size - 9)
+    with pytest.raises(am.CheckpointError, match=f"{path.name} ends early"):
+        am.load(scratch, stream=True)
+
+
+def test_a_mesh_is_refused(release):
+    with pytest.raises(ValueError, match="one device: leave out the mesh") as error:
+        am.load(release, mesh=am.make_mesh(model=2), stream=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_matrix_beyond_int32_is_refused(monkeypatch):
+    monkeypatch.setattr(streaming, "MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="cannot stream a matrix of 1,024 bytes"):
+        mapped(np.zeros((16, 16), np.float32))
+
+
+def test_a_streamed_model_is_not_saved(release, tmp_path):
+    with pytest.raises(ValueError, match="on disk already"):
+        am.save(am.load(release, stream=True), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+# Products
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1.0, 3e30])
+def test_digits_spell_the_number(scale):
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((5, 4000)) * scale).astype(np.float32)
+    x[1] *= np.logspace(-9, 0, 4000, dtype=np.float32)
+    x[2] = 0
+    x[3] = np.sign(x[3]) * np.abs(x[3]).max()
+    digits, step = (np.asarray(a, np.float64) for a in to_digits(jnp.asarray(x)))
+    spelled = step * (254**2 * digits[0] + 254 * digits[1] + digits[2])
+    peak = np.abs(x).max(axis=1, keepdims=True)
+    assert (np.abs(spelled - x) <= 1.4e-7 * peak).all()
+    assert np.abs(digits).max() <= 127
+
+
+def test_what_is_no_number_stays_none():
+    x = jnp.ones((3, 8)).at[0, 2].set(jnp.nan).at[1, 3].set(jnp.inf)
+    w = mapped(np.ones((8, 4), np.int8), np.ones((1, 4), BFLOAT16))
+    y = np.asarray(w.times(x))
+    assert not np.isfinite(y[:2]).any() and (y[2] == 8).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32", "bfloat16"])
+def test_a_matrix_anywhere_in_a_file(tmp_path, kind):
+    """At every distance from an aligned byte, and at the very end."""
+    rng, (d, f) = np.random.default_rng(2), (24, 10)
+    w = rng.integers(-127, 128, (d, f)).astype(kind)
+    scales = rng.random((4, f)).astype(BFLOAT16) if kind == "int8" else None
+    x = rng.standard_normal((3, d)).astype(np.float32)
+    exact = w.astype(np.float64)
+    if scales is not None:
+        exact *= np.repeat(scales.astype(np.float64), d // 4, axis=0)
+    for before, after in ((0, 0), (1, 0), (63, 7), (64, 64), (130, 500)):
+        path = tmp_path / f"{before}"
+        path.write_bytes(b"b" * before + w.tobytes() + b"a" * after)
+        view = np.memmap(path, np.uint8, "r")[before : before + w.nbytes]
+        got = mapped(view.view(w.dtype).reshape(d, f), scales).times(jnp.asarray(x))
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, x @ exact, rtol=1e-5, atol=2e-3)
+
+
+def test_many_rows_and_many_groups():
+    rng = np.random.default_rng(3)
+    w = rng.integers(-127, 128, (96, 8)).astype(np.int8)
+    scales = rng.random((8, 8)).astype(BFLOAT16)
+    x = rng.standard_normal((1025, 96)).astype(np.float32)
+    exact = x @ (w * np.repeat(scales.astype(np.float64), 12, axis=0))
+    got = jax.jit(Mapped.times)(mapped(w, scales), jnp.asarray(x))
+    np.testing.assert_allclose(got, exact, rtol=1e-5, atol=2e-3)
+
+
+# The command line
+
+
+def test_generate_streams(release, tmp_path, capsys, monkeypatch):
+    job = ["generate", "--prompt", "In the", "--max-new-tokens", "4"]
+    assert cli.main(job) == 0
+    want = capsys.readouterr().out
+    assert cli.main([*job, "--stream"]) == 0
+    got = capsys.readouterr()
+    assert got.out == want
+    lines = [line for line in got.err.splitlines() if line.startswith("token ")]
+    assert len(lines) == 4 and all(" s a token, " in line for line in lines)
+
+
+def test_a_terminal_sees_the_layers(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    job = ["generate", "--prompt", "In the", "--max-new-tokens", "2", "--stream"]
+    assert cli.main(job) == 0
+    text = capsys.readouterr().err
+    depth = am.load(stream=True).config.num_layers
+    assert f"token 2: layer 1 of {depth}, " in text
+    assert f"token 2: layer {depth} of {depth}, " in text
+
+
+def test_stream_on_two_devices_is_refused(capsys):
+    job = ["generate", "--prompt", "a", "--stream", "--devices", "2"]
+    assert cli.main(job) == 2
+    err = capsys.readouterr().err
+    assert "one device" in err and err.count("\n") == 1
+    gc.collect()

@@ -930,7 +930,7 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     good = [f"{i} x {j}" for i, j in pairs if not indivisible(c, i, j)]
     advice = f"of {n} devices, {' or '.join(good)} would do"
     if not good:
-        advice = f"no mesh of {n} devices would do; take fewer"
+        advice = f"no mesh of {n} devices would do, take another number"
     raise CheckpointError(
         f"{folder} does not fit a data x model mesh of {data} x {model}: "
         f"{wrong}; {advice}"

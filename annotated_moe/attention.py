@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from annotated_moe.rope import rope
 from annotated_moe import sharding
+from annotated_moe.rope import rope
 from annotated_moe.sharding import matmul
 
 
@@ -308,7 +308,8 @@ def attend_on_mesh(
     **scale: Any,
 ) -> tuple[Float[Array, "B T Q H"], KVCache | None]:
     """`attend_cached`: rows cut over `data`, heads over `model`."""
-    mesh, run = sharding.current_mesh(), partial(attend_cached, **scale)
+    run: Any = partial(attend_cached, **scale)
+    mesh = sharding.current_mesh()
     if mesh is None:
         return run(q, k, v, positions, cache, layer)
     rows = sharding.fit("data", q.shape[0], mesh)

@@ -634,10 +634,10 @@ def on_devices(
         whole = (slice(None),) * len(shape)
         return jnp.array(read_block(source, whole, path), dtype)
     where = NamedSharding(mesh, spec)
-    indices = where.addressable_devices_indices_map(shape)
-    shards, last = [], None
-    for device in sorted(indices, key=lambda d: (str(indices[d]), d.id)):
-        index = indices[device]
+    mine: dict[Any, Any] = {**where.addressable_devices_indices_map(shape)}
+    last, shards = None, []
+    for device in sorted(mine, key=lambda d: (str(mine[d]), d.id)):
+        index = mine[device]
         if index != last:
             block = read_block(source, index, path)
             # Never hand out the file's own memory: it may change.

@@ -22,10 +22,11 @@ from annotated_moe.model import (
 )
 from annotated_moe.quantization import QuantizedTensor
 
-SIZES = dict(
-    vocab_size=50, context=32, d_model=64, d_ff=128, num_layers=2, q_heads=16,
-    head_size=8, num_experts=4, embedding_multiplier=8.0, dtype="float32",
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 50, "context": 32, "d_model": 64, "d_ff": 128, "num_layers": 2,
+    "q_heads": 16, "head_size": 8, "num_experts": 4, "embedding_multiplier": 8.0,
+    "dtype": "float32",
+}  # fmt: skip
 TINY = am.ModelConfig(kv_heads=4, **SIZES)
 EIGHT = am.ModelConfig(kv_heads=8, **SIZES)
 PROMPTS = [[5, 9, 33], [17, 2, 8, 40, 41], [3]]

@@ -586,9 +586,8 @@ def stack_layers(where: Path, path: str, parts: list[Tensor]) -> Any:
         raise CheckpointError(
             f"{where}: the layers of {path} are not all quantized alike"
         )
-    return QuantizedTensor(
-        Stack([w.weight for w in pairs]), Stack([w.scales for w in pairs])
-    )
+    weights = Stack([w.weight for w in pairs])
+    return QuantizedTensor(weights, Stack([w.scales for w in pairs]))
 
 
 # %% book/chapters/09_checkpoints.md, cell 60
@@ -634,7 +633,8 @@ def on_devices(
         whole = (slice(None),) * len(shape)
         return jnp.array(read_block(source, whole, path), dtype)
     where = NamedSharding(mesh, spec)
-    mine: dict[Any, Any] = {**where.addressable_devices_indices_map(shape)}
+    indices = where.addressable_devices_indices_map(shape)
+    mine: dict[Any, Any] = dict(indices)
     last, shards = None, []
     for device in sorted(mine, key=lambda d: (str(mine[d]), d.id)):
         index = mine[device]
@@ -903,11 +903,12 @@ def small_model() -> Path:
 # %% book/chapters/09_checkpoints.md, cell 80
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
+    kv = c.kv_heads * c.head_size
     wanted = [
         ("d_model", c.d_model, "data * model", data * model),
         ("d_ff", c.d_ff, "model", model),
         ("q_heads", c.q_heads, "model", model),
-        ("kv_heads * head_size", c.kv_heads * c.head_size, "model", model),
+        ("kv_heads * head_size", kv, "model", model),
     ]
     for name, size, axis, parts in wanted:
         if size % parts:
@@ -932,8 +933,8 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     if not good:
         advice = f"no mesh of {n} devices would do, take another number"
     raise CheckpointError(
-        f"{folder} does not fit a data x model mesh of {data} x {model}: "
-        f"{wrong}; {advice}"
+        f"{folder} does not fit a data x model mesh of "
+        f"{data} x {model}: {wrong}; {advice}"
     )
 
 

@@ -312,7 +312,8 @@ def attend_on_mesh(
     **scale: Any,
 ) -> tuple[Float[Array, "B T Q H"], KVCache | None]:
     """`attend_cached`: rows cut over `data`, heads over `model`."""
-    mesh, run = sharding.current_mesh(), partial(attend_cached, **scale)
+    run: Any = partial(attend_cached, **scale)
+    mesh = sharding.current_mesh()
     if mesh is None:
         return run(q, k, v, positions, cache, layer)
     rows = sharding.fit("data", q.shape[0], mesh)

@@ -634,9 +634,8 @@ def stack_layers(where: Path, path: str, parts: list) -> Any:
         raise CheckpointError(
             f"{where}: the layers of {path} are not all quantized alike"
         )
-    return QuantizedTensor(
-        Stack([w.weight for w in pairs]), Stack([w.scales for w in pairs])
-    )
+    weights = Stack([w.weight for w in pairs])
+    return QuantizedTensor(weights, Stack([w.scales for w in pairs]))
 
 
 # %% book/chapters/09_checkpoints.md, cell 64
@@ -683,9 +682,10 @@ def on_devices(
         return jnp.array(read_block(source, whole, path), dtype)
     where = NamedSharding(mesh, spec)
     indices = where.addressable_devices_indices_map(shape)
-    shards, last = [], None
-    for device in sorted(indices, key=lambda d: (str(indices[d]), d.id)):
-        index = indices[device]
+    mine: dict[Any, Any] = dict(indices)
+    last, shards = None, []
+    for device in sorted(mine, key=lambda d: (str(mine[d]), d.id)):
+        index = mine[device]
         if index != last:
             block = read_block(source, index, path)
             # Never hand out the file's own memory: it may change.
@@ -1544,11 +1544,12 @@ def small_model() -> Path:
 # %% book/chapters/09_checkpoints.md, cell 122
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
+    kv = c.kv_heads * c.head_size
     wanted = [
         ("d_model", c.d_model, "data * model", data * model),
         ("d_ff", c.d_ff, "model", model),
         ("q_heads", c.q_heads, "model", model),
-        ("kv_heads * head_size", c.kv_heads * c.head_size, "model", model),
+        ("kv_heads * head_size", kv, "model", model),
     ]
     for name, size, axis, parts in wanted:
         if size % parts:
@@ -1571,10 +1572,10 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     good = [f"{i} x {j}" for i, j in pairs if not indivisible(c, i, j)]
     advice = f"of {n} devices, {' or '.join(good)} would do"
     if not good:
-        advice = f"no mesh of {n} devices would do; take fewer"
+        advice = f"no mesh of {n} devices would do, take another number"
     raise CheckpointError(
-        f"{folder} does not fit a data x model mesh of {data} x {model}: "
-        f"{wrong}; {advice}"
+        f"{folder} does not fit a data x model mesh of "
+        f"{data} x {model}: {wrong}; {advice}"
     )
 
 

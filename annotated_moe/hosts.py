@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 import jax
 
-# %% book/chapters/12_hosts.md, cell 3
 PATIENCE = 20                               # seconds without a sign
 
 
+# %% book/chapters/12_hosts.md, cell 3
 def join(
     address: str,
     processes: int,

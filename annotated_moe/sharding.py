@@ -241,7 +241,7 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-# %% book/chapters/07_sharding.md, cell 55
+# %% book/chapters/07_sharding.md, cell 56
 def head_copies(kv_heads: int, q_heads: int) -> int:
     """How often the current mesh holds each key head: mostly once.
 
@@ -255,7 +255,7 @@ def head_copies(kv_heads: int, q_heads: int) -> int:
     return math.lcm(kv_heads, parts) // kv_heads
 
 
-# %% book/chapters/07_sharding.md, cell 56
+# %% book/chapters/07_sharding.md, cell 57
 def spread_heads(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], q_heads: int
 ) -> tuple[Float[Array, "B T M H"], Float[Array, "B T M H"]]:

@@ -97,15 +97,20 @@ def published(config: ModelConfig) -> Params:
 
 
 # %% book/chapters/13_scale.md, cell 12
+def rule(path: str) -> P:
+    """The partition rule of a parameter, its stack of layers kept."""
+    spec = sharding.spec_for(path)
+    return P(None, *spec) if path.startswith("decoder_layer") else spec
+
+
 def as_loaded(path: str, w: Any, mesh: Any, dtype: str) -> Any:
     """The arrays that `checkpoints.place` makes of `w`: shapes only."""
     if isinstance(w, QuantizedTensor):
-        spec = sharding.spec_for(path)
         # One zero, seen as an array: `fit_groups` wants values.
         zero = np.zeros((), jnp.bfloat16)
         scales = np.broadcast_to(zero, w.scales.shape)
         w = QuantizedTensor(w.weight, scales)
-        return abstract(sharding.fit_groups(w, spec, mesh))
+        return abstract(sharding.fit_groups(w, rule(path), mesh))
     kept = path.endswith("/scale") or "/router/" in path
     return jax.ShapeDtypeStruct(w.shape, "float32" if kept else dtype)
 
@@ -142,9 +147,7 @@ def check_divides(params: Params, mesh: Any) -> None:
     """ValueError for a weight that its rule cannot cut on this mesh."""
     for module, leaves in params.items():
         for name, w in leaves.items():
-            spec = sharding.spec_for(f"{module}/{name}")
-            sizes = w.shape[len(w.shape) - len(spec):] if spec else ()
-            for axis, size in zip(spec, sizes):
+            for axis, size in zip(rule(f"{module}/{name}"), w.shape):
                 parts = sharding.axis_size(mesh, axis)
                 if size % parts:
                     both = " x ".join(map(str, mesh.shape.values()))

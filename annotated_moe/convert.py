@@ -1,11 +1,11 @@
 # Generated from book/chapters/10_convert.md by `make sync`; edit the chapter.
 """Grok-1 takes 318 GB on disk, so a program that loads it to write it
 down again in another layout needs a machine with 318 GB of memory, and
-some hours in which nothing may happen. This chapter needs 16 MiB, and
-anything may happen. By its end you will have `annotated-moe convert`,
-which carries a checkpoint between three layouts a block at a time, goes
-on where it was killed, and puts nothing under the new name before the
-last byte is safe.
+some hours in which nothing may happen. This chapter holds a block of 16
+MiB, and anything may happen. By its end you will have `annotated-moe
+convert`, which carries a checkpoint between three layouts a block at a
+time, goes on where it was killed, and puts nothing under the new name
+before the last byte is safe.
 """
 
 # %% book/chapters/10_convert.md, cell 1
@@ -156,7 +156,7 @@ def their_tensors(
 
 # %% book/chapters/10_convert.md, cell 20
 def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
-    """A tensor as the layout wants it; scales get a name of their own."""
+    """A tensor as the layout wants it; scales get their own name."""
     if isinstance(w, QuantizedTensor):
         yield name, write(w.weight)
         yield f"{name}_scale", write(w.scales)
@@ -166,7 +166,7 @@ def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
 
 # %% book/chapters/10_convert.md, cell 21
 def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
-    """Cut into groups of at most `most` bytes, or of a single tensor."""
+    """Groups of at most `most` bytes, or of a single tensor."""
     groups: list[Tensors] = [{}]
     room = most
     for name, w in arrays.items():
@@ -185,12 +185,13 @@ GROK_HF = "Grok1ModelForCausalLM"
 def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     """One file, or shards and their index."""
     family = ck.FAMILIES[GROK_HF]
-    groups = in_shards(dict(their_tensors(family, tensors, config)), most)
+    arrays = dict(their_tensors(family, tensors, config))
+    groups = in_shards(arrays, most)
     if len(groups) == 1:
         return {ck.ONE_FILE: ck.safetensors_parts(groups[0])}
     plan: Plan = {}
     index: dict[str, str] = {}
-    total = sum(Part(w).size for group in groups for w in group.values())
+    total = sum(Part(w).size for w in arrays.values())
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
         plan[file] = ck.safetensors_parts(group)
@@ -204,11 +205,14 @@ def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
 def hf_settings(config: ModelConfig) -> dict[str, Any]:
     family, values = ck.FAMILIES[GROK_HF], asdict(config)
     if config.num_experts == 1:
-        raise CheckpointError("the hf layout has no model without experts")
+        raise CheckpointError(
+            "the hf layout has no model without experts"
+        )
     named = {n: values[ours] for n, ours in family.fields.items()}
     scheme = {"quant_method": "int8-weight-scale", "bits": 8}
     start = {"architectures": [GROK_HF], "model_type": "grok-1"}
-    return {**start, **named, **family.fixed, "quantization_config": scheme}
+    settings = {**start, **named, **family.fixed}
+    return {**settings, "quantization_config": scheme}
 
 
 # %% book/chapters/10_convert.md, cell 24
@@ -218,7 +222,7 @@ def grok_settings(config: ModelConfig) -> dict[str, Any]:
         if values[name] != getattr(standard, name):
             raise CheckpointError(
                 f"the grok-1 layout has no field for {name}, which is "
-                f"{values[name]} here and {getattr(standard, name)} there"
+                f"{values[name]} here, {getattr(standard, name)} there"
             )
     widening = -(-3 * config.d_ff // 2) / config.d_model
     if ck.ffn_size(config.d_model, widening) != config.d_ff:
@@ -268,9 +272,10 @@ class Journal(ck.Watcher):
     def closed(self, path: Path) -> None:
         """What `path` holds by now is put on disk, then noted."""
         ck.sync(path)
-        new = {n: s for n, s in self.sums.items() if n not in self.noted}
-        self.note(file=path.name, at=path.stat().st_size, sums=new)
-        self.noted |= set(new)
+        new = set(self.sums) - self.noted
+        sums = {name: self.sums[name] for name in sorted(new)}
+        self.note(file=path.name, at=path.stat().st_size, sums=sums)
+        self.noted |= new
         self.waiting = 0
 
 
@@ -334,15 +339,20 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent} is not a folder: make it")
-    empty = target.is_dir() and not target.is_symlink()
-    if os.path.lexists(target) and not (empty and not os.listdir(target)):
         raise CheckpointError(
-            f"{target} exists already: choose another name, or remove it"
+            f"{target.parent} is not a folder: make it first"
+        )
+    folder = target.is_dir() and not target.is_symlink()
+    empty = folder and not os.listdir(target)
+    if os.path.lexists(target) and not empty:
+        raise CheckpointError(
+            f"{target} exists already: choose another name"
         )
     inside = target.parent.resolve() / target.name
     if inside.is_relative_to(source.resolve()):
-        raise CheckpointError(f"{target} lies within {source}: choose another")
+        raise CheckpointError(
+            f"{target} lies within {source}: choose another folder"
+        )
 
 
 # %% book/chapters/10_convert.md, cell 33
@@ -361,8 +371,9 @@ WEIGHTS = {"config.json", "checksums.json", ck.INDEX, "ckpt-0"}
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
     names = ck.names_in(folder) - WEIGHTS
-    kept = [n for n in sorted(names) if not n.endswith(".safetensors")]
-    return [p for n in kept if n[0] != "." and (p := folder / n).is_file()]
+    files = [folder / n for n in sorted(names) if n[0] != "."]
+    other = [p for p in files if p.suffix != ".safetensors"]
+    return [path for path in other if path.is_file()]
 
 
 # %% book/chapters/10_convert.md, cell 35
@@ -473,13 +484,15 @@ def convert(
     nothing behind; killed, the same call goes on. `tell(done, total)`
     hears of bytes.
     """
-    most, target = check_options(to, max_shard_size), Path(target).absolute()
+    most = check_options(to, max_shard_size)
+    target = Path(target).absolute()
     config, read, where = ck.find_layout(Path(source))
     folder, (plan_for, settings_for) = ck.beside(where), TARGETS[to]
     check_target(folder, target)
     settings = settings_for(config)
     plan = plan_for(read(where, config), config, most)
-    carry_out(folder, target, plan, settings, job_of(folder, to, most), tell)
+    job = job_of(folder, to, most)
+    carry_out(folder, target, plan, settings, job, tell)
 
 
 # %% book/chapters/10_convert.md, cell 43
@@ -506,7 +519,7 @@ def carry_out(
 
 # %% book/chapters/10_convert.md, cell 53
 class Bar:
-    """Progress on stderr: a line that moves, or one each ten percent."""
+    """Progress on stderr: a line that moves, or one each tenth."""
 
     def __init__(self) -> None:
         self.start, self.shown = time.perf_counter(), -1

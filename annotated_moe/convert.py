@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -377,15 +378,15 @@ def companions(folder: Path) -> list[Path]:
 
 
 # %% book/chapters/10_convert.md, cell 35
-def write_plan(partial: Path, plan: Plan, journal: Journal) -> None:
+def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
-        path = partial / name
+        path = new / name
         path.parent.mkdir(exist_ok=True)
         at = journal.done.get(path.name, 0)
         if at and (not path.is_file() or path.stat().st_size < at):
             raise CheckpointError(
-                f"{partial} is not as its journal says: remove it and "
+                f"{new} is not as its journal says: remove it and "
                 "start again"
             )
         ck.write_file(path, parts, journal, at)
@@ -394,47 +395,47 @@ def write_plan(partial: Path, plan: Plan, journal: Journal) -> None:
 
 # %% book/chapters/10_convert.md, cell 36
 def finish(
-    partial: Path,
+    new: Path,
     target: Path,
     folder: Path,
     settings: dict[str, Any],
     sums: dict[str, str],
 ) -> None:
-    """Add what is small, then give `partial` its name."""
+    """Add what is small, then give `new` its name."""
     for file in companions(folder):
-        shutil.copyfile(file, partial / file.name)
-        ck.sync(partial / file.name)
-    ck.write_json(partial / "checksums.json", {"sha256": sums})
-    ck.write_json(partial / "config.json", settings)
-    (partial / JOURNAL).unlink()
-    ck.sync(partial)
-    os.rename(partial, target)
+        shutil.copyfile(file, new / file.name)
+        ck.sync(new / file.name)
+    ck.write_json(new / "checksums.json", {"sha256": sums})
+    ck.write_json(new / "config.json", settings)
+    (new / JOURNAL).unlink()
+    ck.sync(new)
+    os.rename(new, target)
     ck.sync(target.parent)
 
 
 # %% book/chapters/10_convert.md, cell 37
 @contextmanager
-def cleared(partial: Path) -> Iterator[None]:
-    """Remove `partial` when an error ends the work, not when a kill."""
+def cleared(new: Path) -> Iterator[None]:
+    """Remove `new` when an error ends the work, not when a kill."""
     try:
         yield
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError):
-            what = f"{error.filename or partial}: {error.strerror}"
+            what = f"{error.filename or new}: {error.strerror}"
             raise CheckpointError(what) from None
         raise
 
 
 # %% book/chapters/10_convert.md, cell 38
-def begin(journal: Journal, partial: Path, job: str) -> None:
+def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
     if found is None:
         journal.note(job=job)
     elif found != job:
         raise CheckpointError(
-            f"{partial} holds the beginning of another conversion, or "
+            f"{new} holds the beginning of another conversion, or "
             "its source has changed since: remove it and start again"
         )
 
@@ -491,7 +492,7 @@ def convert(
     check_target(folder, target)
     settings = settings_for(config)
     plan = plan_for(read(where, config), config, most)
-    job = job_of(folder, to, most)
+    job = partial(job_of, folder, to, most)
     carry_out(folder, target, plan, settings, job, tell)
 
 
@@ -501,20 +502,24 @@ def carry_out(
     target: Path,
     plan: Plan,
     settings: dict[str, Any],
-    job: str,
+    job: Callable[[], str],
     tell: Callable[[int, int], None],
 ) -> None:
     """Write `plan` to the partial folder, and let that be `target`."""
-    partial = target.parent / f".{target.name}.partial"
+    new = target.parent / f".{target.name}.partial"
     total = sum(part.size for parts in plan.values() for part in parts)
-    if not partial.is_dir():
+    if not new.is_dir():
         check_room(target, total)
-    with locked(partial) as file:
-        journal = Journal(file, counter(total, tell))
-        begin(journal, partial, job)
-        with cleared(partial):
-            write_plan(partial, plan, journal)
-            finish(partial, target, folder, settings, journal.sums)
+    with locked(new) as file:
+        journal, before = Journal(file, counter(total, tell)), job()
+        begin(journal, new, before)
+        with cleared(new):
+            write_plan(new, plan, journal)
+            if job() != before:
+                raise CheckpointError(
+                    f"{folder} was changed while it was read: start again"
+                )
+            finish(new, target, folder, settings, journal.sums)
 
 
 # %% book/chapters/10_convert.md, cell 53

@@ -611,9 +611,9 @@ class Stack:
         index = index if isinstance(index, tuple) else (index,)
         first, rest = (*index, slice(None))[0], index[1:]
         if not isinstance(first, slice):
-            return self.parts[first][rest] if rest else self.parts[first]
-        parts = self.parts[first]
-        return np.stack([part[rest] for part in parts])
+            part = self.parts[first]
+            return part[rest] if rest else part
+        return np.stack([part[rest] for part in self.parts[first]])
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return np.asarray(self[:], dtype)
@@ -795,7 +795,7 @@ def whole_numbers(values: Any, most: int) -> bool:
 def entry_of(
     name: str, entry: Any, most: int
 ) -> tuple[int, int, np.dtype, tuple[int, ...]]:
-    """Begin, end, dtype and shape of one tensor, each of them checked."""
+    """Begin, end, dtype and shape of one tensor, all checked."""
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     shape: Any = fields.get("shape")
     span: Any = fields.get("data_offsets")
@@ -886,7 +886,7 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
 # %% book/chapters/09_checkpoints.md, cell 79
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A stretch of a file: a tensor, or without a name what is around."""
+    """A stretch of a file: a tensor, or, unnamed, what is around."""
 
     data: Any
     name: str = ""
@@ -959,12 +959,27 @@ def append(path: Path, data: memoryview) -> None:
 
 
 # %% book/chapters/09_checkpoints.md, cell 84
-def as_bytes(w: np.ndarray) -> memoryview:
-    """The bytes of an array in C order, copied only if they are not."""
-    return np.ascontiguousarray(w).reshape(-1).view(np.uint8).data
+TILE = 128
+
+def in_order(w: np.ndarray) -> np.ndarray:
+    """`w` in C order: itself if it is, else copied tile by tile."""
+    if w.flags.c_contiguous or w.ndim != 2:
+        return np.ascontiguousarray(w)
+    out = np.empty(w.shape, w.dtype)
+    for i in range(0, w.shape[0], TILE):
+        for j in range(0, w.shape[1], TILE):
+            tile = slice(i, i + TILE), slice(j, j + TILE)
+            out[tile] = w[tile]
+    return out
 
 
 # %% book/chapters/09_checkpoints.md, cell 85
+def as_bytes(w: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, copied only if they are not."""
+    return in_order(w).reshape(-1).view(np.uint8).data
+
+
+# %% book/chapters/09_checkpoints.md, cell 87
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -980,7 +995,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 88
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -998,7 +1013,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 89
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1011,7 +1026,7 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 90
 OUR_FORMAT = "annotated-moe"
 PARTS = {
     "config.json",
@@ -1021,7 +1036,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 91
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1029,12 +1044,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 90
+# %% book/chapters/09_checkpoints.md, cell 92
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 93
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1050,7 +1065,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 94
 def refuse_streamed(model: Model) -> None:
     if isinstance(model, StreamedModel):
         raise CheckpointError(
@@ -1059,7 +1074,7 @@ def refuse_streamed(model: Model) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 95
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1086,7 +1101,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 96
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1106,7 +1121,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 97
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1114,7 +1129,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 98
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1122,7 +1137,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 99
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1145,7 +1160,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 100
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1166,7 +1181,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 101
 Change = Callable[[np.ndarray], np.ndarray]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w: w, lambda w: w),
@@ -1174,7 +1189,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 102
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1197,7 +1212,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 103
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1214,7 +1229,7 @@ class Family:
     expert: str = "moe_block.experts.{i}"
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 104
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1230,7 +1245,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 105
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1244,7 +1259,7 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 106
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
@@ -1269,14 +1284,14 @@ def hf_config(path: Path) -> ModelConfig:
     return make_config(path, {"head_size": size, **values})
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 107
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 108
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> shard, if every shard on disk is in it and vice versa."""
+    """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
     index: Any = read_json(path).get("weight_map")
     shards = index.values() if isinstance(index, dict) else [None]
@@ -1292,7 +1307,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 109
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1317,7 +1332,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 110
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1326,7 +1341,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 111
 def take(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1350,7 +1365,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 112
 def gather(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1358,7 +1373,7 @@ def gather(
     row: tuple[str, str, str],
     config: ModelConfig,
 ) -> Any:
-    """One of our stacks, from a tensor a layer, or a layer and expert."""
+    """One of our stacks, from a tensor a layer, or one an expert."""
     theirs, path, _ = row
     shape = expected(config)[path]
 
@@ -1379,14 +1394,14 @@ def gather(
     return stack_layers(where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
-def check_head(where: Path, arrays: dict, embedding: np.ndarray) -> None:
+# %% book/chapters/09_checkpoints.md, cell 113
+def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
     """Take `lm_head.weight` out; CheckpointError if it is another."""
     head = arrays.pop("lm_head.weight", None)
     if head is None:
         return
-    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-    pairs = zip(pieces(head), pieces(embedding))
+    same = (head.dtype, head.shape) == (table.dtype, table.shape)
+    pairs = zip(pieces(head), pieces(table))
     if not same or any(as_bytes(a) != as_bytes(b) for a, b in pairs):
         raise CheckpointError(
             f"{where}: lm_head.weight is not the embedding; a model "
@@ -1394,7 +1409,7 @@ def check_head(where: Path, arrays: dict, embedding: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 114
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1418,7 +1433,7 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 115
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -1434,7 +1449,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 116
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1452,7 +1467,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 117
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1460,22 +1475,23 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 118
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 119
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
         return open_folder(where)
     files = [n for n in names_in(where) if n.startswith("tensor")]
-    return flat_arrays({n: read_pickled(where / n) for n in sorted(files)})
+    files.sort()
+    return flat_arrays({name: read_pickled(where / name) for name in files})
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 120
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1490,7 +1506,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 121
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1515,7 +1531,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 122
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1535,13 +1551,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 123
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 124
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1557,7 +1573,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 125
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1579,7 +1595,7 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 126
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

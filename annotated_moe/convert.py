@@ -1,11 +1,11 @@
 # Generated from book/chapters/10_convert.md by `make sync`; edit the chapter.
 """Grok-1 takes 318 GB on disk, so a program that loads it to write it
 down again in another layout needs a machine with 318 GB of memory, and
-some hours in which nothing may happen. This chapter needs 16 MiB, and
-anything may happen. By its end you will have `annotated-moe convert`,
-which carries a checkpoint between three layouts a block at a time, goes
-on where it was killed, and puts nothing under the new name before the
-last byte is safe.
+some hours in which nothing may happen. This chapter holds a block of 16
+MiB, and anything may happen. By its end you will have `annotated-moe
+convert`, which carries a checkpoint between three layouts a block at a
+time, goes on where it was killed, and puts nothing under the new name
+before the last byte is safe.
 """
 
 # %% book/chapters/10_convert.md, cell 1
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -156,7 +157,7 @@ def their_tensors(
 
 # %% book/chapters/10_convert.md, cell 20
 def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
-    """A tensor as the layout wants it; scales get a name of their own."""
+    """A tensor as the layout wants it; scales get their own name."""
     if isinstance(w, QuantizedTensor):
         yield name, write(w.weight)
         yield f"{name}_scale", write(w.scales)
@@ -166,7 +167,7 @@ def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
 
 # %% book/chapters/10_convert.md, cell 21
 def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
-    """Cut into groups of at most `most` bytes, or of a single tensor."""
+    """Groups of at most `most` bytes, or of a single tensor."""
     groups: list[Tensors] = [{}]
     room = most
     for name, w in arrays.items():
@@ -185,12 +186,13 @@ GROK_HF = "Grok1ModelForCausalLM"
 def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     """One file, or shards and their index."""
     family = ck.FAMILIES[GROK_HF]
-    groups = in_shards(dict(their_tensors(family, tensors, config)), most)
+    arrays = dict(their_tensors(family, tensors, config))
+    groups = in_shards(arrays, most)
     if len(groups) == 1:
         return {ck.ONE_FILE: ck.safetensors_parts(groups[0])}
     plan: Plan = {}
     index: dict[str, str] = {}
-    total = sum(Part(w).size for group in groups for w in group.values())
+    total = sum(Part(w).size for w in arrays.values())
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
         plan[file] = ck.safetensors_parts(group)
@@ -204,11 +206,14 @@ def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
 def hf_settings(config: ModelConfig) -> dict[str, Any]:
     family, values = ck.FAMILIES[GROK_HF], asdict(config)
     if config.num_experts == 1:
-        raise CheckpointError("the hf layout has no model without experts")
+        raise CheckpointError(
+            "the hf layout has no model without experts"
+        )
     named = {n: values[ours] for n, ours in family.fields.items()}
     scheme = {"quant_method": "int8-weight-scale", "bits": 8}
     start = {"architectures": [GROK_HF], "model_type": "grok-1"}
-    return {**start, **named, **family.fixed, "quantization_config": scheme}
+    settings = {**start, **named, **family.fixed}
+    return {**settings, "quantization_config": scheme}
 
 
 # %% book/chapters/10_convert.md, cell 24
@@ -218,7 +223,7 @@ def grok_settings(config: ModelConfig) -> dict[str, Any]:
         if values[name] != getattr(standard, name):
             raise CheckpointError(
                 f"the grok-1 layout has no field for {name}, which is "
-                f"{values[name]} here and {getattr(standard, name)} there"
+                f"{values[name]} here, {getattr(standard, name)} there"
             )
     widening = -(-3 * config.d_ff // 2) / config.d_model
     if ck.ffn_size(config.d_model, widening) != config.d_ff:
@@ -268,9 +273,10 @@ class Journal(ck.Watcher):
     def closed(self, path: Path) -> None:
         """What `path` holds by now is put on disk, then noted."""
         ck.sync(path)
-        new = {n: s for n, s in self.sums.items() if n not in self.noted}
-        self.note(file=path.name, at=path.stat().st_size, sums=new)
-        self.noted |= set(new)
+        new = set(self.sums) - self.noted
+        sums = {name: self.sums[name] for name in sorted(new)}
+        self.note(file=path.name, at=path.stat().st_size, sums=sums)
+        self.noted |= new
         self.waiting = 0
 
 
@@ -334,15 +340,20 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent} is not a folder: make it")
-    empty = target.is_dir() and not target.is_symlink()
-    if os.path.lexists(target) and not (empty and not os.listdir(target)):
         raise CheckpointError(
-            f"{target} exists already: choose another name, or remove it"
+            f"{target.parent} is not a folder: make it first"
+        )
+    folder = target.is_dir() and not target.is_symlink()
+    empty = folder and not os.listdir(target)
+    if os.path.lexists(target) and not empty:
+        raise CheckpointError(
+            f"{target} exists already: choose another name"
         )
     inside = target.parent.resolve() / target.name
     if inside.is_relative_to(source.resolve()):
-        raise CheckpointError(f"{target} lies within {source}: choose another")
+        raise CheckpointError(
+            f"{target} lies within {source}: choose another folder"
+        )
 
 
 # %% book/chapters/10_convert.md, cell 33
@@ -361,20 +372,21 @@ WEIGHTS = {"config.json", "checksums.json", ck.INDEX, "ckpt-0"}
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
     names = ck.names_in(folder) - WEIGHTS
-    kept = [n for n in sorted(names) if not n.endswith(".safetensors")]
-    return [p for n in kept if n[0] != "." and (p := folder / n).is_file()]
+    files = [folder / n for n in sorted(names) if n[0] != "."]
+    other = [p for p in files if p.suffix != ".safetensors"]
+    return [path for path in other if path.is_file()]
 
 
 # %% book/chapters/10_convert.md, cell 35
-def write_plan(partial: Path, plan: Plan, journal: Journal) -> None:
+def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
-        path = partial / name
+        path = new / name
         path.parent.mkdir(exist_ok=True)
         at = journal.done.get(path.name, 0)
         if at and (not path.is_file() or path.stat().st_size < at):
             raise CheckpointError(
-                f"{partial} is not as its journal says: remove it and "
+                f"{new} is not as its journal says: remove it and "
                 "start again"
             )
         ck.write_file(path, parts, journal, at)
@@ -383,47 +395,47 @@ def write_plan(partial: Path, plan: Plan, journal: Journal) -> None:
 
 # %% book/chapters/10_convert.md, cell 36
 def finish(
-    partial: Path,
+    new: Path,
     target: Path,
     folder: Path,
     settings: dict[str, Any],
     sums: dict[str, str],
 ) -> None:
-    """Add what is small, then give `partial` its name."""
+    """Add what is small, then give `new` its name."""
     for file in companions(folder):
-        shutil.copyfile(file, partial / file.name)
-        ck.sync(partial / file.name)
-    ck.write_json(partial / "checksums.json", {"sha256": sums})
-    ck.write_json(partial / "config.json", settings)
-    (partial / JOURNAL).unlink()
-    ck.sync(partial)
-    os.rename(partial, target)
+        shutil.copyfile(file, new / file.name)
+        ck.sync(new / file.name)
+    ck.write_json(new / "checksums.json", {"sha256": sums})
+    ck.write_json(new / "config.json", settings)
+    (new / JOURNAL).unlink()
+    ck.sync(new)
+    os.rename(new, target)
     ck.sync(target.parent)
 
 
 # %% book/chapters/10_convert.md, cell 37
 @contextmanager
-def cleared(partial: Path) -> Iterator[None]:
-    """Remove `partial` when an error ends the work, not when a kill."""
+def cleared(new: Path) -> Iterator[None]:
+    """Remove `new` when an error ends the work, not when a kill."""
     try:
         yield
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError):
-            what = f"{error.filename or partial}: {error.strerror}"
+            what = f"{error.filename or new}: {error.strerror}"
             raise CheckpointError(what) from None
         raise
 
 
 # %% book/chapters/10_convert.md, cell 38
-def begin(journal: Journal, partial: Path, job: str) -> None:
+def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
     if found is None:
         journal.note(job=job)
     elif found != job:
         raise CheckpointError(
-            f"{partial} holds the beginning of another conversion, or "
+            f"{new} holds the beginning of another conversion, or "
             "its source has changed since: remove it and start again"
         )
 
@@ -473,13 +485,15 @@ def convert(
     nothing behind; killed, the same call goes on. `tell(done, total)`
     hears of bytes.
     """
-    most, target = check_options(to, max_shard_size), Path(target).absolute()
+    most = check_options(to, max_shard_size)
+    target = Path(target).absolute()
     config, read, where = ck.find_layout(Path(source))
     folder, (plan_for, settings_for) = ck.beside(where), TARGETS[to]
     check_target(folder, target)
     settings = settings_for(config)
     plan = plan_for(read(where, config), config, most)
-    carry_out(folder, target, plan, settings, job_of(folder, to, most), tell)
+    job = partial(job_of, folder, to, most)
+    carry_out(folder, target, plan, settings, job, tell)
 
 
 # %% book/chapters/10_convert.md, cell 43
@@ -488,25 +502,29 @@ def carry_out(
     target: Path,
     plan: Plan,
     settings: dict[str, Any],
-    job: str,
+    job: Callable[[], str],
     tell: Callable[[int, int], None],
 ) -> None:
     """Write `plan` to the partial folder, and let that be `target`."""
-    partial = target.parent / f".{target.name}.partial"
+    new = target.parent / f".{target.name}.partial"
     total = sum(part.size for parts in plan.values() for part in parts)
-    if not partial.is_dir():
+    if not new.is_dir():
         check_room(target, total)
-    with locked(partial) as file:
-        journal = Journal(file, counter(total, tell))
-        begin(journal, partial, job)
-        with cleared(partial):
-            write_plan(partial, plan, journal)
-            finish(partial, target, folder, settings, journal.sums)
+    with locked(new) as file:
+        journal, before = Journal(file, counter(total, tell)), job()
+        begin(journal, new, before)
+        with cleared(new):
+            write_plan(new, plan, journal)
+            if job() != before:
+                raise CheckpointError(
+                    f"{folder} was changed while it was read: start again"
+                )
+            finish(new, target, folder, settings, journal.sums)
 
 
 # %% book/chapters/10_convert.md, cell 53
 class Bar:
-    """Progress on stderr: a line that moves, or one each ten percent."""
+    """Progress on stderr: a line that moves, or one each tenth."""
 
     def __init__(self) -> None:
         self.start, self.shown = time.perf_counter(), -1

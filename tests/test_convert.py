@@ -394,6 +394,17 @@ def test_a_source_that_changed_is_not_gone_on_with(copy, tmp_path):
     refused(lambda: convert(source, tmp_path / "x", "grok-1"), "source has changed")
 
 
+def test_a_source_that_changes_on_the_way(copy, tmp_path):
+    source = copy("ours")
+
+    def meddle(done, total):
+        (source / "notes.txt").write_text("changed")
+
+    call = lambda: convert(source, tmp_path / "x", tell=meddle)  # noqa: E731
+    refused(call, source, "changed while it was read")
+    assert left_behind(tmp_path) == ["ours"]
+
+
 def test_two_at_a_time_are_refused(made, tmp_path):
     from annotated_moe.convert import locked
 

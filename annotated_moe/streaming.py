@@ -1,5 +1,12 @@
 # Generated from book/chapters/11_streaming.md by `make sync`; edit the chapter.
-"""TODO.
+"""Grok-1's files fill 318 GB, and a large laptop has 24 GB of memory.
+But a token uses two experts of eight, uses each of their weights once,
+and is done with it before the next layer begins. So the weights may
+stay on disk. This chapter runs the model from its files, a layer at a
+time, reading only what the router asks for. By its end you will have
+`load(path, stream=True)`, a product that multiplies bytes where the
+file left them, and the proof that the streamed model says what the
+resident one says.
 """
 
 # %% book/chapters/11_streaming.md, cell 1
@@ -36,14 +43,14 @@ from annotated_moe.quantization import OwnProduct, QuantizedTensor, tile_rows
 from annotated_moe.rms_norm import rms_norm
 
 
-# %% book/chapters/11_streaming.md, cell 2
+# %% book/chapters/11_streaming.md, cell 6
 def to_digits(
     x: Float[Array, "N D"],
 ) -> tuple[Int8[Array, "3 N D"], Float32[Array, "N 1"]]:
     """x = step * (254**2 * d[0] + 254 * d[1] + d[2]), nearly.
 
     `step` is a row's largest magnitude / (127 * 254**2); no element is
-    off by more than 1.1 steps, 1.4e-7 of that magnitude.
+    off by more than 2 steps, 2.5e-7 of that magnitude.
     """
     x = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(x), axis=1, keepdims=True)       # [N, 1]
@@ -55,7 +62,7 @@ def to_digits(
     return jnp.stack(digits), peak / (127 * 254**2)
 
 
-# %% book/chapters/11_streaming.md, cell 3
+# %% book/chapters/11_streaming.md, cell 9
 def digits_dot(
     digits: Int8[Array, "3 N D"], w: Int8[Array, "D F"]
 ) -> Float32[Array, "N F"]:
@@ -67,7 +74,7 @@ def digits_dot(
     return (a * 254 + b) * 254 + c
 
 
-# %% book/chapters/11_streaming.md, cell 4
+# %% book/chapters/11_streaming.md, cell 12
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mapped(OwnProduct):
@@ -89,7 +96,7 @@ class Mapped(OwnProduct):
         return in_chunks(partial(product, w=self), x)
 
 
-# %% book/chapters/11_streaming.md, cell 5
+# %% book/chapters/11_streaming.md, cell 13
 def read_tile(w: Mapped, start: Any, rows: int) -> Any:
     """Rows start : start + rows, as they stand in the file."""
     f, size = w.shape[1], jnp.dtype(w.dtype).itemsize
@@ -101,7 +108,7 @@ def read_tile(w: Mapped, start: Any, rows: int) -> Any:
     return jax.lax.bitcast_convert_type(raw, jnp.dtype(w.dtype))
 
 
-# %% book/chapters/11_streaming.md, cell 6
+# %% book/chapters/11_streaming.md, cell 14
 def int8_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -123,7 +130,7 @@ def int8_product(
     return step * jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 7
+# %% book/chapters/11_streaming.md, cell 15
 def float_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -142,7 +149,7 @@ def float_product(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 8
+# %% book/chapters/11_streaming.md, cell 16
 MOST_ROWS = 512
 
 
@@ -158,7 +165,7 @@ def in_chunks(
     return y.reshape(len(x), -1)[:n]
 
 
-# %% book/chapters/11_streaming.md, cell 9
+# %% book/chapters/11_streaming.md, cell 17
 def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
@@ -173,12 +180,12 @@ def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     return base, None if name is None else str(name)
 
 
-# %% book/chapters/11_streaming.md, cell 10
+# %% book/chapters/11_streaming.md, cell 18
 def address(a: np.ndarray) -> int:
     return a.__array_interface__["data"][0]
 
 
-# %% book/chapters/11_streaming.md, cell 11
+# %% book/chapters/11_streaming.md, cell 19
 ALIGNED = 64                                    # bytes, JAX wants it
 MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
 
@@ -199,7 +206,7 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     return jax.device_put(data[offset - skip : stop]), np.int32(skip)
 
 
-# %% book/chapters/11_streaming.md, cell 12
+# %% book/chapters/11_streaming.md, cell 20
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     """A matrix of a checkpoint, ready to be multiplied by."""
     if weight.nbytes > MOST_BYTES:
@@ -213,13 +220,13 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     return Mapped(raw, skip, small, (d, f), str(weight.dtype))
 
 
-# %% book/chapters/11_streaming.md, cell 13
+# %% book/chapters/11_streaming.md, cell 23
 def layer_of(w: Any, layer: int) -> np.ndarray:
     """One layer of a stack, or of a list of layers, not copied."""
     return getattr(w, "parts", w)[layer]
 
 
-# %% book/chapters/11_streaming.md, cell 14
+# %% book/chapters/11_streaming.md, cell 24
 @dataclass
 class Reading:
     """What has been read so far; grows as the model runs."""
@@ -232,7 +239,7 @@ class Reading:
         self.matrices[name] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 15
+# %% book/chapters/11_streaming.md, cell 25
 Views = list[np.ndarray]
 
 
@@ -266,7 +273,7 @@ class Shelf:
         return jnp.asarray(w, jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 16
+# %% book/chapters/11_streaming.md, cell 26
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     names: set[str] = set()
@@ -279,7 +286,7 @@ def files_of(params: Params) -> set[str]:
     return names
 
 
-# %% book/chapters/11_streaming.md, cell 17
+# %% book/chapters/11_streaming.md, cell 27
 def state_of(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode. ValueError if there is none."""
     try:
@@ -291,7 +298,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 18
+# %% book/chapters/11_streaming.md, cell 28
 def check_unchanged(view: np.ndarray, opened: dict) -> None:
     """ValueError if the file of `view` is no longer what it was.
 
@@ -306,7 +313,7 @@ def check_unchanged(view: np.ndarray, opened: dict) -> None:
         )
 
 
-# %% book/chapters/11_streaming.md, cell 19
+# %% book/chapters/11_streaming.md, cell 29
 def read_ahead(views: Views) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in views:
@@ -319,7 +326,7 @@ def read_ahead(views: Views) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, start, size)
 
 
-# %% book/chapters/11_streaming.md, cell 20
+# %% book/chapters/11_streaming.md, cell 30
 LAYER = "decoder_layer/"
 BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
 
@@ -329,12 +336,12 @@ def layer_modules(params: Params) -> list[str]:
     return [m for m in params if m.startswith(LAYER) and "/moe/" not in m]
 
 
-# %% book/chapters/11_streaming.md, cell 21
+# %% book/chapters/11_streaming.md, cell 31
 def is_matrix(module: str, name: str) -> bool:
     return name == "w" and not module.endswith("/router")
 
 
-# %% book/chapters/11_streaming.md, cell 22
+# %% book/chapters/11_streaming.md, cell 32
 def layer_weights(shelf: Shelf, layer: int) -> Params:
     """A layer's parameters except its experts'."""
     found: dict[str, dict[str, Any]] = {}
@@ -348,7 +355,7 @@ def layer_weights(shelf: Shelf, layer: int) -> Params:
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 23
+# %% book/chapters/11_streaming.md, cell 33
 def layer_ahead(shelf: Shelf, layer: int) -> None:
     """Have the matrices that `layer_weights` will return read."""
     modules = [m for m in layer_modules(shelf.params)
@@ -357,7 +364,7 @@ def layer_ahead(shelf: Shelf, layer: int) -> None:
     shelf.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 24
+# %% book/chapters/11_streaming.md, cell 34
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def attend_and_route(
     weights: Params,
@@ -378,14 +385,14 @@ def attend_and_route(
     return applied(run, weights, h, cache)
 
 
-# %% book/chapters/11_streaming.md, cell 25
+# %% book/chapters/11_streaming.md, cell 35
 def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
     """`run`, a function of Haiku modules, on these weights."""
     transformed: Any = hk.without_apply_rng(hk.transform(run))
     return transformed.apply(weights, *inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 26
+# %% book/chapters/11_streaming.md, cell 36
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def whole_layer(
     weights: Params,
@@ -402,7 +409,7 @@ def whole_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 27
+# %% book/chapters/11_streaming.md, cell 37
 @partial(jax.jit, donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -422,7 +429,7 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 28
+# %% book/chapters/11_streaming.md, cell 38
 MOST_CHOICES = 1024
 
 
@@ -439,7 +446,7 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 29
+# %% book/chapters/11_streaming.md, cell 39
 def stream_experts(
     shelf: Shelf,
     layer: int,
@@ -462,7 +469,7 @@ def stream_experts(
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 30
+# %% book/chapters/11_streaming.md, cell 40
 @partial(jax.jit, donate_argnames="h")
 def add_normed(
     h: Float32[Array, "B T D"],
@@ -473,7 +480,7 @@ def add_normed(
     return h + rms_norm(y.reshape(h.shape), scale)
 
 
-# %% book/chapters/11_streaming.md, cell 31
+# %% book/chapters/11_streaming.md, cell 41
 def stream_layer(
     shelf: Shelf,
     layer: int,
@@ -494,7 +501,7 @@ def stream_layer(
     return add_normed(h, y, w["rms_norm_3"]["scale"]), cache
 
 
-# %% book/chapters/11_streaming.md, cell 32
+# %% book/chapters/11_streaming.md, cell 42
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
@@ -513,14 +520,14 @@ def word_logits(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/11_streaming.md, cell 33
+# %% book/chapters/11_streaming.md, cell 43
 def pieces(table: np.ndarray) -> list[np.ndarray]:
     """The table cut into runs of words of at most a GiB each."""
     count = 1 << (-(-table.nbytes // 2**30) - 1).bit_length()
     return np.array_split(table, count)
 
 
-# %% book/chapters/11_streaming.md, cell 34
+# %% book/chapters/11_streaming.md, cell 44
 @dataclass(frozen=True)
 class LayerByLayer(Model):
     """A model whose `params` are arrays in files, one layer a time."""
@@ -545,7 +552,7 @@ class LayerByLayer(Model):
         return embed(own, at, self.config)
 
 
-# %% book/chapters/11_streaming.md, cell 35
+# %% book/chapters/11_streaming.md, cell 45
 class Halves(LayerByLayer):
     """From tokens to h, and from h to logits."""
 
@@ -578,7 +585,7 @@ class Halves(LayerByLayer):
         return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 36
+# %% book/chapters/11_streaming.md, cell 46
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -590,7 +597,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 37
+# %% book/chapters/11_streaming.md, cell 47
 MOST_TOKENS = 4096
 
 
@@ -639,7 +646,7 @@ class StreamedModel(Halves):
         return self.unembed(h[:, 0]), replace(grown, length=length)
 
 
-# %% book/chapters/11_streaming.md, cell 38
+# %% book/chapters/11_streaming.md, cell 54
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -652,7 +659,7 @@ def status(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/11_streaming.md, cell 39
+# %% book/chapters/11_streaming.md, cell 55
 class Progress:
     """Says which layer a streamed model is at, and seconds a token."""
 
@@ -679,7 +686,7 @@ class Progress:
                f"{spent:.1f} s")
 
 
-# %% book/chapters/11_streaming.md, cell 40
+# %% book/chapters/11_streaming.md, cell 56
 def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
     """`ids` as they come, with a `status` for each."""
     progress = Progress(model)

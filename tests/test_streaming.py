@@ -373,7 +373,7 @@ def test_digits_spell_the_number(scale):
     digits, step = (np.asarray(a, np.float64) for a in to_digits(jnp.asarray(x)))
     spelled = step * (254**2 * digits[0] + 254 * digits[1] + digits[2])
     peak = np.abs(x).max(axis=1, keepdims=True)
-    assert (np.abs(spelled - x) <= 1.4e-7 * peak).all()
+    assert (np.abs(spelled - x) <= 2.5e-7 * peak).all()
     assert np.abs(digits).max() <= 127
 
 

@@ -269,6 +269,7 @@ class Shelf:
     def vector(self, module: str, name: str, layer: int) -> jax.Array:
         """A norm's gain or a router: small, and float32."""
         w = layer_of(self.params[module][name], layer)
+        check_unchanged(w, self.opened)
         self.reading.count((module, layer), w.nbytes)
         return jnp.asarray(w, jnp.float32)
 
@@ -577,8 +578,9 @@ class Halves(LayerByLayer):
     ) -> Float32[Array, "N V"]:
         """Logits; the table is read once, whatever N is."""
         c, table = self.config, self.table()
-        scale = jnp.asarray(self.params["rms_norm"]["scale"], jnp.float32)
-        h = rms_norm(h, scale).astype(c.dtype)
+        last = self.params["rms_norm"]["scale"]
+        check_unchanged(last, self.shelf.opened)
+        h = rms_norm(h, jnp.asarray(last, jnp.float32)).astype(c.dtype)
         y = [word_logits(h, mapped(piece)) for piece in pieces(table)]
         self.shelf.reading.count(("in_out_embed",), table.nbytes)
         by = jnp.asarray(c.output_multiplier, c.dtype)

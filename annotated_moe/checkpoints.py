@@ -863,6 +863,18 @@ def small_model() -> Path:
 
 
 # %% book/chapters/09_checkpoints.md, cell 79
+def check_mesh(mesh: Mesh | None, stream: bool) -> None:
+    axes = getattr(mesh, "axis_names", ())
+    if mesh is not None and set(axes) != {"data", "model"}:
+        raise ValueError("mesh needs axes data, model: use make_mesh")
+    if stream and mesh is not None:
+        raise ValueError(
+            "stream=True runs on one device: leave out the mesh, or "
+            "load without stream=True"
+        )
+
+
+# %% book/chapters/09_checkpoints.md, cell 80
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -878,14 +890,7 @@ def load(
     ValueError for another dtype or mesh. Source: the Grok-1 release,
     `checkpoint.py`.
     """
-    axes = getattr(mesh, "axis_names", ())
-    if mesh is not None and set(axes) != {"data", "model"}:
-        raise ValueError("mesh needs axes data, model: use make_mesh")
-    if stream and mesh is not None:
-        raise ValueError(
-            "stream=True runs on one device: leave out the mesh, or "
-            "load without stream=True"
-        )
+    check_mesh(mesh, stream)
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
     config = replace(config, dtype=dtype)

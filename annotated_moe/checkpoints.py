@@ -1596,6 +1596,15 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
 
 
 # %% book/chapters/09_checkpoints.md, cell 126
+def check_stream(mesh: Mesh | None, stream: bool) -> None:
+    if stream and mesh is not None:
+        raise ValueError(
+            "stream=True runs on one device: leave out the mesh, or "
+            "load without stream=True"
+        )
+
+
+# %% book/chapters/09_checkpoints.md, cell 127
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -1611,11 +1620,7 @@ def load(
     ValueError for another dtype or mesh. Source: the Grok-1 release,
     `checkpoint.py`.
     """
-    if stream and mesh is not None:
-        raise ValueError(
-            "stream=True runs on one device: leave out the mesh, or "
-            "load without stream=True"
-        )
+    check_stream(mesh, stream)
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
     if mesh is not None:

@@ -1,5 +1,12 @@
 # Generated from book/chapters/11_streaming.md by `make sync`; edit the chapter.
-"""TODO.
+"""Grok-1's files fill 318 GB, and a large laptop has 24 GB of memory.
+But a token uses two experts of eight, uses each of their weights once,
+and is done with it before the next layer begins. So the weights may
+stay on disk. This chapter runs the model from its files, a layer at a
+time, reading only what the router asks for. By its end you will have
+`load(path, stream=True)`, a product that multiplies bytes where the
+file left them, and the proof that the streamed model says what the
+resident one says.
 """
 
 # %% book/chapters/11_streaming.md, cell 1
@@ -18,7 +25,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt
 
 from annotated_moe.attention import KVCache
 from annotated_moe.model import (
@@ -32,18 +39,22 @@ from annotated_moe.model import (
     tied_logits,
 )
 from annotated_moe.moe import Experts, Router, expert
-from annotated_moe.quantization import OwnProduct, QuantizedTensor, tile_rows
+from annotated_moe.quantization import (
+    OwnProduct,
+    QuantizedTensor,
+    tile_rows,
+)
 from annotated_moe.rms_norm import rms_norm
 
 
-# %% book/chapters/11_streaming.md, cell 2
+# %% book/chapters/11_streaming.md, cell 6
 def to_digits(
     x: Float[Array, "N D"],
 ) -> tuple[Int8[Array, "3 N D"], Float32[Array, "N 1"]]:
     """x = step * (254**2 * d[0] + 254 * d[1] + d[2]), nearly.
 
     `step` is a row's largest magnitude / (127 * 254**2); no element is
-    off by more than 1.1 steps, 1.4e-7 of that magnitude.
+    off by more than 2 steps, 2.5e-7 of that magnitude.
     """
     x = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(x), axis=1, keepdims=True)       # [N, 1]
@@ -55,7 +66,7 @@ def to_digits(
     return jnp.stack(digits), peak / (127 * 254**2)
 
 
-# %% book/chapters/11_streaming.md, cell 3
+# %% book/chapters/11_streaming.md, cell 9
 def digits_dot(
     digits: Int8[Array, "3 N D"], w: Int8[Array, "D F"]
 ) -> Float32[Array, "N F"]:
@@ -67,14 +78,15 @@ def digits_dot(
     return (a * 254 + b) * 254 + c
 
 
-# %% book/chapters/11_streaming.md, cell 4
+# %% book/chapters/11_streaming.md, cell 12
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mapped(OwnProduct):
     """A matrix [D, F] that begins `skip` bytes into `raw`.
 
-    `raw` is int8 [bytes], memory that a file is mapped to. `dtype` is
-    what the file holds; int8 comes with bfloat16 `scales` [G, F].
+    `raw` is memory that a file is mapped to, as unsigned integers of
+    the width of `dtype`, which is what the file holds. int8 comes
+    with bfloat16 `scales` [G, F].
     """
 
     raw: Any
@@ -89,19 +101,31 @@ class Mapped(OwnProduct):
         return in_chunks(partial(product, w=self), x)
 
 
-# %% book/chapters/11_streaming.md, cell 5
+# %% book/chapters/11_streaming.md, cell 13
 def read_tile(w: Mapped, start: Any, rows: int) -> Any:
     """Rows start : start + rows, as they stand in the file."""
-    f, size = w.shape[1], jnp.dtype(w.dtype).itemsize
-    at = w.skip + start * (f * size)
-    raw = jax.lax.dynamic_slice(w.raw, (at,), (rows * f * size,))
-    if size == 1:
-        return raw.reshape(rows, f)
-    raw = raw.reshape(rows, f, size)
-    return jax.lax.bitcast_convert_type(raw, jnp.dtype(w.dtype))
+    f, size = w.shape[1], w.raw.dtype.itemsize
+    at, shift = w.skip // size + start * f, w.skip % size * 8
+    raw = jax.lax.dynamic_slice(w.raw, (at,), (rows * f,))
+    if size > 1:
+        after = jax.lax.dynamic_slice(w.raw, (at + 1,), (rows * f,))
+        raw = straddling(raw, after, shift)
+    raw = jax.lax.bitcast_convert_type(raw, jnp.dtype(w.dtype))
+    return raw.reshape(rows, f)
 
 
-# %% book/chapters/11_streaming.md, cell 6
+# %% book/chapters/11_streaming.md, cell 14
+def straddling(
+    word: UInt[Array, " M"], after: UInt[Array, " M"], shift: Any
+) -> UInt[Array, " M"]:
+    """The words that begin `shift` bits into `word`, little-endian."""
+    bits = 8 * word.dtype.itemsize
+    low = jax.lax.shift_right_logical(word, shift.astype(word.dtype))
+    shift = (bits - shift).astype(word.dtype)   # all bits: leaves 0
+    return low | jax.lax.shift_left(after, shift)
+
+
+# %% book/chapters/11_streaming.md, cell 15
 def int8_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -116,14 +140,15 @@ def int8_product(
         part = jax.lax.dynamic_slice(
             digits, (0, 0, t * rows), (3, n, rows)
         )
-        s = jax.lax.dynamic_slice(w.scales, (t * rows // group, 0), (1, f))
+        at = t * rows // group, 0
+        s = jax.lax.dynamic_slice(w.scales, at, (1, f))
         return total + digits_dot(part, tile) * s.astype(jnp.float32)
 
     zero = jnp.zeros((n, f), jnp.float32)
     return step * jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 7
+# %% book/chapters/11_streaming.md, cell 16
 def float_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -142,7 +167,7 @@ def float_product(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 8
+# %% book/chapters/11_streaming.md, cell 17
 MOST_ROWS = 512
 
 
@@ -158,7 +183,7 @@ def in_chunks(
     return y.reshape(len(x), -1)[:n]
 
 
-# %% book/chapters/11_streaming.md, cell 9
+# %% book/chapters/11_streaming.md, cell 18
 def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
@@ -173,12 +198,12 @@ def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     return base, None if name is None else str(name)
 
 
-# %% book/chapters/11_streaming.md, cell 10
+# %% book/chapters/11_streaming.md, cell 19
 def address(a: np.ndarray) -> int:
     return a.__array_interface__["data"][0]
 
 
-# %% book/chapters/11_streaming.md, cell 11
+# %% book/chapters/11_streaming.md, cell 20
 ALIGNED = 64                                    # bytes, JAX wants it
 MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
 
@@ -187,19 +212,25 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     """The bytes of `view` without a copy, and where in them it starts.
 
     JAX takes over memory at multiples of 64 bytes only, and a file
-    puts its tensors anywhere: so begin up to 63 bytes earlier.
+    puts its tensors anywhere: so begin up to 63 bytes earlier. Only
+    words that lie askew at the very end of a file are copied.
     """
-    view = np.ascontiguousarray(view)
+    view, size = np.ascontiguousarray(view), view.itemsize
     mapping, _ = file_of(view)
-    around: Any = view if mapping is None else mapping
-    data = np.frombuffer(around, np.int8)
-    offset = address(view) - address(data)
-    skip = (address(view)) % ALIGNED if mapping is not None else 0
-    stop = min(offset - skip + view.nbytes + ALIGNED, len(data))
-    return jax.device_put(data[offset - skip : stop]), np.int32(skip)
+    data, skip = view.reshape(-1).view(np.uint8), 0
+    if mapping is not None:
+        data = np.frombuffer(mapping, np.uint8)
+        skip = address(view) % ALIGNED
+    begin = address(view) - address(data) - skip
+    end = begin + view.nbytes + ALIGNED
+    if skip % size and end > len(data):
+        return to_jax(view.copy())
+    data = data[begin:end]
+    words = data[: len(data) // size * size].view(f"u{size}")
+    return jax.device_put(words), np.int32(skip)
 
 
-# %% book/chapters/11_streaming.md, cell 12
+# %% book/chapters/11_streaming.md, cell 21
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     """A matrix of a checkpoint, ready to be multiplied by."""
     if weight.nbytes > MOST_BYTES:
@@ -213,13 +244,13 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     return Mapped(raw, skip, small, (d, f), str(weight.dtype))
 
 
-# %% book/chapters/11_streaming.md, cell 13
+# %% book/chapters/11_streaming.md, cell 24
 def layer_of(w: Any, layer: int) -> np.ndarray:
     """One layer of a stack, or of a list of layers, not copied."""
     return getattr(w, "parts", w)[layer]
 
 
-# %% book/chapters/11_streaming.md, cell 14
+# %% book/chapters/11_streaming.md, cell 25
 @dataclass
 class Reading:
     """What has been read so far; grows as the model runs."""
@@ -232,7 +263,7 @@ class Reading:
         self.matrices[name] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 15
+# %% book/chapters/11_streaming.md, cell 26
 Views = list[np.ndarray]
 
 
@@ -243,7 +274,8 @@ class Shelf:
         self.params, self.reading = params, Reading()
         self.report: Callable[[int], None] | None = None
         self.reader = ThreadPoolExecutor(1, "reads-ahead")
-        self.opened = {name: state_of(name) for name in files_of(params)}
+        names = files_of(params)
+        self.opened = {name: state_of(name) for name in names}
 
     def matrix(self, module: str, layer: int, *index: int) -> Mapped:
         """Matrix `w` of a module, or of expert `index` in it."""
@@ -262,11 +294,12 @@ class Shelf:
     def vector(self, module: str, name: str, layer: int) -> jax.Array:
         """A norm's gain or a router: small, and float32."""
         w = layer_of(self.params[module][name], layer)
+        check_unchanged(w, self.opened)
         self.reading.count((module, layer), w.nbytes)
         return jnp.asarray(w, jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 16
+# %% book/chapters/11_streaming.md, cell 27
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     names: set[str] = set()
@@ -279,7 +312,7 @@ def files_of(params: Params) -> set[str]:
     return names
 
 
-# %% book/chapters/11_streaming.md, cell 17
+# %% book/chapters/11_streaming.md, cell 28
 def state_of(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode. ValueError if there is none."""
     try:
@@ -291,7 +324,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 18
+# %% book/chapters/11_streaming.md, cell 29
 def check_unchanged(view: np.ndarray, opened: dict) -> None:
     """ValueError if the file of `view` is no longer what it was.
 
@@ -306,7 +339,7 @@ def check_unchanged(view: np.ndarray, opened: dict) -> None:
         )
 
 
-# %% book/chapters/11_streaming.md, cell 19
+# %% book/chapters/11_streaming.md, cell 30
 def read_ahead(views: Views) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in views:
@@ -319,22 +352,23 @@ def read_ahead(views: Views) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, start, size)
 
 
-# %% book/chapters/11_streaming.md, cell 20
+# %% book/chapters/11_streaming.md, cell 31
 LAYER = "decoder_layer/"
 BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
 
 
 def layer_modules(params: Params) -> list[str]:
     """The modules of a layer that every token needs."""
-    return [m for m in params if m.startswith(LAYER) and "/moe/" not in m]
+    return [module for module in params
+            if module.startswith(LAYER) and "/moe/" not in module]
 
 
-# %% book/chapters/11_streaming.md, cell 21
+# %% book/chapters/11_streaming.md, cell 32
 def is_matrix(module: str, name: str) -> bool:
     return name == "w" and not module.endswith("/router")
 
 
-# %% book/chapters/11_streaming.md, cell 22
+# %% book/chapters/11_streaming.md, cell 33
 def layer_weights(shelf: Shelf, layer: int) -> Params:
     """A layer's parameters except its experts'."""
     found: dict[str, dict[str, Any]] = {}
@@ -348,7 +382,7 @@ def layer_weights(shelf: Shelf, layer: int) -> Params:
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 23
+# %% book/chapters/11_streaming.md, cell 34
 def layer_ahead(shelf: Shelf, layer: int) -> None:
     """Have the matrices that `layer_weights` will return read."""
     modules = [m for m in layer_modules(shelf.params)
@@ -357,7 +391,7 @@ def layer_ahead(shelf: Shelf, layer: int) -> None:
     shelf.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 24
+# %% book/chapters/11_streaming.md, cell 35
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def attend_and_route(
     weights: Params,
@@ -378,14 +412,14 @@ def attend_and_route(
     return applied(run, weights, h, cache)
 
 
-# %% book/chapters/11_streaming.md, cell 25
+# %% book/chapters/11_streaming.md, cell 36
 def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
     """`run`, a function of Haiku modules, on these weights."""
     transformed: Any = hk.without_apply_rng(hk.transform(run))
     return transformed.apply(weights, *inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 26
+# %% book/chapters/11_streaming.md, cell 37
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def whole_layer(
     weights: Params,
@@ -402,7 +436,7 @@ def whole_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 27
+# %% book/chapters/11_streaming.md, cell 38
 @partial(jax.jit, donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -422,7 +456,7 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 28
+# %% book/chapters/11_streaming.md, cell 39
 MOST_CHOICES = 1024
 
 
@@ -439,7 +473,7 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 29
+# %% book/chapters/11_streaming.md, cell 40
 def stream_experts(
     shelf: Shelf,
     layer: int,
@@ -447,11 +481,13 @@ def stream_experts(
     gates: Float32[Array, "N A"],
     experts: Int[np.ndarray, "N A"],
 ) -> Float32[Array, "N D"]:
-    """What the chosen experts add. A token whose experts are -1 has none."""
+    """What the chosen experts add; -1 in `experts` is none."""
     flat = experts.reshape(-1)
     chosen = [int(e) for e in np.unique(flat) if e >= 0]
     modules = [f"{LAYER}moe/{block}" for block in BLOCKS]
-    views = [shelf.views(m, layer, e)[0] for e in chosen for m in modules]
+    views = [
+        shelf.views(m, layer, e)[0] for e in chosen for m in modules
+    ]
     shelf.reader.submit(read_ahead, views)
     y = jnp.zeros(x.shape, jnp.float32)
     for e in chosen:
@@ -462,7 +498,7 @@ def stream_experts(
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 30
+# %% book/chapters/11_streaming.md, cell 41
 @partial(jax.jit, donate_argnames="h")
 def add_normed(
     h: Float32[Array, "B T D"],
@@ -473,7 +509,7 @@ def add_normed(
     return h + rms_norm(y.reshape(h.shape), scale)
 
 
-# %% book/chapters/11_streaming.md, cell 31
+# %% book/chapters/11_streaming.md, cell 42
 def stream_layer(
     shelf: Shelf,
     layer: int,
@@ -494,33 +530,44 @@ def stream_layer(
     return add_normed(h, y, w["rms_norm_3"]["scale"]), cache
 
 
-# %% book/chapters/11_streaming.md, cell 32
+# %% book/chapters/11_streaming.md, cell 43
+def few_logits(
+    h: Float[Array, "N D"], words: Float[Array, "V D"]
+) -> Float32[Array, "N V"]:
+    """`tied_logits`, faster for few rows: in float32, row by row."""
+    words = words.astype(jnp.float32)
+    if h.dtype == jnp.bfloat16:
+        words = jax.lax.reduce_precision(words, 8, 7)
+    h = h.astype(jnp.float32)
+    return jnp.stack([jnp.sum(row * words, axis=1) for row in h])
+
+
+# %% book/chapters/11_streaming.md, cell 44
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
 ) -> Float32[Array, "N V"]:
     """`tied_logits`, with a table of which a tile is ever cast."""
     n, v = len(h), table.shape[0]
-    tile = tile_rows(v, 512)
+    tile = tile_rows(v, 32 if n <= 8 else 512)
+    product = few_logits if n <= 8 else tied_logits
 
     def add_tile(t, y):
-        words = read_tile(table, t * tile, tile).astype(h.dtype)
-        rows = jnp.split(h, n) if n <= 8 else [h]
-        part = jnp.concatenate([tied_logits(r, words) for r in rows])
+        part = product(h, read_tile(table, t * tile, tile))
         return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
 
     y = jnp.zeros((n, v), jnp.float32)
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/11_streaming.md, cell 33
+# %% book/chapters/11_streaming.md, cell 45
 def pieces(table: np.ndarray) -> list[np.ndarray]:
-    """The table cut into runs of words of at most a GiB each."""
-    count = 1 << (-(-table.nbytes // 2**30) - 1).bit_length()
+    """The table cut into runs of words of at most 256 MiB each."""
+    count = 1 << (-(-table.nbytes // 2**28) - 1).bit_length()
     return np.array_split(table, count)
 
 
-# %% book/chapters/11_streaming.md, cell 34
+# %% book/chapters/11_streaming.md, cell 46
 @dataclass(frozen=True)
 class LayerByLayer(Model):
     """A model whose `params` are arrays in files, one layer a time."""
@@ -545,7 +592,7 @@ class LayerByLayer(Model):
         return embed(own, at, self.config)
 
 
-# %% book/chapters/11_streaming.md, cell 35
+# %% book/chapters/11_streaming.md, cell 47
 class Halves(LayerByLayer):
     """From tokens to h, and from h to logits."""
 
@@ -553,14 +600,14 @@ class Halves(LayerByLayer):
         self, tokens: Any, positions: Any, cache: Any, real: np.ndarray
     ) -> tuple[Float32[Array, "B T D"], Any]:
         """All layers; the next one's attention is read ahead."""
-        h, depth = self.embed(np.asarray(tokens)), self.config.num_layers
+        h = self.embed(np.asarray(tokens))
+        depth = self.config.num_layers
         positions = jnp.asarray(positions, jnp.int32)
         for layer in range(depth):
             if layer + 1 < depth:
                 layer_ahead(self.shelf, layer + 1)
-            h, cache = stream_layer(
-                self.shelf, layer, h, positions, cache, real, self.config
-            )
+            job = self.shelf, layer, h, positions, cache, real
+            h, cache = stream_layer(*job, self.config)
             if self.shelf.report:
                 self.shelf.report(layer + 1)
         return h, cache
@@ -570,15 +617,16 @@ class Halves(LayerByLayer):
     ) -> Float32[Array, "N V"]:
         """Logits; the table is read once, whatever N is."""
         c, table = self.config, self.table()
-        scale = jnp.asarray(self.params["rms_norm"]["scale"], jnp.float32)
-        h = rms_norm(h, scale).astype(c.dtype)
+        last = self.params["rms_norm"]["scale"]
+        check_unchanged(last, self.shelf.opened)
+        h = rms_norm(h, jnp.asarray(last, jnp.float32)).astype(c.dtype)
         y = [word_logits(h, mapped(piece)) for piece in pieces(table)]
         self.shelf.reading.count(("in_out_embed",), table.nbytes)
         by = jnp.asarray(c.output_multiplier, c.dtype)
         return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 36
+# %% book/chapters/11_streaming.md, cell 48
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -590,7 +638,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 37
+# %% book/chapters/11_streaming.md, cell 49
 MOST_TOKENS = 4096
 
 
@@ -639,7 +687,7 @@ class StreamedModel(Halves):
         return self.unembed(h[:, 0]), replace(grown, length=length)
 
 
-# %% book/chapters/11_streaming.md, cell 38
+# %% book/chapters/11_streaming.md, cell 56
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -652,7 +700,7 @@ def status(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/11_streaming.md, cell 39
+# %% book/chapters/11_streaming.md, cell 57
 class Progress:
     """Says which layer a streamed model is at, and seconds a token."""
 
@@ -679,7 +727,7 @@ class Progress:
                f"{spent:.1f} s")
 
 
-# %% book/chapters/11_streaming.md, cell 40
+# %% book/chapters/11_streaming.md, cell 58
 def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
     """`ids` as they come, with a `status` for each."""
     progress = Progress(model)

@@ -1,6 +1,5 @@
 """Streaming: what the resident model says, from files that are only read."""
 
-import gc
 import json
 import os
 import pickle
@@ -100,12 +99,16 @@ def release(tmp_path_factory):
     return write(tmp_path_factory.mktemp("int8") / "model", "grok", "int8")
 
 
+def streamed(folder, dtype="float32"):
+    return am.load(folder, dtype=dtype, stream=True)
+
+
 def both(folder, dtype="float32"):
-    return am.load(folder, dtype=dtype), am.load(folder, dtype=dtype, stream=True)
+    return am.load(folder, dtype=dtype), streamed(folder, dtype)
 
 
-def assert_equal(resident, streamed, **sampling):
-    """Logits of ragged rows, and tokens, greedy or drawn."""
+def assert_same_logits(resident, streamed):
+    """Of rows of different length."""
     lengths = np.array([len(row) for row in PROMPTS])
     tokens = np.zeros((len(PROMPTS), lengths.max()), np.int32)
     for row, ids in zip(tokens, PROMPTS):
@@ -116,6 +119,10 @@ def assert_equal(resident, streamed, **sampling):
     for i, n in enumerate(lengths):
         assert want[i, :n].std() > 0.1
         np.testing.assert_allclose(got[i, :n], want[i, :n], rtol=0, atol=1e-5)
+
+
+def assert_same_tokens(resident, streamed):
+    """Greedy and drawn, of rows of different length."""
     options = {"temperature": [1.0, 0.0, 0.7], "top_p": 0.9, "top_k": 20}
     job = (PROMPTS, 9)
     expected = resident.generate_ids(*job, **options)
@@ -125,55 +132,61 @@ def assert_equal(resident, streamed, **sampling):
 # The numbers of the resident model
 
 
-@pytest.mark.parametrize("layout", ["grok", "ours"])
-@pytest.mark.parametrize("kind", ["int8", "float32", "bfloat16"])
-def test_says_what_the_resident_model_says(tmp_path, layout, kind):
-    assert_equal(*both(write(tmp_path / "model", layout, kind)))
+def test_says_what_the_resident_model_says(release):
+    models = both(release)
+    assert_same_logits(*models)
+    assert_same_tokens(*models)
 
 
-@pytest.mark.parametrize("kind", ["int8", "float32"])
-def test_a_dense_model(tmp_path, kind):
+LAYOUTS = [("ours", "int8"), ("ours", "float32"), ("grok", "bfloat16")]
+
+
+@pytest.mark.parametrize("layout, kind", LAYOUTS)
+def test_every_layout_and_kind_of_weight(tmp_path, layout, kind):
+    assert_same_logits(*both(write(tmp_path / "model", layout, kind)))
+
+
+def test_a_dense_model(tmp_path):
     config = replace(TINY, num_experts=1, top_k=1, num_layers=2)
-    assert_equal(*both(write(tmp_path / "model", "ours", kind, config)))
+    models = both(write(tmp_path / "model", "ours", "int8", config))
+    assert_same_logits(*models)
+    assert_same_tokens(*models)
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_resident_model(release):
     """Both round; each rounds elsewhere, once in a while."""
-    tokens = np.arange(1, 25).reshape(2, 12)
+    tokens = np.arange(1, 37).reshape(3, 12)
     exact = np.asarray(am.load(release, dtype="float32").logits(tokens))
     models = both(release, "bfloat16")
-    resident, streamed = (np.asarray(model.logits(tokens)) for model in models)
+    resident, ours = (np.asarray(model.logits(tokens)) for model in models)
     off = np.abs(resident - exact).mean()
-    assert 0 < np.abs(streamed - exact).mean() < 1.5 * off
-    assert np.abs(streamed - resident).mean() < 1.5 * off
+    assert 0 < np.abs(ours - exact).mean() < 1.5 * off
+    assert np.abs(ours - resident).mean() < 1.5 * off
 
 
 def test_text_comes_out_of_the_small_model():
-    resident, streamed = both(None)
+    resident, model = both(None)
     prompt = "And God said"
     want = resident.generate([prompt], max_new_tokens=12)
-    assert streamed.generate([prompt], max_new_tokens=12) == want
-    pieces = list(streamed.stream(prompt, max_new_tokens=12, temperature=0.8, seed=5))
+    assert model.generate([prompt], max_new_tokens=12) == want
+    pieces = list(model.stream(prompt, max_new_tokens=12, temperature=0.8, seed=5))
     again = list(resident.stream(prompt, max_new_tokens=12, temperature=0.8, seed=5))
     assert pieces == again and len(pieces) > 6
-    ids = list(streamed.stream_ids([3, 4], max_new_tokens=3))
-    assert ids == list(resident.stream_ids([3, 4], max_new_tokens=3))
+    ids = list(model.stream_ids([3, 4], max_new_tokens=12))
+    assert ids == list(resident.stream_ids([3, 4], max_new_tokens=12))
 
 
 def test_a_long_prompt_is_read_in_runs(release, monkeypatch):
-    resident, streamed = both(release)
+    resident, model = both(release)
     want = resident.generate_ids(PROMPTS, 4)
     monkeypatch.setattr(streaming, "MOST_TOKENS", 9)        # 3 a row
     monkeypatch.setattr(streaming, "MOST_CHOICES", 2)
-    assert streamed.generate_ids(PROMPTS, 4) == want
-    tokens = np.array([PROMPTS[0], PROMPTS[0][::-1]])
-    np.testing.assert_allclose(
-        streamed.logits(tokens), resident.logits(tokens), rtol=0, atol=1e-5
-    )
+    assert model.generate_ids(PROMPTS, 4) == want
+    assert_same_logits(resident, model)
 
 
 def test_a_prompt_beyond_the_slots_is_refused(release):
-    model = am.load(release, stream=True)
+    model = streamed(release)
     cache = init_cache(model.config, 1, 4)
     with pytest.raises(ValueError, match="5 tokens, 4 slots"):
         model.prefill(np.ones((1, 5), np.int32), np.array([5]), cache)
@@ -197,12 +210,12 @@ def prefill(model, prompts):
     tokens = np.zeros((len(prompts), 16), np.int32)
     for row, ids in zip(tokens, prompts):
         row[: len(ids)] = ids
-    cache = init_cache(model.config, len(prompts), 32)
+    cache = init_cache(model.config, len(prompts), 16)
     return model.prefill(tokens, lengths, cache)
 
 
 def test_prefill_reads_each_chosen_expert_once(release):
-    model = am.load(release, stream=True, dtype="float32")
+    model = streamed(release)
     prefill(model, PROMPTS)
     read = experts_read(model)
     assert set(read.values()) == {1}
@@ -210,7 +223,7 @@ def test_prefill_reads_each_chosen_expert_once(release):
 
 
 def test_one_token_reads_two_experts_a_layer_and_nothing_else(release):
-    model = am.load(release, stream=True, dtype="float32")
+    model = streamed(release)
     logits, cache = prefill(model, [[5]])
     read = experts_read(model)
     layers = Counter(layer for layer, _ in read)
@@ -229,7 +242,7 @@ def test_one_token_reads_two_experts_a_layer_and_nothing_else(release):
 def test_experts_that_were_not_counted_do_not_matter(tmp_path):
     """The counts are honest: garbage in all other experts changes nothing."""
     tensors = random_tensors(TINY, "int8")
-    model = am.load(write_release(tmp_path / "a", TINY, tensors), stream=True)
+    model = streamed(write_release(tmp_path / "a", TINY, tensors))
     want, _ = prefill(model, [[5, 6]])
     read = experts_read(model)
     for block in ("linear", "linear_v", "linear_1"):
@@ -238,22 +251,22 @@ def test_experts_that_were_not_counted_do_not_matter(tmp_path):
             for e in range(TINY.num_experts):
                 if (layer, e) not in read:
                     w[layer, e] = 99
-    other = am.load(write_release(tmp_path / "b", TINY, tensors), stream=True)
+    other = streamed(write_release(tmp_path / "b", TINY, tensors))
     np.testing.assert_array_equal(prefill(other, [[5, 6]])[0], want)
     layer, e = min(read)
     tensors["decoder_layer/moe/linear/w"].weight[layer, e] = 99
-    third = am.load(write_release(tmp_path / "c", TINY, tensors), stream=True)
+    third = streamed(write_release(tmp_path / "c", TINY, tensors))
     assert np.abs(prefill(third, [[5, 6]])[0] - want).max() > 1e-3
 
 
 def test_padding_chooses_no_expert(release):
     """Rows of one token beside a long one: only real tokens count."""
-    model = am.load(release, stream=True, dtype="float32")
-    prefill(model, [PROMPTS[0], [5]])
+    model = streamed(release)
+    prefill(model, PROMPTS)
     together = experts_read(model)
     alone = Counter()
-    for row in (PROMPTS[0], [5]):
-        model = am.load(release, stream=True, dtype="float32")
+    for row in PROMPTS:
+        model = streamed(release)
         prefill(model, [row])
         alone |= experts_read(model)
     assert together == alone
@@ -270,18 +283,18 @@ def note_open(event, args):
 def test_no_file_is_opened_for_writing(release):
     sys.addaudithook(note_open)
     try:
-        model = am.load(release, stream=True)
+        model = streamed(release)
         model.generate_ids([[5]], 2)
         mine = [job for job in OPENED if job[0].startswith(str(release))]
     finally:
-        sys.modules[__name__].OPENED.clear()
+        OPENED.clear()
     assert len(mine) >= 2 + 13 * TINY.num_layers // 2
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     assert not [job for job in mine if job[2] & writing]
 
 
 def test_the_weights_are_not_copied(release):
-    model = am.load(release, stream=True)
+    model = streamed(release)
     w = model.shelf.matrix("decoder_layer/moe/linear", 3, 5)
     view, _ = model.shelf.views("decoder_layer/moe/linear", 3, 5)
     start = w.raw.unsafe_buffer_pointer() + int(w.skip)
@@ -290,7 +303,7 @@ def test_the_weights_are_not_copied(release):
 
 
 def test_a_layer_is_compiled_once(release):
-    model = am.load(release, stream=True)
+    model = streamed(release)
     ids = model.stream_ids([5], 4)
     next(ids), next(ids)
     compiled = [streaming.attend_and_route, streaming.add_expert, streaming.add_normed]
@@ -305,8 +318,7 @@ def test_a_layer_is_compiled_once(release):
 
 @pytest.fixture
 def scratch(tmp_path):
-    config = replace(TINY, num_layers=2)
-    return write(tmp_path / "model", "grok", "int8", config)
+    return write(tmp_path / "model", "grok", "int8")
 
 
 def complaint(model, *words):
@@ -320,14 +332,14 @@ def complaint(model, *words):
 
 @pytest.mark.parametrize("which", [0, 2, 9])
 def test_a_file_that_shrinks(scratch, which):
-    model = am.load(scratch, stream=True)
+    model = streamed(scratch)
     path = sorted((scratch / "ckpt-0").iterdir())[which]
     os.truncate(path, path.stat().st_size // 2)
     complaint(model, path.name, "has changed", "load the model again")
 
 
 def test_a_file_that_is_written_to_or_gone(scratch):
-    model = am.load(scratch, stream=True)
+    model = streamed(scratch)
     path = sorted((scratch / "ckpt-0").iterdir())[4]
     os.utime(path, ns=(0, 0))
     complaint(model, path.name, "has changed")
@@ -373,7 +385,7 @@ def test_digits_spell_the_number(scale):
     digits, step = (np.asarray(a, np.float64) for a in to_digits(jnp.asarray(x)))
     spelled = step * (254**2 * digits[0] + 254 * digits[1] + digits[2])
     peak = np.abs(x).max(axis=1, keepdims=True)
-    assert (np.abs(spelled - x) <= 1.4e-7 * peak).all()
+    assert (np.abs(spelled - x) <= 2.5e-7 * peak).all()
     assert np.abs(digits).max() <= 127
 
 
@@ -381,7 +393,8 @@ def test_what_is_no_number_stays_none():
     x = jnp.ones((3, 8)).at[0, 2].set(jnp.nan).at[1, 3].set(jnp.inf)
     w = mapped(np.ones((8, 4), np.int8), np.ones((1, 4), BFLOAT16))
     y = np.asarray(w.times(x))
-    assert not np.isfinite(y[:2]).any() and (y[2] == 8).all()
+    assert not np.isfinite(y[:2]).any()
+    np.testing.assert_allclose(y[2], 8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["int8", "float32", "bfloat16"])
@@ -416,20 +429,22 @@ def test_many_rows_and_many_groups():
 # The command line
 
 
-def test_generate_streams(release, tmp_path, capsys, monkeypatch):
-    job = ["generate", "--prompt", "In the", "--max-new-tokens", "4"]
+def test_generate_streams(capsys):
+    job = ["generate", "--prompt", "In the", "--max-new-tokens", "12"]
+    job += ["--dtype", "float32"]
     assert cli.main(job) == 0
     want = capsys.readouterr().out
     assert cli.main([*job, "--stream"]) == 0
     got = capsys.readouterr()
     assert got.out == want
-    lines = [line for line in got.err.splitlines() if line.startswith("token ")]
-    assert len(lines) == 4 and all(" s a token, " in line for line in lines)
+    lines = [line for line in got.err.splitlines() if " s a token, " in line]
+    assert len(lines) == 12 and lines[11].startswith("token 12: ")
 
 
 def test_a_terminal_sees_the_layers(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    job = ["generate", "--prompt", "In the", "--max-new-tokens", "2", "--stream"]
+    job = ["generate", "--prompt", "In the", "--max-new-tokens", "12", "--stream"]
+    job += ["--dtype", "float32"]
     assert cli.main(job) == 0
     text = capsys.readouterr().err
     depth = am.load(stream=True).config.num_layers
@@ -442,4 +457,3 @@ def test_stream_on_two_devices_is_refused(capsys):
     assert cli.main(job) == 2
     err = capsys.readouterr().err
     assert "one device" in err and err.count("\n") == 1
-    gc.collect()

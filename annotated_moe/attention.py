@@ -302,6 +302,16 @@ def attend_cached(
 
 
 # %% book/chapters/04_attention.md, cell 52
+def check_heads(cache: KVCache | None, heads: int) -> None:
+    """ValueError unless a cache holds as many heads as come in."""
+    if cache is not None and cache.k.shape[3] != heads:
+        raise ValueError(
+            f"a cache of {cache.k.shape[3]} heads, where this mesh "
+            f"holds {heads}: make it with init_cache on the mesh"
+        )
+
+
+# %% book/chapters/04_attention.md, cell 53
 def attend_on_mesh(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B T K H"],
@@ -316,6 +326,7 @@ def attend_on_mesh(
     mesh = sharding.current_mesh()
     if mesh is None:
         return run(q, k, v, positions, cache, layer)
+    check_heads(cache, k.shape[2])
     rows = sharding.fit("data", q.shape[0], mesh)
     x = P(rows, None, sharding.fit("model", q.shape[2], mesh), None)
     store = cache and KVCache(P(None, *x), P(None, *x), P())
@@ -327,7 +338,7 @@ def attend_on_mesh(
     )(q, k, v, positions, cache, jnp.asarray(layer))
 
 
-# %% book/chapters/04_attention.md, cell 53
+# %% book/chapters/04_attention.md, cell 54
 class AttentionSizes(hk.Module):
     """What `MultiHeadAttention` is told, checked."""
 
@@ -354,7 +365,7 @@ class AttentionSizes(hk.Module):
         self.multiplier, self.softcap = multiplier, softcap
 
 
-# %% book/chapters/04_attention.md, cell 54
+# %% book/chapters/04_attention.md, cell 55
 class MultiHeadAttention(AttentionSizes):
     """Grouped-query attention with RoPE, soft cap, maybe a cache."""
 

@@ -1,5 +1,6 @@
 """Attention against the release's recordings, float64, and its own claims."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -477,10 +478,17 @@ def test_a_mesh_changes_nothing(data, model):
     x = jnp.asarray(RECORDED["mha.x"])
     cache = empty_cache(2, 12)
     whole, kept = run(PLAIN, x, counted(2, 9), cache)
+    copies = max(1, model // 2)                 # of each of two key heads
+    held = replace(cache, k=jnp.repeat(cache.k, copies, 3),
+                   v=jnp.repeat(cache.v, copies, 3))
     with jax.set_mesh(sharding.make_mesh(data, model)):
-        split, cache = jax.jit(layer.apply)(PLAIN, x, counted(2, 9), cache)
+        split, new = jax.jit(layer.apply)(PLAIN, x, counted(2, 9), held)
+        if copies > 1:
+            with pytest.raises(ValueError, match="a cache of 2 heads, .* holds 4"):
+                layer.apply(PLAIN, x, counted(2, 9), cache)
     np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(cache.k, kept.k, rtol=0, atol=1e-5)
+    for i in range(copies):
+        np.testing.assert_allclose(new.k[:, :, :, i::copies], kept.k, atol=1e-5)
 
 
 def test_shapes_may_stand_in_a_cache():

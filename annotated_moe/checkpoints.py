@@ -1598,10 +1598,8 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
 # %% book/chapters/09_checkpoints.md, cell 126
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
-        raise ValueError(
-            "stream=True runs on one device: leave out the mesh, or "
-            "load without stream=True"
-        )
+        why = "stream=True runs on one device: leave out the mesh"
+        raise ValueError(why)
 
 
 # %% book/chapters/09_checkpoints.md, cell 127
@@ -1614,7 +1612,7 @@ def load(
     """A model from a checkpoint folder; without one, the small model.
 
     `mesh` comes from `make_mesh`; None is one device. `dtype` is what
-    it computes in, "bfloat16" or "float32". With `stream` the weights
+    it computes in, "bfloat16" or "float32". With `stream`, weights
     stay on disk, for a model larger than memory. Raises CheckpointError
     for whatever is missing, left over, misshapen or unsafe, and
     ValueError for another dtype or mesh. Source: the Grok-1 release,
@@ -1632,7 +1630,5 @@ def load(
         w = w if stream else place(name, w, mesh, dtype)
         params.setdefault(module, {})[leaf] = w
     beside = where.parent if where.name == "ckpt-0" else where
-    tokenizer = find_tokenizer(beside, config)
-    if stream:
-        return StreamedModel(config, params, tokenizer)
-    return Model(config, params, tokenizer, mesh)
+    kind = StreamedModel if stream else Model
+    return kind(config, params, find_tokenizer(beside, config), mesh)

@@ -27,23 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt
 
+from annotated_moe import quantization
 from annotated_moe.attention import KVCache
 from annotated_moe.model import (
     Model,
     ModelConfig,
     Params,
     attention_half,
-    bucket,
     embed,
     layer_function,
     tied_logits,
 )
 from annotated_moe.moe import Experts, Router, expert
-from annotated_moe.quantization import (
-    OwnProduct,
-    QuantizedTensor,
-    tile_rows,
-)
 from annotated_moe.rms_norm import rms_norm
 
 
@@ -81,7 +76,7 @@ def digits_dot(
 # %% book/chapters/11_streaming.md, cell 12
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Mapped(OwnProduct):
+class Mapped(quantization.OwnProduct):
     """A matrix [D, F] that begins `skip` bytes into `raw`.
 
     `raw` is memory that a file is mapped to, as unsigned integers of
@@ -132,7 +127,7 @@ def int8_product(
     """x times a quantized matrix: integers first, scales after."""
     (n, d), f = x.shape, w.shape[1]
     group = d // w.scales.shape[0]
-    rows = tile_rows(group, max(128, min(8 * n, 1024)))
+    rows = quantization.tile_rows(group, max(128, min(8 * n, 1024)))
     digits, step = to_digits(x)
 
     def add_tile(t, total):
@@ -154,7 +149,7 @@ def float_product(
 ) -> Float32[Array, "N F"]:
     """x times a float matrix, a tile of which is cast to `x.dtype`."""
     n, d = x.shape
-    rows = tile_rows(d, 128)
+    rows = quantization.tile_rows(d, 128)
 
     def add_tile(t, total):
         tile = read_tile(w, t * rows, rows).astype(x.dtype)
@@ -171,6 +166,7 @@ def float_product(
 MOST_ROWS = 512
 
 
+# %% book/chapters/11_streaming.md, cell 18
 def in_chunks(
     product: Callable[[Array], Array], x: Float[Array, "N D"]
 ) -> Float32[Array, "N F"]:
@@ -183,7 +179,7 @@ def in_chunks(
     return y.reshape(len(x), -1)[:n]
 
 
-# %% book/chapters/11_streaming.md, cell 18
+# %% book/chapters/11_streaming.md, cell 19
 def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
@@ -198,16 +194,17 @@ def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     return base, None if name is None else str(name)
 
 
-# %% book/chapters/11_streaming.md, cell 19
+# %% book/chapters/11_streaming.md, cell 20
 def address(a: np.ndarray) -> int:
     return a.__array_interface__["data"][0]
 
 
-# %% book/chapters/11_streaming.md, cell 20
+# %% book/chapters/11_streaming.md, cell 21
 ALIGNED = 64                                    # bytes, JAX wants it
 MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
 
 
+# %% book/chapters/11_streaming.md, cell 22
 def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     """The bytes of `view` without a copy, and where in them it starts.
 
@@ -230,7 +227,7 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     return jax.device_put(words), np.int32(skip)
 
 
-# %% book/chapters/11_streaming.md, cell 21
+# %% book/chapters/11_streaming.md, cell 23
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     """A matrix of a checkpoint, ready to be multiplied by."""
     if weight.nbytes > MOST_BYTES:
@@ -244,13 +241,13 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     return Mapped(raw, skip, small, (d, f), str(weight.dtype))
 
 
-# %% book/chapters/11_streaming.md, cell 24
+# %% book/chapters/11_streaming.md, cell 26
 def layer_of(w: Any, layer: int) -> np.ndarray:
     """One layer of a stack, or of a list of layers, not copied."""
     return getattr(w, "parts", w)[layer]
 
 
-# %% book/chapters/11_streaming.md, cell 25
+# %% book/chapters/11_streaming.md, cell 27
 @dataclass
 class Reading:
     """What has been read so far; grows as the model runs."""
@@ -263,12 +260,13 @@ class Reading:
         self.matrices[name] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 26
+# %% book/chapters/11_streaming.md, cell 28
 Views = list[np.ndarray]
 
 
-class Shelf:
-    """Weights that stay on disk, fetched a matrix at a time."""
+# %% book/chapters/11_streaming.md, cell 29
+class Labels:
+    """Which file each weight is in, and where. Nothing is read."""
 
     def __init__(self, params: Params) -> None:
         self.params, self.reading = params, Reading()
@@ -277,19 +275,24 @@ class Shelf:
         names = files_of(params)
         self.opened = {name: state_of(name) for name in names}
 
+    def views(self, module: str, layer: int, *index: int) -> Any:
+        """A matrix, or that of expert `index`, and its scales."""
+        w = self.params[module]["w"]
+        if not isinstance(w, quantization.QuantizedTensor):
+            return layer_of(w, layer)[index], None
+        return layer_of(w.weight, layer)[index], w.scales[layer][index]
+
+
+# %% book/chapters/11_streaming.md, cell 30
+class Shelf(Labels):
+    """Weights that stay on disk, fetched a matrix at a time."""
+
     def matrix(self, module: str, layer: int, *index: int) -> Mapped:
         """Matrix `w` of a module, or of expert `index` in it."""
         weight, scales = self.views(module, layer, *index)
         check_unchanged(weight, self.opened)
-        name = (module, layer, *index)
-        self.reading.count(name, weight.nbytes)
+        self.reading.count((module, layer, *index), weight.nbytes)
         return mapped(weight, scales)
-
-    def views(self, module: str, layer: int, *index: int) -> Any:
-        w = self.params[module]["w"]
-        if not isinstance(w, QuantizedTensor):
-            return layer_of(w, layer)[index], None
-        return layer_of(w.weight, layer)[index], w.scales[layer][index]
 
     def vector(self, module: str, name: str, layer: int) -> jax.Array:
         """A norm's gain or a router: small, and float32."""
@@ -299,7 +302,7 @@ class Shelf:
         return jnp.asarray(w, jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 27
+# %% book/chapters/11_streaming.md, cell 31
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     names: set[str] = set()
@@ -312,7 +315,7 @@ def files_of(params: Params) -> set[str]:
     return names
 
 
-# %% book/chapters/11_streaming.md, cell 28
+# %% book/chapters/11_streaming.md, cell 32
 def state_of(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode. ValueError if there is none."""
     try:
@@ -324,7 +327,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 29
+# %% book/chapters/11_streaming.md, cell 33
 def check_unchanged(view: np.ndarray, opened: dict) -> None:
     """ValueError if the file of `view` is no longer what it was.
 
@@ -339,7 +342,7 @@ def check_unchanged(view: np.ndarray, opened: dict) -> None:
         )
 
 
-# %% book/chapters/11_streaming.md, cell 30
+# %% book/chapters/11_streaming.md, cell 34
 def read_ahead(views: Views) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in views:
@@ -352,23 +355,24 @@ def read_ahead(views: Views) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, start, size)
 
 
-# %% book/chapters/11_streaming.md, cell 31
+# %% book/chapters/11_streaming.md, cell 35
 LAYER = "decoder_layer/"
 BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
 
 
+# %% book/chapters/11_streaming.md, cell 36
 def layer_modules(params: Params) -> list[str]:
     """The modules of a layer that every token needs."""
     return [module for module in params
             if module.startswith(LAYER) and "/moe/" not in module]
 
 
-# %% book/chapters/11_streaming.md, cell 32
+# %% book/chapters/11_streaming.md, cell 37
 def is_matrix(module: str, name: str) -> bool:
     return name == "w" and not module.endswith("/router")
 
 
-# %% book/chapters/11_streaming.md, cell 33
+# %% book/chapters/11_streaming.md, cell 38
 def layer_weights(shelf: Shelf, layer: int) -> Params:
     """A layer's parameters except its experts'."""
     found: dict[str, dict[str, Any]] = {}
@@ -382,7 +386,7 @@ def layer_weights(shelf: Shelf, layer: int) -> Params:
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 34
+# %% book/chapters/11_streaming.md, cell 39
 def layer_ahead(shelf: Shelf, layer: int) -> None:
     """Have the matrices that `layer_weights` will return read."""
     modules = [m for m in layer_modules(shelf.params)
@@ -391,7 +395,7 @@ def layer_ahead(shelf: Shelf, layer: int) -> None:
     shelf.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 35
+# %% book/chapters/11_streaming.md, cell 40
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def attend_and_route(
     weights: Params,
@@ -412,14 +416,14 @@ def attend_and_route(
     return applied(run, weights, h, cache)
 
 
-# %% book/chapters/11_streaming.md, cell 36
+# %% book/chapters/11_streaming.md, cell 41
 def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
     """`run`, a function of Haiku modules, on these weights."""
     transformed: Any = hk.without_apply_rng(hk.transform(run))
     return transformed.apply(weights, *inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 37
+# %% book/chapters/11_streaming.md, cell 42
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def whole_layer(
     weights: Params,
@@ -436,7 +440,7 @@ def whole_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 38
+# %% book/chapters/11_streaming.md, cell 43
 @partial(jax.jit, donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -456,24 +460,25 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 39
+# %% book/chapters/11_streaming.md, cell 44
 MOST_CHOICES = 1024
 
 
+# %% book/chapters/11_streaming.md, cell 45
 def in_batches(
     choices: np.ndarray, nobody: int
 ) -> Iterator[np.ndarray]:
     """At most MOST_CHOICES at a time, filled up to one of few sizes."""
     for start in range(0, len(choices), MOST_CHOICES):
         some = choices[start : start + MOST_CHOICES]
-        sizes = 1, 4, bucket(len(some), MOST_CHOICES)
-        size = min(s for s in sizes if s >= len(some))
+        power = max(16, 1 << (len(some) - 1).bit_length())
+        size = min(s for s in (1, 4, power) if s >= len(some))
         full = np.full(size, nobody, np.int32)
         full[: len(some)] = some
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 40
+# %% book/chapters/11_streaming.md, cell 46
 def stream_experts(
     shelf: Shelf,
     layer: int,
@@ -498,7 +503,7 @@ def stream_experts(
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 41
+# %% book/chapters/11_streaming.md, cell 47
 @partial(jax.jit, donate_argnames="h")
 def add_normed(
     h: Float32[Array, "B T D"],
@@ -509,7 +514,7 @@ def add_normed(
     return h + rms_norm(y.reshape(h.shape), scale)
 
 
-# %% book/chapters/11_streaming.md, cell 42
+# %% book/chapters/11_streaming.md, cell 48
 def stream_layer(
     shelf: Shelf,
     layer: int,
@@ -530,7 +535,7 @@ def stream_layer(
     return add_normed(h, y, w["rms_norm_3"]["scale"]), cache
 
 
-# %% book/chapters/11_streaming.md, cell 43
+# %% book/chapters/11_streaming.md, cell 49
 def few_logits(
     h: Float[Array, "N D"], words: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -542,14 +547,14 @@ def few_logits(
     return jnp.stack([jnp.sum(row * words, axis=1) for row in h])
 
 
-# %% book/chapters/11_streaming.md, cell 44
+# %% book/chapters/11_streaming.md, cell 50
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
 ) -> Float32[Array, "N V"]:
     """`tied_logits`, with a table of which a tile is ever cast."""
     n, v = len(h), table.shape[0]
-    tile = tile_rows(v, 32 if n <= 8 else 512)
+    tile = quantization.tile_rows(v, 32 if n <= 8 else 512)
     product = few_logits if n <= 8 else tied_logits
 
     def add_tile(t, y):
@@ -560,14 +565,14 @@ def word_logits(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/11_streaming.md, cell 45
+# %% book/chapters/11_streaming.md, cell 51
 def pieces(table: np.ndarray) -> list[np.ndarray]:
     """The table cut into runs of words of at most 256 MiB each."""
     count = 1 << (-(-table.nbytes // 2**28) - 1).bit_length()
     return np.array_split(table, count)
 
 
-# %% book/chapters/11_streaming.md, cell 46
+# %% book/chapters/11_streaming.md, cell 52
 @dataclass(frozen=True)
 class LayerByLayer(Model):
     """A model whose `params` are arrays in files, one layer a time."""
@@ -583,6 +588,11 @@ class LayerByLayer(Model):
         check_unchanged(table, self.shelf.opened)
         return table
 
+
+# %% book/chapters/11_streaming.md, cell 53
+class Embedding(LayerByLayer):
+    """From tokens to h."""
+
     def embed(self, tokens: np.ndarray) -> Float32[Array, "B T D"]:
         """Only these tokens' rows are read."""
         rows = jnp.asarray(self.table()[tokens.reshape(-1)])
@@ -592,9 +602,9 @@ class LayerByLayer(Model):
         return embed(own, at, self.config)
 
 
-# %% book/chapters/11_streaming.md, cell 47
-class Halves(LayerByLayer):
-    """From tokens to h, and from h to logits."""
+# %% book/chapters/11_streaming.md, cell 54
+class Layers(Embedding):
+    """All of them, one at a time."""
 
     def forward(
         self, tokens: Any, positions: Any, cache: Any, real: np.ndarray
@@ -612,6 +622,11 @@ class Halves(LayerByLayer):
                 self.shelf.report(layer + 1)
         return h, cache
 
+
+# %% book/chapters/11_streaming.md, cell 55
+class Halves(Layers):
+    """From h to logits."""
+
     def unembed(
         self, h: Float32[Array, "N D"]
     ) -> Float32[Array, "N V"]:
@@ -626,7 +641,7 @@ class Halves(LayerByLayer):
         return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 48
+# %% book/chapters/11_streaming.md, cell 56
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -638,12 +653,13 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 49
+# %% book/chapters/11_streaming.md, cell 57
 MOST_TOKENS = 4096
 
 
-class StreamedModel(Halves):
-    """A model that runs from its files. See `Model` for its use."""
+# %% book/chapters/11_streaming.md, cell 58
+class AllLogits(Halves):
+    """Logits of whole texts."""
 
     def all_logits(self, tokens: Any, lengths: Any) -> Any:
         """Logits at every token, so many rows at a time as fit."""
@@ -657,6 +673,11 @@ class StreamedModel(Halves):
             y = self.unembed(h.reshape(-1, h.shape[-1]))
             parts.append(y.reshape(*some.shape, -1))
         return jnp.concatenate(parts)
+
+
+# %% book/chapters/11_streaming.md, cell 59
+class Prefill(AllLogits):
+    """Prompts."""
 
     def prefill(self, tokens: Any, lengths: Any, cache: KVCache) -> Any:
         """Each prompt's last logits, and its cache; in runs of tokens
@@ -678,6 +699,11 @@ class StreamedModel(Halves):
         length = jnp.asarray(before + lengths, jnp.int32)
         return self.unembed(last), replace(cache, length=length)
 
+
+# %% book/chapters/11_streaming.md, cell 60
+class StreamedModel(Prefill):
+    """A model that runs from its files. See `Model` for its use."""
+
     def decode_step(self, tokens: Any, cache: KVCache) -> Any:
         """One more token a row: its logits, and the longer cache."""
         at, tokens = cache.length[:, None], np.asarray(tokens)[:, None]
@@ -687,11 +713,12 @@ class StreamedModel(Halves):
         return self.unembed(h[:, 0]), replace(grown, length=length)
 
 
-# %% book/chapters/11_streaming.md, cell 56
+# %% book/chapters/11_streaming.md, cell 67
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
 
+# %% book/chapters/11_streaming.md, cell 68
 def status(text: str) -> None:
     """A line on stderr: on a terminal, below the text and rewritten."""
     if sys.stderr.isatty():
@@ -700,7 +727,7 @@ def status(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/11_streaming.md, cell 57
+# %% book/chapters/11_streaming.md, cell 69
 class Progress:
     """Says which layer a streamed model is at, and seconds a token."""
 
@@ -727,7 +754,7 @@ class Progress:
                f"{spent:.1f} s")
 
 
-# %% book/chapters/11_streaming.md, cell 58
+# %% book/chapters/11_streaming.md, cell 70
 def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
     """`ids` as they come, with a `status` for each."""
     progress = Progress(model)

@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 136
+# %% book/chapters/09_checkpoints.md, cell 143
 import argparse
 import os
 import sys
@@ -26,13 +26,13 @@ from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
 
 
-# %% book/chapters/09_checkpoints.md, cell 137
+# %% book/chapters/09_checkpoints.md, cell 144
 def say(text: str) -> None:
     """Status goes to stderr: stdout holds the text and nothing else."""
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 138
+# %% book/chapters/09_checkpoints.md, cell 145
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
@@ -45,7 +45,7 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
-# %% book/chapters/09_checkpoints.md, cell 139
+# %% book/chapters/09_checkpoints.md, cell 146
 def open_model(
     path: str | None, devices: int, dtype: str
 ) -> tuple[Model, str]:
@@ -64,14 +64,14 @@ def open_model(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 140
+# %% book/chapters/09_checkpoints.md, cell 147
 def room(model: Model, prompt: str) -> int:
     """At most 128 new tokens, and never more than the context holds."""
     left = model.config.context - len(model.text_ids(prompt)) + 1
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 141
+# %% book/chapters/09_checkpoints.md, cell 148
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
@@ -84,7 +84,7 @@ def read_on(
     yield text.flush()
 
 
-# %% book/chapters/09_checkpoints.md, cell 142
+# %% book/chapters/09_checkpoints.md, cell 149
 def run_generate(args: argparse.Namespace) -> None:
     model, status = open_model(args.model, args.devices, args.dtype)
     prompt, new = model.text_ids(args.prompt), args.max_new_tokens
@@ -101,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(args.prompt, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 150
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -113,7 +113,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
-# %% book/chapters/09_checkpoints.md, cell 144
+# %% book/chapters/09_checkpoints.md, cell 151
 def rate(times: list[float]) -> str:
     """The first two tokens waited for a compiler and do not count."""
     text = f"{len(times)} new tokens"
@@ -123,7 +123,7 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/09_checkpoints.md, cell 145
+# %% book/chapters/09_checkpoints.md, cell 152
 def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
@@ -133,7 +133,7 @@ def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-# %% book/chapters/09_checkpoints.md, cell 146
+# %% book/chapters/09_checkpoints.md, cell 153
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or args.model or checkpoints.small_model())
     config, read, where = checkpoints.find_layout(folder)
@@ -152,11 +152,11 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 147
+# %% book/chapters/09_checkpoints.md, cell 154
 FOLDER = "checkpoint folder [the small model]"
 
 
-# %% book/chapters/09_checkpoints.md, cell 148
+# %% book/chapters/09_checkpoints.md, cell 155
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
@@ -174,7 +174,7 @@ def add_generate(commands: Any) -> None:
     add("--dtype", choices=dtypes, default=dtypes[0], help="[bfloat16]")
 
 
-# %% book/chapters/09_checkpoints.md, cell 149
+# %% book/chapters/09_checkpoints.md, cell 156
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -185,7 +185,7 @@ def add_info(commands: Any) -> None:
     sub.add_argument("--verify", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 150
+# %% book/chapters/09_checkpoints.md, cell 157
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -193,7 +193,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
-# %% book/chapters/09_checkpoints.md, cell 151
+# %% book/chapters/09_checkpoints.md, cell 158
 def make_parser() -> argparse.ArgumentParser:
     text = "Run the mixture-of-experts model that the book builds."
     parser = Parser("annotated-moe", description=text)
@@ -204,7 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 152
+# %% book/chapters/09_checkpoints.md, cell 159
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     args = make_parser().parse_args(argv)

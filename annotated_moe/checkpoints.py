@@ -14,7 +14,6 @@ import math
 import os
 import pickletools
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -32,7 +31,6 @@ from jax.sharding import PartitionSpec as P
 from annotated_moe import sharding
 from annotated_moe.model import PRESETS, Model, ModelConfig, init_params
 from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.streaming import StreamedModel
 from annotated_moe.tokenizer import Tokenizer
 
 
@@ -426,6 +424,8 @@ IGNORED = {
 # %% book/chapters/09_checkpoints.md, cell 49
 MOST_JSON = 2**24
 
+
+# %% book/chapters/09_checkpoints.md, cell 50
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's pairs as a dict; ValueError for a name met twice."""
     names = [name for name, _ in pairs]
@@ -435,7 +435,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-# %% book/chapters/09_checkpoints.md, cell 50
+# %% book/chapters/09_checkpoints.md, cell 51
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
@@ -451,7 +451,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09_checkpoints.md, cell 51
+# %% book/chapters/09_checkpoints.md, cell 52
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -461,7 +461,7 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 52
+# %% book/chapters/09_checkpoints.md, cell 53
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     try:
         config = ModelConfig(**values)
@@ -473,13 +473,13 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09_checkpoints.md, cell 53
+# %% book/chapters/09_checkpoints.md, cell 54
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09_checkpoints.md, cell 54
+# %% book/chapters/09_checkpoints.md, cell 55
 def grok_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -502,7 +502,7 @@ def grok_config(path: Path) -> ModelConfig:
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 56
+# %% book/chapters/09_checkpoints.md, cell 57
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
     scales = tuple(w.scales.shape)
@@ -518,13 +518,13 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 57
+# %% book/chapters/09_checkpoints.md, cell 58
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
     return path.endswith("/w") and "/router/" not in path
 
 
-# %% book/chapters/09_checkpoints.md, cell 58
+# %% book/chapters/09_checkpoints.md, cell 59
 def check_tensor(
     where: Path, name: str, w: Tensor, shape: tuple[int, ...]
 ) -> None:
@@ -545,7 +545,7 @@ def check_tensor(
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 59
+# %% book/chapters/09_checkpoints.md, cell 60
 def names_in(folder: Path) -> set[str]:
     """The names in a folder, or a CheckpointError."""
     try:
@@ -561,7 +561,7 @@ def names_in(folder: Path) -> set[str]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 60
+# %% book/chapters/09_checkpoints.md, cell 61
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
     files = [f"tensor{i:05d}_000" for i in range(len(names))]
@@ -579,7 +579,7 @@ def grok_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% book/chapters/09_checkpoints.md, cell 61
+# %% book/chapters/09_checkpoints.md, cell 62
 def our_path(name: str) -> tuple[str, int | None]:
     """transformer/decoder_layer_3/a/w -> decoder_layer/a/w and 3."""
     top, rest = name.split("/", 1)
@@ -589,7 +589,7 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 62
+# %% book/chapters/09_checkpoints.md, cell 63
 @dataclass(frozen=True, eq=False)
 class Stack:
     """Arrays of one shape and dtype behind one another, not copied.
@@ -619,7 +619,7 @@ class Stack:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 63
+# %% book/chapters/09_checkpoints.md, cell 64
 def stack_layers(where: Path, path: str, parts: list) -> Any:
     """One lazily stacked tensor from those of all layers."""
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
@@ -634,11 +634,11 @@ def stack_layers(where: Path, path: str, parts: list) -> Any:
         raise CheckpointError(
             f"{where}: the layers of {path} are not all quantized alike"
         )
-    weights = Stack([w.weight for w in pairs])
-    return QuantizedTensor(weights, Stack([w.scales for w in pairs]))
+    scales = Stack([w.scales for w in pairs])
+    return QuantizedTensor(Stack([w.weight for w in pairs]), scales)
 
 
-# %% book/chapters/09_checkpoints.md, cell 64
+# %% book/chapters/09_checkpoints.md, cell 65
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
@@ -660,41 +660,18 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 65
-BYTES_READ: Counter[str] = Counter()            # path of a parameter
-
-
-def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
-    """`source[index]`, the bytes it takes counted under `path`."""
-    block = np.asarray(source[index])
-    BYTES_READ[path] += block.nbytes
-    return block
-
-
 # %% book/chapters/09_checkpoints.md, cell 66
 def on_devices(
-    source: Any, spec: P, mesh: Mesh | None, dtype: Any, path: str = ""
+    source: Any, spec: P, mesh: Mesh | None, dtype: Any
 ) -> jax.Array:
     """An array of which each device reads the part that it keeps."""
-    shape = tuple(source.shape)
+    def read(index: Any) -> np.ndarray:
+        return np.asarray(source[index], dtype)
+
     if mesh is None:
-        whole = (slice(None),) * len(shape)
-        return jnp.array(read_block(source, whole, path), dtype)
+        return jnp.array(read((slice(None),) * len(source.shape)))
     where = NamedSharding(mesh, spec)
-    indices = where.addressable_devices_indices_map(shape)
-    mine: dict[Any, Any] = dict(indices)
-    last, shards = None, []
-    for device in sorted(mine, key=lambda d: (str(mine[d]), d.id)):
-        index = mine[device]
-        if index != last:
-            block = read_block(source, index, path)
-            # Never hand out the file's own memory: it may change.
-            block = block.astype(dtype, copy=not block.flags.owndata)
-        shard = jax.device_put(block, device)
-        shards.append(shard.block_until_ready())
-        last = index
-    make = jax.make_array_from_single_device_arrays
-    return make(shape, where, shards)
+    return jax.make_array_from_callback(source.shape, where, read)
 
 
 # %% book/chapters/09_checkpoints.md, cell 67
@@ -704,53 +681,28 @@ def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     if path.startswith("decoder_layer/"):
         spec = P(None, *spec)
     if isinstance(w, QuantizedTensor):
-        return place_quantized(w, spec, mesh, path)
+        return place_quantized(w, spec, mesh)
     if path.endswith("/scale") or "/router/" in path:
         dtype = "float32"
     if mesh is not None:
         spec = sharding.fit_spec(spec, w.shape, mesh)
-    return on_devices(w, spec, mesh, dtype, path)
+    return on_devices(w, spec, mesh, dtype)
 
 
 # %% book/chapters/09_checkpoints.md, cell 68
 def place_quantized(
-    w: QuantizedTensor, spec: P, mesh: Mesh | None, path: str = ""
+    w: QuantizedTensor, spec: P, mesh: Mesh | None
 ) -> QuantizedTensor:
     """Both arrays; each device's rows get scales of their own."""
-    specs, scales = QuantizedTensor(spec, spec), w.scales
+    specs = QuantizedTensor(spec, spec)
     if mesh is not None:
-        times = sharding.group_repeats(w, spec, mesh)
-        scales = Repeated(scales, times)
-        w = QuantizedTensor(w.weight, scales)
+        w = sharding.fit_groups(w, spec, mesh)
         specs = sharding.weight_spec(spec, w, mesh)
+    scales = np.asarray(w.scales)
     return QuantizedTensor(
-        on_devices(w.weight, specs.weight, mesh, jnp.int8, path),
-        on_devices(scales, specs.scales, mesh, jnp.bfloat16, path),
+        on_devices(w.weight, specs.weight, mesh, jnp.int8),
+        on_devices(scales, specs.scales, mesh, jnp.bfloat16),
     )
-
-
-# %% book/chapters/09_checkpoints.md, cell 69
-@dataclass(frozen=True)
-class Repeated:
-    """`source` with each row of axis -2 `times` times, not copied."""
-
-    source: Any
-    times: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *lead, g, f = self.source.shape
-        return (*lead, g * self.times, f)
-
-    def __getitem__(self, index: tuple) -> np.ndarray:
-        *lead, rows, columns = index
-        start, stop, _ = rows.indices(self.shape[-2])
-        first = start // self.times
-        few = slice(first, -(-stop // self.times))
-        block = np.asarray(self.source[(*lead, few, columns)])
-        block = np.repeat(block, self.times, axis=-2)
-        skip = start - first * self.times
-        return block[..., skip : skip + stop - start, :]
 
 
 # %% book/chapters/09_checkpoints.md, cell 71
@@ -864,6 +816,8 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
 # %% book/chapters/09_checkpoints.md, cell 78
 BLOCK = 2**24
 
+
+# %% book/chapters/09_checkpoints.md, cell 79
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
@@ -883,7 +837,7 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
             yield from pieces(row)
 
 
-# %% book/chapters/09_checkpoints.md, cell 79
+# %% book/chapters/09_checkpoints.md, cell 80
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -897,7 +851,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 80
+# %% book/chapters/09_checkpoints.md, cell 81
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -920,7 +874,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 81
+# %% book/chapters/09_checkpoints.md, cell 82
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -930,7 +884,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 83
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -945,7 +899,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 84
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -958,9 +912,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 84
+# %% book/chapters/09_checkpoints.md, cell 85
 TILE = 128
 
+
+# %% book/chapters/09_checkpoints.md, cell 86
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -973,13 +929,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 85
+# %% book/chapters/09_checkpoints.md, cell 87
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 89
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -995,7 +951,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 90
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -1013,7 +969,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 91
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1026,8 +982,11 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 90
+# %% book/chapters/09_checkpoints.md, cell 92
 OUR_FORMAT = "annotated-moe"
+
+
+# %% book/chapters/09_checkpoints.md, cell 93
 PARTS = {
     "config.json",
     "model.safetensors",
@@ -1036,7 +995,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 94
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1044,12 +1003,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 95
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 96
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1065,16 +1024,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
-def refuse_streamed(model: Model) -> None:
-    if isinstance(model, StreamedModel):
-        raise CheckpointError(
-            "a streamed model is on disk already: copy its folder, or "
-            "load it without stream=True to save it elsewhere"
-        )
-
-
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 97
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1082,7 +1032,6 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     that is not empty is refused (CheckpointError). All of it is
     written, or nothing.
     """
-    refuse_streamed(model)
     target = Path(path).absolute()
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not is_ours(target):
@@ -1101,7 +1050,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 98
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1121,7 +1070,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 99
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1129,7 +1078,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 100
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1137,7 +1086,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 101
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1160,7 +1109,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 102
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1181,7 +1130,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 103
 Change = Callable[[np.ndarray], np.ndarray]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w: w, lambda w: w),
@@ -1189,7 +1138,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 104
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1212,7 +1161,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 105
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1229,12 +1178,15 @@ class Family:
     expert: str = "moe_block.experts.{i}"
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 106
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
     "initializer_range quantization_config"
 )
+
+
+# %% book/chapters/09_checkpoints.md, cell 107
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
@@ -1245,7 +1197,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 108
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1259,7 +1211,7 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 109
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
@@ -1284,12 +1236,12 @@ def hf_config(path: Path) -> ModelConfig:
     return make_config(path, {"head_size": size, **values})
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 110
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 111
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1307,7 +1259,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 112
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1332,7 +1284,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 113
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1341,7 +1293,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 114
 def take(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1365,7 +1317,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 115
 def gather(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1394,7 +1346,7 @@ def gather(
     return stack_layers(where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 116
 def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
     """Take `lm_head.weight` out; CheckpointError if it is another."""
     head = arrays.pop("lm_head.weight", None)
@@ -1409,7 +1361,7 @@ def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 117
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1433,7 +1385,7 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 118
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -1449,7 +1401,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 119
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1467,7 +1419,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 120
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1475,23 +1427,23 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 121
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 122
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
         return open_folder(where)
     files = [n for n in names_in(where) if n.startswith("tensor")]
-    files.sort()
-    return flat_arrays({name: read_pickled(where / name) for name in files})
+    tensors = {n: read_pickled(where / n) for n in sorted(files)}
+    return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 123
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1506,7 +1458,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 124
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1531,7 +1483,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 125
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1551,55 +1503,10 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 126
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
-
-
-# %% book/chapters/09_checkpoints.md, cell 124
-def indivisible(c: ModelConfig, data: int, model: int) -> str:
-    """The first size that a data x model mesh cannot cut, or ""."""
-    kv = c.kv_heads * c.head_size
-    wanted = [
-        ("d_model", c.d_model, "data * model", data * model),
-        ("d_ff", c.d_ff, "model", model),
-        ("q_heads", c.q_heads, "model", model),
-        ("kv_heads * head_size", kv, "model", model),
-    ]
-    for name, size, axis, parts in wanted:
-        if size % parts:
-            return f"{axis} = {parts} does not divide {name} = {size}"
-    return ""
-
-
-# %% book/chapters/09_checkpoints.md, cell 125
-def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
-    """ValueError unless `mesh` has our axes and divides the model."""
-    axes = getattr(mesh, "axis_names", ())
-    if set(axes) != {"data", "model"}:
-        raise ValueError("mesh needs axes data, model: use make_mesh")
-    data, model = mesh.shape["data"], mesh.shape["model"]
-    wrong = indivisible(c, data, model)
-    if not wrong:
-        return
-    n = data * model
-    pairs = [(i, n // i) for i in range(1, n + 1) if n % i == 0]
-    good = [f"{i} x {j}" for i, j in pairs if not indivisible(c, i, j)]
-    advice = f"of {n} devices, {' or '.join(good)} would do"
-    if not good:
-        advice = f"no mesh of {n} devices would do, take another number"
-    raise CheckpointError(
-        f"{folder} does not fit a data x model mesh of "
-        f"{data} x {model}: {wrong}; {advice}"
-    )
-
-
-# %% book/chapters/09_checkpoints.md, cell 126
-def check_stream(mesh: Mesh | None, stream: bool) -> None:
-    if stream and mesh is not None:
-        why = "stream=True runs on one device: leave out the mesh"
-        raise ValueError(why)
 
 
 # %% book/chapters/09_checkpoints.md, cell 127
@@ -1607,28 +1514,25 @@ def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
-    stream: bool = False,
 ) -> Model:
     """A model from a checkpoint folder; without one, the small model.
 
     `mesh` comes from `make_mesh`; None is one device. `dtype` is what
-    it computes in, "bfloat16" or "float32". With `stream`, weights
-    stay on disk, for a model larger than memory. Raises CheckpointError
+    it computes in, "bfloat16" or "float32". Raises CheckpointError
     for whatever is missing, left over, misshapen or unsafe, and
     ValueError for another dtype or mesh. Source: the Grok-1 release,
     `checkpoint.py`.
     """
-    check_stream(mesh, stream)
+    axes = getattr(mesh, "axis_names", ())
+    if mesh is not None and set(axes) != {"data", "model"}:
+        raise ValueError("mesh needs axes data, model: use make_mesh")
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
-    if mesh is not None:
-        check_mesh(folder, config, mesh)
     config = replace(config, dtype=dtype)
     params: dict[str, dict] = {}
     for name, w in read(where, config).items():
         module, leaf = name.rsplit("/", 1)
-        w = w if stream else place(name, w, mesh, dtype)
+        w = place(name, w, mesh, dtype)
         params.setdefault(module, {})[leaf] = w
     beside = where.parent if where.name == "ckpt-0" else where
-    kind = StreamedModel if stream else Model
-    return kind(config, params, find_tokenizer(beside, config), mesh)
+    return Model(config, params, find_tokenizer(beside, config), mesh)

@@ -517,7 +517,8 @@ def carry_out(
             write_plan(new, plan, journal)
             if job() != before:
                 raise CheckpointError(
-                    f"{folder} was changed while it was read: start again"
+                    f"{folder} was changed while it was read: "
+                    "start again"
                 )
             finish(new, target, folder, settings, journal.sums)
 

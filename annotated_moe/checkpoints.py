@@ -14,6 +14,7 @@ import math
 import os
 import pickletools
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -31,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 from annotated_moe import sharding
 from annotated_moe.model import PRESETS, Model, ModelConfig, init_params
 from annotated_moe.quantization import QuantizedTensor, quantize
+from annotated_moe.streaming import StreamedModel
 from annotated_moe.tokenizer import Tokenizer
 
 
@@ -634,8 +636,8 @@ def stack_layers(where: Path, path: str, parts: list) -> Any:
         raise CheckpointError(
             f"{where}: the layers of {path} are not all quantized alike"
         )
-    scales = Stack([w.scales for w in pairs])
-    return QuantizedTensor(Stack([w.weight for w in pairs]), scales)
+    weights = Stack([w.weight for w in pairs])
+    return QuantizedTensor(weights, Stack([w.scales for w in pairs]))
 
 
 # %% book/chapters/09_checkpoints.md, cell 65
@@ -661,51 +663,99 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 # %% book/chapters/09_checkpoints.md, cell 66
-def on_devices(
-    source: Any, spec: P, mesh: Mesh | None, dtype: Any
-) -> jax.Array:
-    """An array of which each device reads the part that it keeps."""
-    def read(index: Any) -> np.ndarray:
-        return np.asarray(source[index], dtype)
+BYTES_READ: Counter[str] = Counter()            # path of a parameter
 
-    if mesh is None:
-        return jnp.array(read((slice(None),) * len(source.shape)))
-    where = NamedSharding(mesh, spec)
-    return jax.make_array_from_callback(source.shape, where, read)
+
+def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
+    """`source[index]`, the bytes it takes counted under `path`."""
+    block = np.asarray(source[index])
+    BYTES_READ[path] += block.nbytes
+    return block
 
 
 # %% book/chapters/09_checkpoints.md, cell 67
+def on_devices(
+    source: Any, spec: P, mesh: Mesh | None, dtype: Any, path: str = ""
+) -> jax.Array:
+    """An array of which each device reads the part that it keeps."""
+    shape = tuple(source.shape)
+    if mesh is None:
+        whole = (slice(None),) * len(shape)
+        return jnp.array(read_block(source, whole, path), dtype)
+    where = NamedSharding(mesh, spec)
+    indices = where.addressable_devices_indices_map(shape)
+    mine: dict[Any, Any] = dict(indices)
+    last, shards = None, []
+    for device in sorted(mine, key=lambda d: (str(mine[d]), d.id)):
+        index = mine[device]
+        if index != last:
+            block = read_block(source, index, path)
+            # Never hand out the file's own memory: it may change.
+            block = block.astype(dtype, copy=not block.flags.owndata)
+        shard = jax.device_put(block, device)
+        shards.append(shard.block_until_ready())
+        last = index
+    make = jax.make_array_from_single_device_arrays
+    return make(shape, where, shards)
+
+
+# %% book/chapters/09_checkpoints.md, cell 68
 def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
     if path.startswith("decoder_layer/"):
         spec = P(None, *spec)
     if isinstance(w, QuantizedTensor):
-        return place_quantized(w, spec, mesh)
+        return place_quantized(w, spec, mesh, path)
     if path.endswith("/scale") or "/router/" in path:
         dtype = "float32"
     if mesh is not None:
         spec = sharding.fit_spec(spec, w.shape, mesh)
-    return on_devices(w, spec, mesh, dtype)
+    return on_devices(w, spec, mesh, dtype, path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 69
 def place_quantized(
-    w: QuantizedTensor, spec: P, mesh: Mesh | None
+    w: QuantizedTensor, spec: P, mesh: Mesh | None, path: str = ""
 ) -> QuantizedTensor:
     """Both arrays; each device's rows get scales of their own."""
-    specs = QuantizedTensor(spec, spec)
+    specs, scales = QuantizedTensor(spec, spec), w.scales
     if mesh is not None:
-        w = sharding.fit_groups(w, spec, mesh)
+        times = sharding.group_repeats(w, spec, mesh)
+        scales = Repeated(scales, times)
+        w = QuantizedTensor(w.weight, scales)
         specs = sharding.weight_spec(spec, w, mesh)
-    scales = np.asarray(w.scales)
     return QuantizedTensor(
-        on_devices(w.weight, specs.weight, mesh, jnp.int8),
-        on_devices(scales, specs.scales, mesh, jnp.bfloat16),
+        on_devices(w.weight, specs.weight, mesh, jnp.int8, path),
+        on_devices(scales, specs.scales, mesh, jnp.bfloat16, path),
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 71
+# %% book/chapters/09_checkpoints.md, cell 70
+@dataclass(frozen=True)
+class Repeated:
+    """`source` with each row of axis -2 `times` times, not copied."""
+
+    source: Any
+    times: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, g, f = self.source.shape
+        return (*lead, g * self.times, f)
+
+    def __getitem__(self, index: tuple) -> np.ndarray:
+        *lead, rows, columns = index
+        start, stop, _ = rows.indices(self.shape[-2])
+        first = start // self.times
+        few = slice(first, -(-stop // self.times))
+        block = np.asarray(self.source[(*lead, few, columns)])
+        block = np.repeat(block, self.times, axis=-2)
+        skip = start - first * self.times
+        return block[..., skip : skip + stop - start, :]
+
+
+# %% book/chapters/09_checkpoints.md, cell 73
 CODES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -713,7 +763,7 @@ CODES: dict[str, np.dtype] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 72
+# %% book/chapters/09_checkpoints.md, cell 74
 def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     """What a safetensors file says it holds, and where that begins."""
     size = int.from_bytes(data[:8].tobytes(), "little")
@@ -733,7 +783,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-# %% book/chapters/09_checkpoints.md, cell 73
+# %% book/chapters/09_checkpoints.md, cell 75
 def whole_numbers(values: Any, most: int) -> bool:
     """Whether `values` is a list of at most eight sizes or offsets."""
     return (
@@ -743,7 +793,7 @@ def whole_numbers(values: Any, most: int) -> bool:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 74
+# %% book/chapters/09_checkpoints.md, cell 76
 def entry_of(
     name: str, entry: Any, most: int
 ) -> tuple[int, int, np.dtype, tuple[int, ...]]:
@@ -772,7 +822,7 @@ def entry_of(
     return span[0], span[1], dtype, tuple(shape)
 
 
-# %% book/chapters/09_checkpoints.md, cell 75
+# %% book/chapters/09_checkpoints.md, cell 77
 def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> view of `data`, the bytes of a safetensors file."""
     header, start = read_header(data)
@@ -796,7 +846,7 @@ def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 76
+# %% book/chapters/09_checkpoints.md, cell 78
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a safetensors file, mapped, not copied.
 
@@ -813,11 +863,11 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 78
+# %% book/chapters/09_checkpoints.md, cell 80
 BLOCK = 2**24
 
 
-# %% book/chapters/09_checkpoints.md, cell 79
+# %% book/chapters/09_checkpoints.md, cell 81
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
@@ -837,7 +887,7 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
             yield from pieces(row)
 
 
-# %% book/chapters/09_checkpoints.md, cell 80
+# %% book/chapters/09_checkpoints.md, cell 82
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -851,7 +901,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 81
+# %% book/chapters/09_checkpoints.md, cell 83
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -874,7 +924,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 84
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -884,7 +934,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 85
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -899,7 +949,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 84
+# %% book/chapters/09_checkpoints.md, cell 86
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -912,11 +962,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 85
+# %% book/chapters/09_checkpoints.md, cell 87
 TILE = 128
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 88
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -929,13 +979,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 89
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 91
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -951,7 +1001,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 90
+# %% book/chapters/09_checkpoints.md, cell 92
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -969,7 +1019,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 93
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -982,11 +1032,11 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 94
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 95
 PARTS = {
     "config.json",
     "model.safetensors",
@@ -995,7 +1045,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 96
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1003,12 +1053,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 97
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 98
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1024,7 +1074,16 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 99
+def refuse_streamed(model: Model) -> None:
+    if isinstance(model, StreamedModel):
+        raise CheckpointError(
+            "a streamed model is on disk already: copy its folder, or "
+            "load it without stream=True to save it elsewhere"
+        )
+
+
+# %% book/chapters/09_checkpoints.md, cell 100
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1032,6 +1091,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     that is not empty is refused (CheckpointError). All of it is
     written, or nothing.
     """
+    refuse_streamed(model)
     target = Path(path).absolute()
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not is_ours(target):
@@ -1050,7 +1110,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 101
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1070,7 +1130,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 102
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1078,7 +1138,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 103
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1086,7 +1146,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 104
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1109,7 +1169,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 105
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1130,7 +1190,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 106
 Change = Callable[[np.ndarray], np.ndarray]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w: w, lambda w: w),
@@ -1138,7 +1198,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 107
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1161,7 +1221,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 108
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1178,7 +1238,7 @@ class Family:
     expert: str = "moe_block.experts.{i}"
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 109
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1186,7 +1246,7 @@ HOUSEKEEPING = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 110
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
@@ -1197,7 +1257,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 111
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1211,7 +1271,7 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 112
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
@@ -1236,12 +1296,12 @@ def hf_config(path: Path) -> ModelConfig:
     return make_config(path, {"head_size": size, **values})
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 113
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 114
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1259,7 +1319,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 115
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1284,7 +1344,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 116
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1293,7 +1353,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 117
 def take(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1317,7 +1377,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 118
 def gather(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1346,7 +1406,7 @@ def gather(
     return stack_layers(where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 119
 def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
     """Take `lm_head.weight` out; CheckpointError if it is another."""
     head = arrays.pop("lm_head.weight", None)
@@ -1361,7 +1421,7 @@ def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 120
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1385,7 +1445,7 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 121
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -1401,7 +1461,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 122
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1419,7 +1479,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 123
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1427,13 +1487,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 124
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 125
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1443,7 +1503,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 126
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1458,7 +1518,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 127
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1483,7 +1543,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 128
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1503,36 +1563,84 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 129
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 130
+def indivisible(c: ModelConfig, data: int, model: int) -> str:
+    """The first size that a data x model mesh cannot cut, or ""."""
+    kv = c.kv_heads * c.head_size
+    wanted = [
+        ("d_model", c.d_model, "data * model", data * model),
+        ("d_ff", c.d_ff, "model", model),
+        ("q_heads", c.q_heads, "model", model),
+        ("kv_heads * head_size", kv, "model", model),
+    ]
+    for name, size, axis, parts in wanted:
+        if size % parts:
+            return f"{axis} = {parts} does not divide {name} = {size}"
+    return ""
+
+
+# %% book/chapters/09_checkpoints.md, cell 131
+def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
+    """ValueError unless `mesh` has our axes and divides the model."""
+    axes = getattr(mesh, "axis_names", ())
+    if set(axes) != {"data", "model"}:
+        raise ValueError("mesh needs axes data, model: use make_mesh")
+    data, model = mesh.shape["data"], mesh.shape["model"]
+    wrong = indivisible(c, data, model)
+    if not wrong:
+        return
+    n = data * model
+    pairs = [(i, n // i) for i in range(1, n + 1) if n % i == 0]
+    good = [f"{i} x {j}" for i, j in pairs if not indivisible(c, i, j)]
+    advice = f"of {n} devices, {' or '.join(good)} would do"
+    if not good:
+        advice = f"no mesh of {n} devices would do, take another number"
+    raise CheckpointError(
+        f"{folder} does not fit a data x model mesh of "
+        f"{data} x {model}: {wrong}; {advice}"
+    )
+
+
+# %% book/chapters/09_checkpoints.md, cell 132
+def check_stream(mesh: Mesh | None, stream: bool) -> None:
+    if stream and mesh is not None:
+        why = "stream=True runs on one device: leave out the mesh"
+        raise ValueError(why)
+
+
+# %% book/chapters/09_checkpoints.md, cell 133
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
+    stream: bool = False,
 ) -> Model:
     """A model from a checkpoint folder; without one, the small model.
 
     `mesh` comes from `make_mesh`; None is one device. `dtype` is what
-    it computes in, "bfloat16" or "float32". Raises CheckpointError
+    it computes in, "bfloat16" or "float32". With `stream`, weights
+    stay on disk, for a model larger than memory. Raises CheckpointError
     for whatever is missing, left over, misshapen or unsafe, and
     ValueError for another dtype or mesh. Source: the Grok-1 release,
     `checkpoint.py`.
     """
-    axes = getattr(mesh, "axis_names", ())
-    if mesh is not None and set(axes) != {"data", "model"}:
-        raise ValueError("mesh needs axes data, model: use make_mesh")
+    check_stream(mesh, stream)
     folder = small_model() if path is None else Path(path)
     config, read, where = find_layout(folder)
+    if mesh is not None:
+        check_mesh(folder, config, mesh)
     config = replace(config, dtype=dtype)
     params: dict[str, dict] = {}
     for name, w in read(where, config).items():
         module, leaf = name.rsplit("/", 1)
-        w = place(name, w, mesh, dtype)
+        w = w if stream else place(name, w, mesh, dtype)
         params.setdefault(module, {})[leaf] = w
     beside = where.parent if where.name == "ckpt-0" else where
-    return Model(config, params, find_tokenizer(beside, config), mesh)
+    kind = StreamedModel if stream else Model
+    return kind(config, params, find_tokenizer(beside, config), mesh)

@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 149
 import argparse
 import os
 import sys
@@ -20,19 +20,20 @@ from typing import Any, NoReturn
 import jax
 from jax.sharding import Mesh
 
-from annotated_moe import checkpoints
+from annotated_moe import checkpoints, hosts, scale
 from annotated_moe.convert import add_convert
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
+from annotated_moe.streaming import StreamedModel, watched
 
 
-# %% book/chapters/09_checkpoints.md, cell 144
+# %% book/chapters/09_checkpoints.md, cell 150
 def say(text: str) -> None:
     """Status goes to stderr: stdout holds the text and nothing else."""
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 145
+# %% book/chapters/09_checkpoints.md, cell 151
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
@@ -45,33 +46,35 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
-# %% book/chapters/09_checkpoints.md, cell 146
+# %% book/chapters/09_checkpoints.md, cell 152
 def open_model(
-    path: str | None, devices: int, dtype: str
+    path: str | None, devices: int, dtype: str, stream: bool = False
 ) -> tuple[Model, str]:
     """The model, and a sentence about it."""
     start = time.perf_counter()
     mesh = mesh_of(devices)
-    model = checkpoints.load(path, mesh=mesh, dtype=dtype)
+    model = checkpoints.load(path, mesh, dtype, stream)
     spent = time.perf_counter() - start
     kind = jax.devices()[0].platform.upper()
     total, _ = checkpoints.parameter_counts(model.config)
     name = path or "the small model"
     where = f"{devices} {kind} device{'s' if devices > 1 else ''}"
+    if stream:
+        where += ", from disk as they are needed,"
     return model, (
         f"Loaded {name} of {total / 1e6:,.1f} million parameters "
         f"onto {where} in {spent:.1f} s."
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 147
+# %% book/chapters/09_checkpoints.md, cell 153
 def room(model: Model, prompt: str) -> int:
     """At most 128 new tokens, and never more than the context holds."""
     left = model.config.context - len(model.text_ids(prompt)) + 1
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 148
+# %% book/chapters/09_checkpoints.md, cell 154
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
@@ -84,9 +87,11 @@ def read_on(
     yield text.flush()
 
 
-# %% book/chapters/09_checkpoints.md, cell 149
+# %% book/chapters/09_checkpoints.md, cell 155
 def run_generate(args: argparse.Namespace) -> None:
-    model, status = open_model(args.model, args.devices, args.dtype)
+    model, status = open_model(
+        args.model, args.devices, args.dtype, args.stream
+    )
     prompt, new = model.text_ids(args.prompt), args.max_new_tokens
     ids = model.stream_ids(
         prompt,
@@ -98,10 +103,12 @@ def run_generate(args: argparse.Namespace) -> None:
         stop_ids=(model.config.eos_id,),
     )
     say(f"{status}\nCompiling, which takes some seconds ...\n")
+    if isinstance(model, StreamedModel):
+        ids = watched(model, ids)
     say("\n" + rate(show(args.prompt, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/09_checkpoints.md, cell 150
+# %% book/chapters/09_checkpoints.md, cell 156
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -113,17 +120,19 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
-# %% book/chapters/09_checkpoints.md, cell 151
+# %% book/chapters/09_checkpoints.md, cell 157
 def rate(times: list[float]) -> str:
     """The first two tokens waited for a compiler and do not count."""
     text = f"{len(times)} new tokens"
     if len(times) < 3:
         return text
     speed = (len(times) - 2) / (times[-1] - times[1])
+    if speed < 1:
+        return f"{text}, {1 / speed:.1f} seconds each once compiled"
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/09_checkpoints.md, cell 152
+# %% book/chapters/09_checkpoints.md, cell 158
 def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
@@ -133,7 +142,7 @@ def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-# %% book/chapters/09_checkpoints.md, cell 153
+# %% book/chapters/09_checkpoints.md, cell 159
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or args.model or checkpoints.small_model())
     config, read, where = checkpoints.find_layout(folder)
@@ -152,15 +161,16 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 154
+# %% book/chapters/09_checkpoints.md, cell 160
 FOLDER = "checkpoint folder [the small model]"
 
 
-# %% book/chapters/09_checkpoints.md, cell 155
+# %% book/chapters/09_checkpoints.md, cell 161
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
-    sub.set_defaults(run=run_generate)
+    sub.set_defaults(run=hosts.together(run_generate))
+    hosts.add_options(sub)
     add, number, real = sub.add_argument, {"type": int}, {"type": float}
     add("--model", help=FOLDER)
     add("--prompt", required=True, help="text to go on from")
@@ -172,9 +182,11 @@ def add_generate(commands: Any) -> None:
     add("--devices", **number, default=1, help="shard over so many [1]")
     dtypes = ["bfloat16", "float32"]
     add("--dtype", choices=dtypes, default=dtypes[0], help="[bfloat16]")
+    text = "leave the weights on disk: for models larger than memory"
+    add("--stream", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 156
+# %% book/chapters/09_checkpoints.md, cell 162
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -185,7 +197,7 @@ def add_info(commands: Any) -> None:
     sub.add_argument("--verify", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 157
+# %% book/chapters/09_checkpoints.md, cell 163
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -193,7 +205,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
-# %% book/chapters/09_checkpoints.md, cell 158
+# %% book/chapters/09_checkpoints.md, cell 164
 def make_parser() -> argparse.ArgumentParser:
     text = "Run the mixture-of-experts model that the book builds."
     parser = Parser("annotated-moe", description=text)
@@ -201,10 +213,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_convert(commands)
     add_info(commands)
+    scale.add_plan(commands)
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 159
+# %% book/chapters/09_checkpoints.md, cell 165
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     args = make_parser().parse_args(argv)

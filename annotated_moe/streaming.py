@@ -42,7 +42,7 @@ from annotated_moe.moe import Experts, Router, expert
 from annotated_moe.rms_norm import rms_norm
 
 
-# %% book/chapters/11_streaming.md, cell 6
+# %% book/chapters/11_streaming.md, cell 8
 def to_digits(
     x: Float[Array, "N D"],
 ) -> tuple[Int8[Array, "3 N D"], Float32[Array, "N 1"]]:
@@ -61,7 +61,7 @@ def to_digits(
     return jnp.stack(digits), peak / (127 * 254**2)
 
 
-# %% book/chapters/11_streaming.md, cell 9
+# %% book/chapters/11_streaming.md, cell 11
 def digits_dot(
     digits: Int8[Array, "3 N D"], w: Int8[Array, "D F"]
 ) -> Float32[Array, "N F"]:
@@ -73,7 +73,7 @@ def digits_dot(
     return (a * 254 + b) * 254 + c
 
 
-# %% book/chapters/11_streaming.md, cell 12
+# %% book/chapters/11_streaming.md, cell 14
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mapped(quantization.OwnProduct):
@@ -96,7 +96,7 @@ class Mapped(quantization.OwnProduct):
         return in_chunks(partial(product, w=self), x)
 
 
-# %% book/chapters/11_streaming.md, cell 13
+# %% book/chapters/11_streaming.md, cell 15
 def read_tile(w: Mapped, start: Any, rows: int) -> Any:
     """Rows start : start + rows, as they stand in the file."""
     f, size = w.shape[1], w.raw.dtype.itemsize
@@ -109,7 +109,7 @@ def read_tile(w: Mapped, start: Any, rows: int) -> Any:
     return raw.reshape(rows, f)
 
 
-# %% book/chapters/11_streaming.md, cell 14
+# %% book/chapters/11_streaming.md, cell 16
 def straddling(
     word: UInt[Array, " M"], after: UInt[Array, " M"], shift: Any
 ) -> UInt[Array, " M"]:
@@ -120,7 +120,7 @@ def straddling(
     return low | jax.lax.shift_left(after, shift)
 
 
-# %% book/chapters/11_streaming.md, cell 15
+# %% book/chapters/11_streaming.md, cell 17
 def int8_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -143,7 +143,7 @@ def int8_product(
     return step * jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 16
+# %% book/chapters/11_streaming.md, cell 18
 def float_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -162,11 +162,11 @@ def float_product(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 17
+# %% book/chapters/11_streaming.md, cell 19
 MOST_ROWS = 512
 
 
-# %% book/chapters/11_streaming.md, cell 18
+# %% book/chapters/11_streaming.md, cell 20
 def in_chunks(
     product: Callable[[Array], Array], x: Float[Array, "N D"]
 ) -> Float32[Array, "N F"]:
@@ -179,7 +179,7 @@ def in_chunks(
     return y.reshape(len(x), -1)[:n]
 
 
-# %% book/chapters/11_streaming.md, cell 19
+# %% book/chapters/11_streaming.md, cell 21
 def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
@@ -194,17 +194,17 @@ def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     return base, None if name is None else str(name)
 
 
-# %% book/chapters/11_streaming.md, cell 20
+# %% book/chapters/11_streaming.md, cell 22
 def address(a: np.ndarray) -> int:
     return a.__array_interface__["data"][0]
 
 
-# %% book/chapters/11_streaming.md, cell 21
+# %% book/chapters/11_streaming.md, cell 23
 ALIGNED = 64                                    # bytes, JAX wants it
 MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
 
 
-# %% book/chapters/11_streaming.md, cell 22
+# %% book/chapters/11_streaming.md, cell 24
 def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     """The bytes of `view` without a copy, and where in them it starts.
 
@@ -227,7 +227,7 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     return jax.device_put(words), np.int32(skip)
 
 
-# %% book/chapters/11_streaming.md, cell 23
+# %% book/chapters/11_streaming.md, cell 25
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     """A matrix of a checkpoint, ready to be multiplied by."""
     if weight.nbytes > MOST_BYTES:
@@ -241,13 +241,13 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     return Mapped(raw, skip, small, (d, f), str(weight.dtype))
 
 
-# %% book/chapters/11_streaming.md, cell 26
+# %% book/chapters/11_streaming.md, cell 29
 def layer_of(w: Any, layer: int) -> np.ndarray:
     """One layer of a stack, or of a list of layers, not copied."""
     return getattr(w, "parts", w)[layer]
 
 
-# %% book/chapters/11_streaming.md, cell 27
+# %% book/chapters/11_streaming.md, cell 30
 @dataclass
 class Reading:
     """What has been read so far; grows as the model runs."""
@@ -260,11 +260,11 @@ class Reading:
         self.matrices[name] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 28
+# %% book/chapters/11_streaming.md, cell 31
 Views = list[np.ndarray]
 
 
-# %% book/chapters/11_streaming.md, cell 29
+# %% book/chapters/11_streaming.md, cell 32
 class Labels:
     """Which file each weight is in, and where. Nothing is read."""
 
@@ -283,7 +283,7 @@ class Labels:
         return layer_of(w.weight, layer)[index], w.scales[layer][index]
 
 
-# %% book/chapters/11_streaming.md, cell 30
+# %% book/chapters/11_streaming.md, cell 33
 class Shelf(Labels):
     """Weights that stay on disk, fetched a matrix at a time."""
 
@@ -302,7 +302,7 @@ class Shelf(Labels):
         return jnp.asarray(w, jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 31
+# %% book/chapters/11_streaming.md, cell 34
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     names: set[str] = set()
@@ -315,7 +315,7 @@ def files_of(params: Params) -> set[str]:
     return names
 
 
-# %% book/chapters/11_streaming.md, cell 32
+# %% book/chapters/11_streaming.md, cell 35
 def state_of(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode. ValueError if there is none."""
     try:
@@ -327,7 +327,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 33
+# %% book/chapters/11_streaming.md, cell 36
 def check_unchanged(view: np.ndarray, opened: dict) -> None:
     """ValueError if the file of `view` is no longer what it was.
 
@@ -342,7 +342,7 @@ def check_unchanged(view: np.ndarray, opened: dict) -> None:
         )
 
 
-# %% book/chapters/11_streaming.md, cell 34
+# %% book/chapters/11_streaming.md, cell 37
 def read_ahead(views: Views) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in views:
@@ -355,24 +355,24 @@ def read_ahead(views: Views) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, start, size)
 
 
-# %% book/chapters/11_streaming.md, cell 35
+# %% book/chapters/11_streaming.md, cell 38
 LAYER = "decoder_layer/"
 BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
 
 
-# %% book/chapters/11_streaming.md, cell 36
+# %% book/chapters/11_streaming.md, cell 39
 def layer_modules(params: Params) -> list[str]:
     """The modules of a layer that every token needs."""
     return [module for module in params
             if module.startswith(LAYER) and "/moe/" not in module]
 
 
-# %% book/chapters/11_streaming.md, cell 37
+# %% book/chapters/11_streaming.md, cell 40
 def is_matrix(module: str, name: str) -> bool:
     return name == "w" and not module.endswith("/router")
 
 
-# %% book/chapters/11_streaming.md, cell 38
+# %% book/chapters/11_streaming.md, cell 41
 def layer_weights(shelf: Shelf, layer: int) -> Params:
     """A layer's parameters except its experts'."""
     found: dict[str, dict[str, Any]] = {}
@@ -386,7 +386,7 @@ def layer_weights(shelf: Shelf, layer: int) -> Params:
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 39
+# %% book/chapters/11_streaming.md, cell 42
 def layer_ahead(shelf: Shelf, layer: int) -> None:
     """Have the matrices that `layer_weights` will return read."""
     modules = [m for m in layer_modules(shelf.params)
@@ -395,7 +395,7 @@ def layer_ahead(shelf: Shelf, layer: int) -> None:
     shelf.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 40
+# %% book/chapters/11_streaming.md, cell 43
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def attend_and_route(
     weights: Params,
@@ -416,14 +416,14 @@ def attend_and_route(
     return applied(run, weights, h, cache)
 
 
-# %% book/chapters/11_streaming.md, cell 41
+# %% book/chapters/11_streaming.md, cell 44
 def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
     """`run`, a function of Haiku modules, on these weights."""
     transformed: Any = hk.without_apply_rng(hk.transform(run))
     return transformed.apply(weights, *inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 42
+# %% book/chapters/11_streaming.md, cell 45
 @partial(jax.jit, static_argnames="c", donate_argnames="cache")
 def whole_layer(
     weights: Params,
@@ -440,7 +440,7 @@ def whole_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 43
+# %% book/chapters/11_streaming.md, cell 46
 @partial(jax.jit, donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -460,11 +460,11 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 44
+# %% book/chapters/11_streaming.md, cell 47
 MOST_CHOICES = 1024
 
 
-# %% book/chapters/11_streaming.md, cell 45
+# %% book/chapters/11_streaming.md, cell 48
 def in_batches(
     choices: np.ndarray, nobody: int
 ) -> Iterator[np.ndarray]:
@@ -478,7 +478,7 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 46
+# %% book/chapters/11_streaming.md, cell 49
 def stream_experts(
     shelf: Shelf,
     layer: int,
@@ -503,7 +503,7 @@ def stream_experts(
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 47
+# %% book/chapters/11_streaming.md, cell 50
 @partial(jax.jit, donate_argnames="h")
 def add_normed(
     h: Float32[Array, "B T D"],
@@ -514,7 +514,7 @@ def add_normed(
     return h + rms_norm(y.reshape(h.shape), scale)
 
 
-# %% book/chapters/11_streaming.md, cell 48
+# %% book/chapters/11_streaming.md, cell 51
 def stream_layer(
     shelf: Shelf,
     layer: int,
@@ -535,7 +535,7 @@ def stream_layer(
     return add_normed(h, y, w["rms_norm_3"]["scale"]), cache
 
 
-# %% book/chapters/11_streaming.md, cell 49
+# %% book/chapters/11_streaming.md, cell 52
 def few_logits(
     h: Float[Array, "N D"], words: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -547,7 +547,7 @@ def few_logits(
     return jnp.stack([jnp.sum(row * words, axis=1) for row in h])
 
 
-# %% book/chapters/11_streaming.md, cell 50
+# %% book/chapters/11_streaming.md, cell 53
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
@@ -565,14 +565,14 @@ def word_logits(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/11_streaming.md, cell 51
+# %% book/chapters/11_streaming.md, cell 54
 def pieces(table: np.ndarray) -> list[np.ndarray]:
     """The table cut into runs of words of at most 256 MiB each."""
     count = 1 << (-(-table.nbytes // 2**28) - 1).bit_length()
     return np.array_split(table, count)
 
 
-# %% book/chapters/11_streaming.md, cell 52
+# %% book/chapters/11_streaming.md, cell 55
 @dataclass(frozen=True)
 class LayerByLayer(Model):
     """A model whose `params` are arrays in files, one layer a time."""
@@ -589,7 +589,7 @@ class LayerByLayer(Model):
         return table
 
 
-# %% book/chapters/11_streaming.md, cell 53
+# %% book/chapters/11_streaming.md, cell 56
 class Embedding(LayerByLayer):
     """From tokens to h."""
 
@@ -602,7 +602,7 @@ class Embedding(LayerByLayer):
         return embed(own, at, self.config)
 
 
-# %% book/chapters/11_streaming.md, cell 54
+# %% book/chapters/11_streaming.md, cell 57
 class Layers(Embedding):
     """All of them, one at a time."""
 
@@ -623,7 +623,7 @@ class Layers(Embedding):
         return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 55
+# %% book/chapters/11_streaming.md, cell 58
 class Halves(Layers):
     """From h to logits."""
 
@@ -641,7 +641,7 @@ class Halves(Layers):
         return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 56
+# %% book/chapters/11_streaming.md, cell 59
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -653,11 +653,11 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 57
+# %% book/chapters/11_streaming.md, cell 60
 MOST_TOKENS = 4096
 
 
-# %% book/chapters/11_streaming.md, cell 58
+# %% book/chapters/11_streaming.md, cell 61
 class AllLogits(Halves):
     """Logits of whole texts."""
 
@@ -675,7 +675,7 @@ class AllLogits(Halves):
         return jnp.concatenate(parts)
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% book/chapters/11_streaming.md, cell 62
 class Prefill(AllLogits):
     """Prompts."""
 
@@ -700,7 +700,7 @@ class Prefill(AllLogits):
         return self.unembed(last), replace(cache, length=length)
 
 
-# %% book/chapters/11_streaming.md, cell 60
+# %% book/chapters/11_streaming.md, cell 63
 class StreamedModel(Prefill):
     """A model that runs from its files. See `Model` for its use."""
 
@@ -713,12 +713,12 @@ class StreamedModel(Prefill):
         return self.unembed(h[:, 0]), replace(grown, length=length)
 
 
-# %% book/chapters/11_streaming.md, cell 67
+# %% book/chapters/11_streaming.md, cell 72
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
 
-# %% book/chapters/11_streaming.md, cell 68
+# %% book/chapters/11_streaming.md, cell 73
 def status(text: str) -> None:
     """A line on stderr: on a terminal, below the text and rewritten."""
     if sys.stderr.isatty():
@@ -727,7 +727,7 @@ def status(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/11_streaming.md, cell 69
+# %% book/chapters/11_streaming.md, cell 74
 class Progress:
     """Says which layer a streamed model is at, and seconds a token."""
 
@@ -754,7 +754,7 @@ class Progress:
                f"{spent:.1f} s")
 
 
-# %% book/chapters/11_streaming.md, cell 70
+# %% book/chapters/11_streaming.md, cell 75
 def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
     """`ids` as they come, with a `status` for each."""
     progress = Progress(model)

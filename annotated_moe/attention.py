@@ -124,7 +124,7 @@ def write_cache(
     rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
     x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
     # Heads as one axis: with two, XLA copies the stack on a TPU.
-    flat = stack.reshape(*stack.shape[:3], -1)              # [.., S, KH]
+    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
     flat = flat.at[layer, rows, positions].set(
         x, mode="drop", wrap_negative_indices=False
     )

@@ -32,15 +32,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from annotated_moe import checkpoints, sharding
+from annotated_moe import model as network
 from annotated_moe.attention import KVCache
-from annotated_moe.model import (
-    PRESETS,
-    ModelConfig,
-    Params,
-    decode_step,
-    init_cache,
-    init_params,
-)
+from annotated_moe.model import PRESETS, ModelConfig, Params
 from annotated_moe.quantization import QuantizedTensor
 
 Number = int | float
@@ -91,7 +85,7 @@ def published(config: ModelConfig) -> Params:
     """Shapes of a preset's weights, in 8 bits as Grok-1's are."""
     return jax.eval_shape(
         lambda: checkpoints.quantize_params(
-            dict(init_params(jax.random.key(0), config))
+            dict(network.init_params(jax.random.key(0), config))
         )
     )
 
@@ -206,9 +200,9 @@ def empty_cache(
 
     Compiles `init_cache` and asks where it would put things.
     """
-    make = partial(init_cache, config, batch, context)
+    make = partial(network.init_cache, config, batch, context)
     with jax.set_mesh(mesh):
-        program = init_cache.lower(config, batch, context).compile()
+        program = network.init_cache.lower(config, batch, context).compile()
         shapes = jax.eval_shape(make)
     return with_shardings(shapes, program.output_shardings)
 
@@ -653,7 +647,7 @@ def compile_decode(
     whole = NamedSharding(mesh, P())
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=whole)
     with jax.set_mesh(mesh):
-        job = decode_step.lower(params, tokens, cache, config)
+        job = network.decode_step.lower(params, tokens, cache, config)
         return job.compile()
 
 
@@ -1033,17 +1027,23 @@ def bound_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 # %% book/chapters/13_scale.md, cell 93
+def count(number: int) -> str:
+    """A number of weights in words: 315.7 billion."""
+    if number < 1e9:
+        return f"{number / 1e6:,.1f} million"
+    return f"{number / 1e9:,.1f} billion"
+
+
 def table(plan: Plan) -> str:
-    """A plan for people, 72 columns wide at most."""
+    """A plan for people, 72 columns wide but for a long path."""
     data, model = plan.mesh
     about = HARDWARE[plan.hardware].about
-    billions = f"{plan.parameters / 1e9:,.1f} billion"
-    active = f"{plan.active / 1e9:,.1f} billion for a token"
+    whole, active = count(plan.parameters), count(plan.active)
     parts = [
         (f"{plan.model} on {data * model} x {about}", [
             ("mesh", f"{data} x {model} (data x model)"),
             ("rows", f"{plan.batch}, {plan.context:,} tokens each"),
-            ("parameters", f"{billions}, {active}")]),
+            ("parameters", f"{whole}, {active} for a token")]),
         ("A device holds", memory_rows(plan)),
         ("A device, to decode one token a row", step_rows(plan)),
         ("A step takes at least", bound_rows(plan)),

@@ -138,8 +138,9 @@ def test_the_lock_satisfies_the_package():
     locked = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"]]
-    for extra in project["optional-dependencies"].values():
-        wanted += extra
+    for name, extra in project["optional-dependencies"].items():
+        # libtpu alone is larger than all the rest; `plan` works without.
+        wanted += extra if name != "tpu" else []
     for requirement in map(Requirement, wanted):
         version = locked[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), requirement

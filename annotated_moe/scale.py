@@ -202,7 +202,8 @@ def empty_cache(
     """
     make = partial(network.init_cache, config, batch, context)
     with jax.set_mesh(mesh):
-        program = network.init_cache.lower(config, batch, context).compile()
+        made = network.init_cache.lower(config, batch, context)
+        program = made.compile()
         shapes = jax.eval_shape(make)
     return with_shardings(shapes, program.output_shardings)
 

@@ -73,7 +73,7 @@ def check_join(
         raise ValueError(f"patience is 1 second or more: {patience}")
 
 
-# %% book/chapters/12_hosts.md, cell 20
+# %% book/chapters/12_hosts.md, cell 22
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What a command needs to know to run on several hosts."""
     add = parser.add_argument
@@ -83,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--process", type=int, help="its own number, 0 to N - 1")
 
 
-# %% book/chapters/12_hosts.md, cell 21
+# %% book/chapters/12_hosts.md, cell 23
 def join_from(args: argparse.Namespace) -> None:
     """`join` as the options say; ValueError if they do not fit."""
     n, i = args.processes, args.process
@@ -101,7 +101,7 @@ def join_from(args: argparse.Namespace) -> None:
     join(args.hosts, n, i, args.devices // n)
 
 
-# %% book/chapters/12_hosts.md, cell 22
+# %% book/chapters/12_hosts.md, cell 24
 def reserve_stdout(process: int) -> None:
     """Only what process 0 prints from Python reaches stdout."""
     sys.stdout.flush()
@@ -112,7 +112,7 @@ def reserve_stdout(process: int) -> None:
     sys.stdout = os.fdopen(text, "w", encoding="utf-8")
 
 
-# %% book/chapters/12_hosts.md, cell 23
+# %% book/chapters/12_hosts.md, cell 25
 def leave(error: BaseException, process: int) -> NoReturn:
     """Say in a line why, and end this process without waiting."""
     bad_input = isinstance(error, (ValueError, OSError))
@@ -124,14 +124,14 @@ def leave(error: BaseException, process: int) -> NoReturn:
     os._exit(2 if bad_input else 3)
 
 
-# %% book/chapters/12_hosts.md, cell 24
+# %% book/chapters/12_hosts.md, cell 26
 def check_alone(args: argparse.Namespace) -> None:
     """ValueError for options that mean nothing without --hosts."""
     if args.processes is not None or args.process is not None:
         raise ValueError("--processes and --process go with --hosts")
 
 
-# %% book/chapters/12_hosts.md, cell 25
+# %% book/chapters/12_hosts.md, cell 27
 Command = Callable[[argparse.Namespace], Any]
 
 

@@ -1001,7 +1001,7 @@ def step_rows(plan: Plan) -> list[tuple[str, str]]:
     total = sum(plan.needs.values())
     parts = [f"{kind} {amount(n)}" for kind, n in plan.needs.items()]
     rows = [("must read", amount(total)), ("", ", ".join(parts[:2])),
-            ("", ", ".join(parts[2:]))]
+            ("", ", ".join(parts[2:4])), ("", ", ".join(parts[4:]))]
     if plan.moved is not None:
         ratio = f"{plan.moved / total:.2f} times that"
         rows.append(("moves", f"{amount(plan.moved)}, {ratio}"))

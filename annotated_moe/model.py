@@ -426,13 +426,12 @@ def shared(
     x: Float[Array, "N D"], c: ModelConfig
 ) -> Float32[Array, "N D"]:
     """The expert that every token goes through, in models with one."""
-    def linear(size, name, *axes):
-        return Linear(size, axes, f"shared/{name}")
-
-    gate = linear(c.d_ff, "linear", "data", "model")(x)     # [N, F]
-    up = linear(c.d_ff, "linear_v", "data", "model")(x)
-    hidden = GLUS[c.activation](gate, up, x.dtype)
-    return linear(c.d_model, "linear_1", "model", "data")(hidden)
+    into, back = ("data", "model"), ("model", "data")
+    with hk.name_scope("shared"):
+        gate = Linear(c.d_ff, into, "linear")(x)            # [N, F]
+        up = Linear(c.d_ff, into, "linear_v")(x)
+        hidden = GLUS[c.activation](gate, up, x.dtype)
+        return Linear(c.d_model, back, "linear_1")(hidden)
 
 
 # %% book/chapters/08_model.md, cell 30

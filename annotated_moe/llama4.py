@@ -37,9 +37,11 @@ from annotated_moe.llama import (
 from annotated_moe.moe import Route
 from annotated_moe.rms_norm import rms_norm
 
+Settings = dict[str, Any]                       # of a ModelConfig
+
 
 # %% book/chapters/18_llama4.md, cell 5
-PLAIN: dict[str, Any] = {
+PLAIN: Settings = {
     "vocab_size": 202048, "d_model": 5120, "num_layers": 48,
     "q_heads": 40, "kv_heads": 8, "head_size": 128,
     "attn_multiplier": 128**-0.5, "attn_softcap": None,
@@ -51,7 +53,7 @@ PLAIN: dict[str, Any] = {
 
 
 # %% book/chapters/18_llama4.md, cell 6
-NEW: dict[str, Any] = {
+NEW: Settings = {
     "attn_chunk": 8192,                 # where a layer has RoPE
     "nope_every": 4,                    # every fourth has none
     "attn_temperature": (8192, 0.1),    # ... and grows hotter
@@ -62,7 +64,7 @@ NEW: dict[str, Any] = {
 
 
 # %% book/chapters/18_llama4.md, cell 7
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Settings] = {
     "llama-4-scout": PLAIN | NEW | {
         "context": 10485760, "num_experts": 16,
         "rope_scaling": (16.0, 1.0, 1.0, 8192), "qk_norm": "after_rope",

@@ -253,7 +253,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 79
+# %% book/chapters/16_mixtral.md, cell 75
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
     ("block_sparse_moe.gate.weight", "decoder_layer/router/w",
      "transpose"),
@@ -264,7 +264,7 @@ WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
 EXPERT = "block_sparse_moe.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 80
+# %% book/chapters/16_mixtral.md, cell 76
 QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
     ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale", "as is"),
     ("self_attn.k_norm.weight", f"{ATTENTION}/key_norm/scale", "as is"),
@@ -279,7 +279,7 @@ QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
 QWEN_EXPERT = "mlp.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 81
+# %% book/chapters/16_mixtral.md, cell 77
 FIELDS = HUB_FIELDS | {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -306,7 +306,7 @@ QWEN_DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 82
+# %% book/chapters/16_mixtral.md, cell 78
 def read_mixtral(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"router": "top_k_softmax"}
 
@@ -315,7 +315,7 @@ def write_mixtral(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values)
 
 
-# %% book/chapters/16_mixtral.md, cell 83
+# %% book/chapters/16_mixtral.md, cell 79
 def read_renormalise(raw: dict[str, Any]) -> dict[str, Any]:
     """`norm_topk_prob`: whether a token's gates sum to one."""
     norm = raw.get("norm_topk_prob", False)
@@ -329,7 +329,7 @@ def write_renormalise(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values) | {"norm_topk_prob": norm}
 
 
-# %% book/chapters/16_mixtral.md, cell 84
+# %% book/chapters/16_mixtral.md, cell 80
 def read_olmoe(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | read_renormalise(raw) | {"qk_norm": "whole"}
 

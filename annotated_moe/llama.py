@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Float32
 
 
 # %% book/chapters/15_llama.md, cell 8
-# In what all Llamas differ from Grok-1, as ModelConfig's fields.
 EVERY_LLAMA: dict[str, Any] = {
+    # In what all Llamas differ from Grok-1, as ModelConfig's fields.
     "num_experts": 1,               # one dense block, no router
     "top_k": 1,
     "post_norm": False,             # norms before sublayers only

@@ -239,14 +239,14 @@ OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 
 
 # %% book/chapters/09_checkpoints.md, cell 20
-def step(machine: Machine) -> bool:
+def step(machine: Machine, push: dict = PUSH, do: dict = DO) -> bool:
     """Carry out one instruction; False when it was STOP."""
     code = machine.number(1)
     name = OPCODES.get(code, f"{code:#04x}")
-    if name in PUSH:
-        machine.stack.append(PUSH[name](machine))
-    elif name in DO:
-        DO[name](machine)
+    if name in push:
+        machine.stack.append(push[name](machine))
+    elif name in do:
+        do[name](machine)
     elif name != "STOP":
         raise CheckpointError(
             f"uses the pickle instruction {name}, which no tensor "
@@ -260,15 +260,20 @@ MOST_STEPS = 1000
 
 
 # %% book/chapters/09_checkpoints.md, cell 22
-def parse(data: memoryview) -> Any:
+def parse(
+    data: memoryview,
+    push: dict = PUSH,
+    do: dict = DO,
+    most: int = MOST_STEPS,
+) -> Any:
     """What a pickle describes. Runs nothing, imports nothing."""
     machine = Machine(data)
-    for _ in range(MOST_STEPS):
-        if not step(machine):
+    for _ in range(most):
+        if not step(machine, push, do):
             break
     else:
         raise CheckpointError(
-            f"has more than {MOST_STEPS} pickle instructions, which no "
+            f"has more than {most} pickle instructions, which no "
             "tensor needs; it was refused and nothing was run"
         )
     if len(machine.stack) != 1 or machine.at != len(data):
@@ -868,26 +873,47 @@ BLOCK = 2**24
 
 
 # %% book/chapters/09_checkpoints.md, cell 81
+class Lazy:
+    """An array-like with shape and dtype that reads on indexing."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self[:], dtype)
+
+
+# %% book/chapters/09_checkpoints.md, cell 82
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
         for part in w.parts:
             yield from pieces(part)
         return
-    w = np.asarray(w)
+    w = w if isinstance(w, Lazy) else np.asarray(w)
     if w.nbytes <= BLOCK:
-        yield w
+        yield np.asarray(w)
         return
     rows = BLOCK * len(w) // w.nbytes
     if rows:
         for at in range(0, len(w), rows):
             yield w[at : at + rows]
     else:
-        for row in w:
-            yield from pieces(row)
+        for i in range(len(w)):
+            yield from pieces(w[i])
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 83
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -901,7 +927,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 84
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -924,7 +950,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 84
+# %% book/chapters/09_checkpoints.md, cell 85
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -934,7 +960,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 85
+# %% book/chapters/09_checkpoints.md, cell 86
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -949,7 +975,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 87
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -962,11 +988,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 88
 TILE = 128
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 89
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -979,13 +1005,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 90
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 92
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -1001,7 +1027,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 93
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -1019,7 +1045,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 94
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1032,11 +1058,11 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 95
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 96
 PARTS = {
     "config.json",
     "model.safetensors",
@@ -1045,7 +1071,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 97
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1053,12 +1079,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 98
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 99
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1074,7 +1100,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 100
 def refuse_streamed(model: Model) -> None:
     if isinstance(model, StreamedModel):
         raise CheckpointError(
@@ -1083,7 +1109,7 @@ def refuse_streamed(model: Model) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 101
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1110,7 +1136,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 102
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1130,7 +1156,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 103
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1138,7 +1164,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 104
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1146,7 +1172,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 105
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1169,7 +1195,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 106
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1190,7 +1216,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 107
 Change = Callable[[np.ndarray], np.ndarray]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w: w, lambda w: w),
@@ -1198,7 +1224,7 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 108
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1221,7 +1247,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 109
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1238,7 +1264,7 @@ class Family:
     expert: str = "moe_block.experts.{i}"
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 110
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1246,7 +1272,7 @@ HOUSEKEEPING = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 111
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
@@ -1257,7 +1283,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 112
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1271,7 +1297,7 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 113
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
@@ -1296,12 +1322,12 @@ def hf_config(path: Path) -> ModelConfig:
     return make_config(path, {"head_size": size, **values})
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 114
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 115
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1319,7 +1345,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 116
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1344,7 +1370,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 117
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1353,7 +1379,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 118
 def take(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1377,7 +1403,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 119
 def gather(
     where: Path,
     arrays: dict[str, np.ndarray],
@@ -1406,7 +1432,7 @@ def gather(
     return stack_layers(where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 120
 def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
     """Take `lm_head.weight` out; CheckpointError if it is another."""
     head = arrays.pop("lm_head.weight", None)
@@ -1421,7 +1447,7 @@ def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 121
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1445,7 +1471,7 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 122
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -1461,8 +1487,13 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
-def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
+# %% book/chapters/09_checkpoints.md, cell 123
+Layout = tuple[ModelConfig, Callable, Path]
+DETECTORS: list[Callable[[Path, set[str]], Layout | None]] = []
+
+
+# %% book/chapters/09_checkpoints.md, cell 124
+def find_layout(folder: Path) -> Layout:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
     names, settings = names_in(folder), folder / "config.json"
@@ -1473,13 +1504,17 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
         return our_config(settings), read_ours, folder
     if "architectures" in raw:
         return hf_config(settings), read_hf, folder
+    for detect in DETECTORS:
+        if found := detect(folder, names):
+            return found
     raise CheckpointError(
         f"{folder} holds neither ckpt-0/ (Grok-1) nor a config.json of "
-        f"format {OUR_FORMAT!r} or with 'architectures' (Hugging Face)"
+        f"format {OUR_FORMAT!r} or with 'architectures' (Hugging Face), "
+        "nor params.json and consolidated.00.pth (Meta)"
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 125
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1487,13 +1522,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 126
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 127
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1503,7 +1538,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 128
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1518,7 +1553,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 129
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1527,7 +1562,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     """
     folder = small_model() if path is None else Path(path)
     where = find_layout(folder)[2]
-    arrays, sums = stored(where), checksums(beside(where))
+    sums, arrays = checksums(beside(where)), stored(where)
     for name in sorted(set(arrays) ^ set(sums)):
         lacks = "checksum" if name in arrays else "tensor"
         raise CheckpointError(f"{where}: {name[:80]!r} has no {lacks}")
@@ -1543,7 +1578,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 128
+# %% book/chapters/09_checkpoints.md, cell 130
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1563,13 +1598,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 129
+# %% book/chapters/09_checkpoints.md, cell 131
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 130
+# %% book/chapters/09_checkpoints.md, cell 132
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1585,7 +1620,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 131
+# %% book/chapters/09_checkpoints.md, cell 133
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1607,14 +1642,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 134
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 135
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

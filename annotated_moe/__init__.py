@@ -10,6 +10,7 @@ its devices while reading only the bytes that a device keeps.
 # %% book/chapters/09_checkpoints.md, cell 136
 from importlib.metadata import version
 
+from annotated_moe import meta  # noqa: F401, `load` learns its layout
 from annotated_moe.checkpoints import (
     CheckpointError,
     load,

@@ -12,7 +12,8 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from annotated_moe import checkpoints as ck
 from annotated_moe.checkpoints import CheckpointError, Machine, Node
+from annotated_moe.model import ModelConfig, kinds
 
 
 # %% book/chapters/14_meta.md, cell 3
@@ -440,3 +442,591 @@ def open_pth(path: Path) -> dict[str, np.ndarray]:
         return tensors_in(data, spans)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+# %% book/chapters/14_meta.md, cell 38
+@dataclass(frozen=True, eq=False)
+class Joined(ck.Lazy):
+    """Arrays beside one another along `axis`, not copied.
+
+    `joined[3]` is a lazy row; another index (integers, slices, or an
+    array of rows) copies what it names and no more. float16 becomes
+    float32, which holds all of its values.
+    """
+
+    parts: list
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        sizes = list(self.parts[0].shape)
+        sizes[self.axis] = sum(p.shape[self.axis] for p in self.parts)
+        return tuple(sizes)
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        dtype = np.dtype(self.parts[0].dtype)
+        return np.dtype(np.float32) if dtype == np.float16 else dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        return joined_item(self, index)
+
+
+# %% book/chapters/14_meta.md, cell 39
+def cut(w: Joined, spans: list[slice]) -> Iterator[np.ndarray]:
+    """What `spans` name of each part; parts beside them are unread."""
+    before, after = spans[: w.axis], spans[w.axis + 1 :]
+    start, stop, step = spans[w.axis].indices(w.shape[w.axis])
+    at = 0
+    for part in w.parts:
+        size = part.shape[w.axis]
+        first = max(start, at)
+        first += (start - first) % step
+        mine = slice(first - at, min(stop, at + size) - at, step)
+        if mine.start < mine.stop:
+            yield part[(*before, mine, *after)]
+        at += size
+
+
+# %% book/chapters/14_meta.md, cell 40
+def as_span(index: Any, size: int) -> slice:
+    """One axis' index as a slice that steps forward."""
+    if isinstance(index, slice):
+        if (index.step or 1) < 1:
+            raise IndexError("a step must be at least 1")
+        return index
+    at = range(size)[index]
+    return slice(at, at + 1)
+
+
+# %% book/chapters/14_meta.md, cell 41
+def joined_item(w: Joined, index: Any) -> Any:
+    """`w[index]`: one row stays lazy, all else is read."""
+    index = index if isinstance(index, tuple) else (index,)
+    if isinstance(index[0], np.ndarray):
+        rows = [w[(int(i), *index[1:], ...)] for i in index[0]]
+        return np.stack(rows)
+    alone = len(index) == 1 and not isinstance(index[0], slice)
+    if alone and len(w.shape) > 1:
+        return row_of(w, range(len(w))[index[0]])
+    index = tuple(i for i in index if i is not ...)
+    index += (slice(None),) * (len(w.shape) - len(index))
+    spans = [as_span(i, n) for i, n in zip(index, w.shape)]
+    blocks = list(cut(w, spans))
+    if not blocks:
+        blocks = [w.parts[0][tuple(slice(0) for _ in spans)]]
+    whole = blocks[0]
+    if len(blocks) > 1:
+        whole = np.concatenate(blocks, w.axis)
+    keep = (slice(None) if isinstance(i, slice) else 0 for i in index)
+    return np.asarray(whole[tuple(keep)]).astype(w.dtype, copy=False)
+
+
+# %% book/chapters/14_meta.md, cell 42
+def row_of(w: Joined, row: int) -> Joined:
+    """Row `row` of axis 0, still lazy."""
+    if w.axis:
+        return Joined([part[row] for part in w.parts], w.axis - 1)
+    for part in w.parts:
+        if row < len(part):
+            break
+        row -= len(part)
+    return Joined([part[row]], 0)
+
+
+# %% book/chapters/14_meta.md, cell 43
+def columns(pieces: list[np.ndarray]) -> Joined:
+    """[out/R, in] of each file: ours is [in, out]."""
+    return Joined([piece.T for piece in pieces], 1)
+
+
+# %% book/chapters/14_meta.md, cell 44
+def rows(pieces: list[np.ndarray]) -> Joined:
+    """[out, in/R] of each file: ours is [in, out]."""
+    return Joined([piece.T for piece in pieces], 0)
+
+
+# %% book/chapters/14_meta.md, cell 45
+def split_halves(
+    pieces: list[np.ndarray], head_size: int
+) -> list[np.ndarray]:
+    """Each head's even rows, then its odd ones: only views."""
+    return [
+        piece[start + odd : start + head_size : 2]
+        for piece in pieces
+        for start in range(0, len(piece), head_size)
+        for odd in (0, 1)
+    ]
+
+
+# %% book/chapters/14_meta.md, cell 46
+LAYER = "decoder_layer"
+ATTENTION = f"{LAYER}/multi_head_attention"
+MOE, SHARED = f"{LAYER}/moe", f"{LAYER}/shared"
+Row = tuple[str, str, str]
+WHOLE: tuple[Row, ...] = (
+    ("tok_embeddings.weight", "in_out_embed/embeddings", "table"),
+    ("output.weight", "lm_head/embeddings", "words"),
+    ("norm.weight", "rms_norm/scale", "copies"),
+)
+
+
+# %% book/chapters/14_meta.md, cell 47
+BOTH: tuple[Row, ...] = (
+    ("attention_norm.weight", f"{LAYER}/rms_norm/scale", "copies"),
+    ("ffn_norm.weight", f"{LAYER}/rms_norm_2/scale", "copies"),
+    ("attention.wq.weight", f"{ATTENTION}/query/w", "turned"),
+    ("attention.wk.weight", f"{ATTENTION}/key/w", "turned"),
+    ("attention.wv.weight", f"{ATTENTION}/value/w", "columns"),
+    ("attention.wo.weight", f"{ATTENTION}/linear/w", "rows"),
+    ("feed_forward.w1.weight", f"{LAYER}/linear/w", "columns"),
+    ("feed_forward.w3.weight", f"{LAYER}/linear_v/w", "columns"),
+    ("feed_forward.w2.weight", f"{LAYER}/linear_1/w", "rows"),
+)
+
+
+# %% book/chapters/14_meta.md, cell 48
+FF = "feed_forward"
+FUSED: tuple[Row, ...] = (
+    ("attention.wqkv.layer_norm_weight",
+     f"{LAYER}/rms_norm/scale", "copies"),
+    (f"{FF}.mlp.layer_norm_weight", f"{LAYER}/rms_norm_2/scale", "copies"),
+    (f"{FF}.norm.weight", f"{LAYER}/rms_norm_2/scale", "copies"),
+    ("attention.wqkv.weight", f"{ATTENTION}/query/w", "query of 3"),
+    ("attention.wqkv.weight", f"{ATTENTION}/key/w", "key of 3"),
+    ("attention.wqkv.weight", f"{ATTENTION}/value/w", "value of 3"),
+    (f"{FF}.mlp.fc1_weight", f"{LAYER}/linear/w", "upper half"),
+    (f"{FF}.mlp.fc1_weight", f"{LAYER}/linear_v/w", "lower half"),
+    (f"{FF}.mlp.fc2_weight", f"{LAYER}/linear_1/w", "rows"),
+)
+
+
+# %% book/chapters/14_meta.md, cell 49
+EXPERTS: tuple[Row, ...] = (
+    (f"{FF}.router_DE", f"{LAYER}/router/w", "copies"),
+    (f"{FF}.experts.moe_w_in_eD_F", f"{MOE}/linear/w", "experts"),
+    (f"{FF}.experts.moe_w_swiglu_eD_F", f"{MOE}/linear_v/w", "experts"),
+    (f"{FF}.experts.moe_w_out_eF_D", f"{MOE}/linear_1/w", "experts out"),
+    (f"{FF}.w_in_shared_FD.weight", f"{SHARED}/linear/w", "columns"),
+    (f"{FF}.w_swiglu_FD.weight", f"{SHARED}/linear_v/w", "columns"),
+    (f"{FF}.w_out_shared_DF.weight", f"{SHARED}/linear_1/w", "rows"),
+    (f"{FF}.experts.w1", f"{MOE}/linear/w", "experts"),
+    (f"{FF}.experts.w3", f"{MOE}/linear_v/w", "experts"),
+    (f"{FF}.experts.w2", f"{MOE}/linear_1/w", "experts out"),
+    (f"{FF}.shared_expert.w1.weight", f"{SHARED}/linear/w", "columns"),
+    (f"{FF}.shared_expert.w3.weight", f"{SHARED}/linear_v/w", "columns"),
+    (f"{FF}.shared_expert.w2.weight", f"{SHARED}/linear_1/w", "rows"),
+)
+META_WEIGHTS = WHOLE + BOTH + FUSED + EXPERTS
+
+
+# %% book/chapters/14_meta.md, cell 50
+Way = Callable[[list[np.ndarray], ModelConfig], Joined]
+WAYS: dict[str, Way] = {
+    "columns": lambda pieces, c: columns(pieces),
+    "rows": lambda pieces, c: rows(pieces),
+    "turned": lambda pieces, c: columns(
+        split_halves(pieces, c.head_size)
+    ),
+    "words": lambda pieces, c: Joined(pieces, 0),
+}
+
+
+# %% book/chapters/14_meta.md, cell 51
+def table(pieces: list[np.ndarray], c: ModelConfig) -> Joined:
+    """[V/R, D] of each file, or [V, D/R]: the shape says which."""
+    return Joined(pieces, int(pieces[0].shape[-1] != c.d_model))
+
+
+# %% book/chapters/14_meta.md, cell 52
+def copies(pieces: list[np.ndarray], c: ModelConfig) -> Joined:
+    """The same in all files, which is checked."""
+    if any(ck.as_bytes(p) != ck.as_bytes(pieces[0]) for p in pieces):
+        raise CheckpointError(
+            "is not the same in all files: they are not of one model"
+        )
+    return Joined(pieces[:1], 0)
+
+
+# %% book/chapters/14_meta.md, cell 53
+def of_three(
+    pieces: list[np.ndarray], which: int, c: ModelConfig
+) -> list[np.ndarray]:
+    """Queries (0), keys (1) or values (2) of each file's wqkv."""
+    heads = c.q_heads, c.kv_heads, c.kv_heads
+    sizes = [n // len(pieces) * c.head_size for n in heads]
+    if len(pieces[0]) != sum(sizes):
+        raise CheckpointError(
+            f"has {len(pieces[0])} rows in each file; expected "
+            f"{' + '.join(map(str, sizes))}"
+        )
+    start = sum(sizes[:which])
+    return [piece[start : start + sizes[which]] for piece in pieces]
+
+
+# %% book/chapters/14_meta.md, cell 54
+def half(pieces: list[np.ndarray], lower: int) -> list[np.ndarray]:
+    """The upper (0) or lower (1) half of each file's rows."""
+    size = len(pieces[0]) // 2
+    return [piece[lower * size : (lower + 1) * size] for piece in pieces]
+
+
+# %% book/chapters/14_meta.md, cell 55
+def by_expert(
+    pieces: list[np.ndarray], axis: int, c: ModelConfig
+) -> Joined:
+    """[E * in, out] of each file as [E, in, out], cut along `axis`."""
+    flat, e = [p.reshape(-1, p.shape[-1]) for p in pieces], c.num_experts
+    if len(flat[0]) % e:
+        raise CheckpointError(
+            f"has {len(flat[0])} rows, which {e} experts do not divide"
+        )
+    whole = [p.reshape(e, -1, p.shape[-1]) for p in flat]
+    return Joined(whole, axis)
+
+
+# %% book/chapters/14_meta.md, cell 56
+WAYS |= {
+    "table": table,
+    "copies": copies,
+    "query of 3": lambda p, c: WAYS["turned"](of_three(p, 0, c), c),
+    "key of 3": lambda p, c: WAYS["turned"](of_three(p, 1, c), c),
+    "value of 3": lambda p, c: columns(of_three(p, 2, c)),
+    "upper half": lambda p, c: columns(half(p, 0)),
+    "lower half": lambda p, c: columns(half(p, 1)),
+    "experts": lambda p, c: by_expert(p, 2, c),
+    "experts out": lambda p, c: by_expert(p, 1, c),
+}
+
+
+# %% book/chapters/14_meta.md, cell 57
+def pth_files(folder: Path) -> list[Path]:
+    """consolidated.00.pth and on; CheckpointError for a gap."""
+    found = sorted(
+        name for name in ck.names_in(folder)
+        if name.startswith("consolidated.") and name.endswith(".pth")
+    )
+    wanted = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
+    for there, name in zip(found, wanted):
+        if there != name:
+            raise CheckpointError(
+                f"{folder} lacks {name} but has {there}: fetch it"
+            )
+    return [folder / name for name in found]
+
+
+# %% book/chapters/14_meta.md, cell 58
+def refuse_other(files: list[Path], ranks: list[dict]) -> None:
+    """CheckpointError unless all files hold alike pieces of all."""
+    first = ranks[0]
+    for file, rank in zip(files, ranks):
+        for name in sorted(set(first) ^ set(rank)):
+            lacks = file if name in first else files[0]
+            raise CheckpointError(
+                f"{lacks} lacks {name[:80]!r}, which other files have"
+            )
+        for name, w in rank.items():
+            a, b = first[name], w
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise CheckpointError(
+                    f"{file}: {name[:80]!r} is {b.dtype} {b.shape}; in "
+                    f"{files[0].name} it is {a.dtype} {a.shape}"
+                )
+
+
+# %% book/chapters/14_meta.md, cell 59
+def open_ranks(folder: Path) -> dict[str, list[np.ndarray]]:
+    """Name -> its piece in each file; tables of angles left out."""
+    files = pth_files(folder)
+    ranks = [open_pth(file) for file in files]
+    refuse_other(files, ranks)
+    names = [n for n in ranks[0] if not n.endswith("rope.freqs")]
+    return {name: [rank[name] for rank in ranks] for name in names}
+
+
+# %% book/chapters/14_meta.md, cell 60
+def layers_with(path: str, config: ModelConfig) -> list[int]:
+    """The layers that have a parameter: with experts, without, all."""
+    block = path.split("/")[1]
+    sparse = block in ("router", "moe", "shared")
+    dense = block in ("linear", "linear_v", "linear_1")
+    return [
+        i for i, kind in enumerate(kinds(config))
+        if not (sparse and not kind.experts or dense and kind.experts)
+    ]
+
+
+# %% book/chapters/14_meta.md, cell 61
+def one_of(
+    where: Path,
+    arrays: dict[str, list[np.ndarray]],
+    path: str,
+    before: str,
+) -> tuple[str, str]:
+    """Under which of its names a parameter is there, and the way."""
+    spelled = [(n, way) for n, ours, way in META_WEIGHTS if ours == path]
+    for name, way in spelled:
+        if before + name in arrays:
+            return before + name, way
+    names = " or ".join(before + name for name, _ in spelled)
+    raise CheckpointError(f"{where} lacks {names or path}")
+
+
+# %% book/chapters/14_meta.md, cell 62
+def check_heads(where: Path, config: ModelConfig, files: int) -> None:
+    """CheckpointError where a file would hold part of a head."""
+    for name in ("q_heads", "kv_heads"):
+        if getattr(config, name) % files:
+            raise CheckpointError(
+                f"{where} has {files} files, which do not divide "
+                f"{name} = {getattr(config, name)}; Meta publishes such "
+                "models with each key head repeated and counted"
+            )
+
+
+# %% book/chapters/14_meta.md, cell 63
+def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Path -> tensor of Meta's layout, mapped from disk, lazily joined.
+
+    Raises CheckpointError for what is missing, left over or misshapen.
+    """
+    arrays, used = open_ranks(folder), set()
+    check_heads(folder, config, len(next(iter(arrays.values()))))
+
+    def one(path: str, before: str, shape: tuple) -> Joined:
+        name, way = one_of(folder, arrays, path, before)
+        used.add(name)
+        try:
+            w = WAYS[way](arrays[name], config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {name} {error}") from None
+        ck.check_tensor(folder, f"{name} as {path}", w, shape)
+        return w
+
+    tensors: dict[str, Any] = {}
+    for path, shape in ck.expected(config).items():
+        if not path.startswith(f"{LAYER}/"):
+            tensors[path] = one(path, "", shape)
+            continue
+        layers = layers_with(path, config)
+        parts = [one(path, f"layers.{i}.", shape[1:]) for i in layers]
+        tensors[path] = ck.stack_layers(folder, path, parts)
+    refuse_rest(folder, set(arrays) - used)
+    return tensors
+
+
+# %% book/chapters/14_meta.md, cell 64
+def refuse_rest(folder: Path, names: set[str]) -> None:
+    """CheckpointError for tensors that nothing asked for."""
+    if names:
+        raise CheckpointError(
+            f"{folder} holds {min(names)[:80]!r}, which its "
+            "params.json has no place for"
+        )
+
+
+# %% book/chapters/14_meta.md, cell 65
+WHOLE_NUMBERS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim",
+    "vocab_size", "multiple_of", "attention_chunk_size",
+    "nope_layer_interval", "num_experts", "top_k",
+    "interleave_moe_layer_step", "max_batch_size", "max_seq_len",
+}
+REALS = {
+    "ffn_dim_multiplier", "ffn_exp", "norm_eps", "rope_theta",
+    "rope_scaling_factor", "rope_high_freq_factor", "floor_scale",
+    "attn_scale", "capacity_factor",
+}
+SWITCHES = {
+    "use_scaled_rope", "use_qk_norm", "attn_temperature_tuning",
+    "auto_scale_F",
+}
+MOE_FIELDS = {
+    "num_experts", "top_k", "interleave_moe_layer_step",
+    "capacity_factor", "auto_scale_F",
+}
+FIELDS = (WHOLE_NUMBERS | REALS | SWITCHES | {"moe_args"}) - MOE_FIELDS
+LLAMA4 = {
+    "head_dim", "ffn_exp", "attention_chunk_size", "rope_scaling_factor",
+    "rope_high_freq_factor", "nope_layer_interval", "use_qk_norm",
+    "attn_temperature_tuning", "floor_scale", "attn_scale", "moe_args",
+}
+
+
+# %% book/chapters/14_meta.md, cell 66
+def good_value(name: str, value: Any) -> bool:
+    """Whether a field of params.json holds what it should."""
+    if name in SWITCHES:
+        return type(value) is bool
+    if name == "vocab_size" and value == -1:
+        return type(value) is int
+    whole = type(value) is int
+    number = whole or name in REALS and type(value) is float
+    return number and 0 < value < 2**31
+
+
+# %% book/chapters/14_meta.md, cell 67
+def check_params(path: Path, raw: Any, known: set[str]) -> dict:
+    """The fields that are set; CheckpointError for one that is wrong."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: moe_args must be an object")
+    values = {n: v for n, v in raw.items() if v is not None}
+    ck.refuse_unknown(path, values, known)
+    for name, value in values.items():
+        if name != "moe_args" and not good_value(name, value):
+            kind = "true or false" if name in SWITCHES else "a number > 0"
+            raise CheckpointError(
+                f"{path}: {name} is {str(value)[:40]}; expected {kind}"
+            )
+    return values
+
+
+# %% book/chapters/14_meta.md, cell 68
+def need(path: Path, values: dict, name: str) -> Any:
+    if name not in values:
+        raise CheckpointError(f"{path} lacks the field {name!r}")
+    return values[name]
+
+
+# %% book/chapters/14_meta.md, cell 69
+def ffn_width(
+    hidden: int, multiplier: float, multiple: int, share: float = 1
+) -> int:
+    """Two thirds of `hidden`, scaled, up to a multiple of `multiple`.
+
+    Source: llama-models, `FeedForward` and `MoE`.
+    """
+    hidden = int(multiplier * int(2 * hidden / 3))
+    return -(-int(hidden / share) // multiple) * multiple
+
+
+# %% book/chapters/14_meta.md, cell 70
+def widths(path: Path, raw: dict, moe: dict) -> dict[str, int]:
+    """d_ff and dense_ff, as the release computes them."""
+    dim, multiple = raw["dim"], raw.get("multiple_of", 256)
+    by = raw.get("ffn_dim_multiplier", 1)
+    dense = ffn_width(4 * dim, by, multiple)
+    if not moe:
+        return {"d_ff": dense}
+    by = need(path, raw, "ffn_dim_multiplier")
+    hidden = int(need(path, raw, "ffn_exp") * dim)
+    share = moe.get("capacity_factor", 1.0) + 1
+    share = share if moe.get("auto_scale_F", True) else 1
+    wide = ffn_width(hidden, by, multiple, share)
+    return {"d_ff": wide, "dense_ff": dense}
+
+
+# %% book/chapters/14_meta.md, cell 71
+def vocabulary(folder: Path, raw: dict) -> int:
+    """V of params.json; where it is -1 or missing, of the embedding."""
+    said = raw.get("vocab_size", -1)
+    if said > 0:
+        return said
+    pieces = open_ranks(folder).get("tok_embeddings.weight", [])
+    if not pieces or pieces[0].ndim != 2:
+        raise CheckpointError(f"{folder} lacks tok_embeddings.weight")
+    rows, width = pieces[0].shape
+    return rows * len(pieces) if width == raw["dim"] else rows
+
+
+# %% book/chapters/14_meta.md, cell 72
+def positions(raw: dict) -> dict[str, Any]:
+    """RoPE's base and scaling, and the context each generation has."""
+    llama4, scaled = LLAMA4 & set(raw), raw.get("use_scaled_rope", False)
+    modern = llama4 or "rope_theta" in raw or "use_scaled_rope" in raw
+    values: dict[str, Any] = {
+        "rope_base": float(raw.get("rope_theta", 5e5 if modern else 1e4)),
+        "context": 8192 if modern else 4096,
+    }
+    factor, high = 8, 4
+    if llama4:
+        factor = raw.get("rope_scaling_factor", 16)
+        high = raw.get("rope_high_freq_factor", 1)
+        values["context"] = 1048576
+    if scaled:
+        values["rope_scaling"] = (float(factor), 1.0, float(high), 8192)
+        values["context"] = 10485760 if llama4 else 131072
+    return values
+
+
+# %% book/chapters/14_meta.md, cell 73
+def llama4_values(raw: dict) -> dict[str, Any]:
+    """What only Llama 4 has, except its experts."""
+    values: dict[str, Any] = {}
+    if raw.get("use_qk_norm"):
+        values["qk_norm"] = "after_rope"
+    if raw.get("attn_temperature_tuning"):
+        floor = raw.get("floor_scale", 8192)
+        whole = int(floor) if floor == int(floor) else floor
+        values["attn_temperature"] = whole, raw.get("attn_scale", 0.1)
+    values["attn_chunk"] = raw.get("attention_chunk_size")
+    values["nope_every"] = raw.get("nope_layer_interval", 0)
+    return values
+
+
+# %% book/chapters/14_meta.md, cell 74
+def expert_values(path: Path, moe: dict) -> dict[str, Any]:
+    """Llama 4's experts, or a dense model."""
+    if not moe:
+        return {"num_experts": 1, "top_k": 1}
+    if need(path, moe, "num_experts") < 2:
+        raise CheckpointError(f"{path}: num_experts must be at least 2")
+    return {
+        "num_experts": moe["num_experts"],
+        "top_k": moe.get("top_k", 1),
+        "moe_every": moe.get("interleave_moe_layer_step", 1),
+        "router": "sigmoid_input",
+        "shared_expert": True,
+    }
+
+
+# %% book/chapters/14_meta.md, cell 75
+STOPS = {
+    128256: (128001, 128008, 128009),           # Llama 3
+    202048: (200001, 200007, 200008),           # Llama 4
+}
+ALL_LLAMAS = {
+    "post_norm": False, "activation": "silu", "tied": False,
+    "attn_softcap": None,
+    "embedding_multiplier": 1.0, "output_multiplier": 1.0,
+}
+
+
+# %% book/chapters/14_meta.md, cell 76
+def meta_config(folder: Path) -> ModelConfig:
+    """`params.json` as a configuration.
+
+    Raises CheckpointError for a field that is unknown or wrong.
+    """
+    path = folder / "params.json"
+    raw = check_params(path, ck.read_json(path), FIELDS)
+    moe = check_params(path, raw.get("moe_args", {}), MOE_FIELDS)
+    dim, heads = need(path, raw, "dim"), need(path, raw, "n_heads")
+    size, rest = divmod(dim, heads)
+    if rest or raw.get("head_dim", size) != size:
+        raise CheckpointError(
+            f"{path}: a head has dim / n_heads features, and {dim} / "
+            f"{heads} is not head_dim = {raw.get('head_dim', 'whole')}"
+        )
+    words = vocabulary(folder, raw)
+    return ck.make_config(path, {
+        **ALL_LLAMAS, **positions(raw), **llama4_values(raw),
+        **expert_values(path, moe), **widths(path, raw, moe),
+        "d_model": dim, "num_layers": need(path, raw, "n_layers"),
+        "q_heads": heads, "kv_heads": raw.get("n_kv_heads", heads),
+        "head_size": size, "attn_multiplier": size**-0.5,
+        "norm_eps": raw.get("norm_eps", 1e-5),
+        "vocab_size": words, "eos_id": STOPS.get(words, 2),
+    })
+
+
+# %% book/chapters/14_meta.md, cell 77
+def find_meta(folder: Path, names: set[str]) -> ck.Layout | None:
+    """Meta's layout, if these are the names of its files."""
+    if not {"params.json", "consolidated.00.pth"} <= names:
+        return None
+    return meta_config(folder), read_meta, folder
+
+
+ck.DETECTORS.append(find_meta)
+ck.LAYOUTS[read_meta] = "Meta"

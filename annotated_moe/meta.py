@@ -446,12 +446,11 @@ def open_pth(path: Path) -> dict[str, np.ndarray]:
 
 # %% book/chapters/14_meta.md, cell 38
 @dataclass(frozen=True, eq=False)
-class Joined(ck.Lazy):
+class Assembled(ck.Lazy):
     """Arrays beside one another along `axis`, not copied.
 
-    `joined[3]` is a lazy row; another index (integers, slices, or an
-    array of rows) copies what it names and no more. float16 becomes
-    float32, which holds all of its values.
+    `w[3]` is a lazy row; another index (integers, slices, or an
+    array of rows) copies what it names and no more.
     """
 
     parts: list
@@ -465,15 +464,14 @@ class Joined(ck.Lazy):
 
     @property
     def dtype(self) -> np.dtype:  # type: ignore[override]
-        dtype = np.dtype(self.parts[0].dtype)
-        return np.dtype(np.float32) if dtype == np.float16 else dtype
+        return self.parts[0].dtype
 
     def __getitem__(self, index: Any) -> Any:
-        return joined_item(self, index)
+        return assembled_item(self, index)
 
 
 # %% book/chapters/14_meta.md, cell 39
-def cut(w: Joined, spans: list[slice]) -> Iterator[np.ndarray]:
+def cut(w: Assembled, spans: list[slice]) -> Iterator[np.ndarray]:
     """What `spans` name of each part; parts beside them are unread."""
     before, after = spans[: w.axis], spans[w.axis + 1 :]
     start, stop, step = spans[w.axis].indices(w.shape[w.axis])
@@ -500,7 +498,7 @@ def as_span(index: Any, size: int) -> slice:
 
 
 # %% book/chapters/14_meta.md, cell 41
-def joined_item(w: Joined, index: Any) -> Any:
+def assembled_item(w: Assembled, index: Any) -> Any:
     """`w[index]`: one row stays lazy, all else is read."""
     index = index if isinstance(index, tuple) else (index,)
     if isinstance(index[0], np.ndarray):
@@ -519,31 +517,31 @@ def joined_item(w: Joined, index: Any) -> Any:
     if len(blocks) > 1:
         whole = np.concatenate(blocks, w.axis)
     keep = (slice(None) if isinstance(i, slice) else 0 for i in index)
-    return np.asarray(whole[tuple(keep)]).astype(w.dtype, copy=False)
+    return whole[tuple(keep)]
 
 
 # %% book/chapters/14_meta.md, cell 42
-def row_of(w: Joined, row: int) -> Joined:
+def row_of(w: Assembled, row: int) -> Assembled:
     """Row `row` of axis 0, still lazy."""
     if w.axis:
-        return Joined([part[row] for part in w.parts], w.axis - 1)
+        return Assembled([part[row] for part in w.parts], w.axis - 1)
     for part in w.parts:
         if row < len(part):
             break
         row -= len(part)
-    return Joined([part[row]], 0)
+    return Assembled([part[row]], 0)
 
 
 # %% book/chapters/14_meta.md, cell 43
-def columns(pieces: list[np.ndarray]) -> Joined:
+def columns(pieces: list[np.ndarray]) -> Assembled:
     """[out/R, in] of each file: ours is [in, out]."""
-    return Joined([piece.T for piece in pieces], 1)
+    return Assembled([piece.T for piece in pieces], 1)
 
 
 # %% book/chapters/14_meta.md, cell 44
-def rows(pieces: list[np.ndarray]) -> Joined:
+def rows(pieces: list[np.ndarray]) -> Assembled:
     """[out, in/R] of each file: ours is [in, out]."""
-    return Joined([piece.T for piece in pieces], 0)
+    return Assembled([piece.T for piece in pieces], 0)
 
 
 # %% book/chapters/14_meta.md, cell 45
@@ -621,31 +619,31 @@ META_WEIGHTS = WHOLE + BOTH + FUSED + EXPERTS
 
 
 # %% book/chapters/14_meta.md, cell 50
-Way = Callable[[list[np.ndarray], ModelConfig], Joined]
+Way = Callable[[list[np.ndarray], ModelConfig], Assembled]
 WAYS: dict[str, Way] = {
     "columns": lambda pieces, c: columns(pieces),
     "rows": lambda pieces, c: rows(pieces),
     "turned": lambda pieces, c: columns(
         split_halves(pieces, c.head_size)
     ),
-    "words": lambda pieces, c: Joined(pieces, 0),
+    "words": lambda pieces, c: Assembled(pieces, 0),
 }
 
 
 # %% book/chapters/14_meta.md, cell 51
-def table(pieces: list[np.ndarray], c: ModelConfig) -> Joined:
+def table(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     """[V/R, D] of each file, or [V, D/R]: the shape says which."""
-    return Joined(pieces, int(pieces[0].shape[-1] != c.d_model))
+    return Assembled(pieces, int(pieces[0].shape[-1] != c.d_model))
 
 
 # %% book/chapters/14_meta.md, cell 52
-def copies(pieces: list[np.ndarray], c: ModelConfig) -> Joined:
+def copies(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     """The same in all files, which is checked."""
     if any(ck.as_bytes(p) != ck.as_bytes(pieces[0]) for p in pieces):
         raise CheckpointError(
             "is not the same in all files: they are not of one model"
         )
-    return Joined(pieces[:1], 0)
+    return Assembled(pieces[:1], 0)
 
 
 # %% book/chapters/14_meta.md, cell 53
@@ -674,7 +672,7 @@ def half(pieces: list[np.ndarray], lower: int) -> list[np.ndarray]:
 # %% book/chapters/14_meta.md, cell 55
 def by_expert(
     pieces: list[np.ndarray], axis: int, c: ModelConfig
-) -> Joined:
+) -> Assembled:
     """[E * in, out] of each file as [E, in, out], cut along `axis`."""
     flat, e = [p.reshape(-1, p.shape[-1]) for p in pieces], c.num_experts
     if len(flat[0]) % e:
@@ -682,7 +680,7 @@ def by_expert(
             f"has {len(flat[0])} rows, which {e} experts do not divide"
         )
     whole = [p.reshape(e, -1, p.shape[-1]) for p in flat]
-    return Joined(whole, axis)
+    return Assembled(whole, axis)
 
 
 # %% book/chapters/14_meta.md, cell 56
@@ -793,7 +791,7 @@ def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
     arrays, used = open_ranks(folder), set()
     check_heads(folder, config, len(next(iter(arrays.values()))))
 
-    def one(path: str, before: str, shape: tuple) -> Joined:
+    def one(path: str, before: str, shape: tuple) -> Assembled:
         name, way = one_of(folder, arrays, path, before)
         used.add(name)
         try:

@@ -501,14 +501,12 @@ def as_span(index: Any, size: int) -> slice:
 def assembled_item(w: Assembled, index: Any) -> Any:
     """`w[index]`: one row stays lazy, all else is read."""
     index = index if isinstance(index, tuple) else (index,)
-    if isinstance(index[0], np.ndarray):
-        rows = [w[(int(i), *index[1:], ...)] for i in index[0]]
-        return np.stack(rows)
     alone = len(index) == 1 and not isinstance(index[0], slice)
+    index += (slice(None),) * (len(w.shape) - len(index))
+    if isinstance(index[0], np.ndarray):
+        return np.stack([w[(int(i), *index[1:])] for i in index[0]])
     if alone and len(w.shape) > 1:
         return row_of(w, range(len(w))[index[0]])
-    index = tuple(i for i in index if i is not ...)
-    index += (slice(None),) * (len(w.shape) - len(index))
     spans = [as_span(i, n) for i, n in zip(index, w.shape)]
     blocks = list(cut(w, spans))
     if not blocks:

@@ -895,8 +895,12 @@ class Lazy:
         raise NotImplementedError
 
     @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]

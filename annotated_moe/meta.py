@@ -466,6 +466,11 @@ class Assembled(ck.Lazy):
     def dtype(self) -> np.dtype:  # type: ignore[override]
         return self.parts[0].dtype
 
+    @property
+    def T(self) -> "Assembled":
+        axis = len(self.shape) - 1 - self.axis
+        return Assembled([part.T for part in self.parts], axis)
+
     def __getitem__(self, index: Any) -> Any:
         return assembled_item(self, index)
 

@@ -514,11 +514,12 @@ def assembled_item(w: Assembled, index: Any) -> Any:
         return row_of(w, range(len(w))[index[0]])
     spans = [as_span(i, n) for i, n in zip(index, w.shape)]
     blocks = list(cut(w, spans))
-    if not blocks:
-        blocks = [w.parts[0][tuple(slice(0) for _ in spans)]]
-    whole = blocks[0]
-    if len(blocks) > 1:
-        whole = np.concatenate(blocks, w.axis)
+    if len(blocks) == 1:
+        whole = blocks[0]
+    else:
+        spans[w.axis] = slice(0)                # none, in this shape
+        none = w.parts[0][tuple(spans)]
+        whole = np.concatenate([none, *blocks], w.axis)
     keep = (slice(None) if isinstance(i, slice) else 0 for i in index)
     return whole[tuple(keep)]
 
@@ -891,7 +892,10 @@ def need(path: Path, values: dict, name: str) -> Any:
 
 # %% book/chapters/14_meta.md, cell 69
 def ffn_width(
-    hidden: int, multiplier: float, multiple: int, share: float = 1
+    hidden: int,
+    multiplier: int | float,
+    multiple: int,
+    share: int | float = 1,
 ) -> int:
     """Two thirds of `hidden`, scaled, up to a multiple of `multiple`.
 

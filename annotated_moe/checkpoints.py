@@ -544,7 +544,7 @@ FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
 def check_tensor(
-    where: Path, name: str, w: Tensor, shape: tuple[int, ...]
+    where: Path, name: str, w: Any, shape: tuple[int, ...]
 ) -> None:
     if tuple(w.shape) != shape:
         raise CheckpointError(

@@ -445,7 +445,7 @@ def open_pth(path: Path) -> dict[str, np.ndarray]:
 
 
 # %% book/chapters/14_meta.md, cell 38
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Assembled(ck.Lazy):
     """Arrays beside one another along `axis`, not copied.
 
@@ -514,12 +514,12 @@ def assembled_item(w: Assembled, index: Any) -> Any:
         return row_of(w, range(len(w))[index[0]])
     spans = [as_span(i, n) for i, n in zip(index, w.shape)]
     blocks = list(cut(w, spans))
-    if len(blocks) == 1:
-        whole = blocks[0]
-    else:
-        spans[w.axis] = slice(0)                # none, in this shape
-        none = w.parts[0][tuple(spans)]
-        whole = np.concatenate([none, *blocks], w.axis)
+    if not blocks:                              # nothing, in its shape
+        spans[w.axis] = slice(0)
+        blocks = [w.parts[0][tuple(spans)]]
+    whole = blocks[0]
+    if len(blocks) > 1:
+        whole = np.concatenate(blocks, w.axis)
     keep = (slice(None) if isinstance(i, slice) else 0 for i in index)
     return whole[tuple(keep)]
 

@@ -1,10 +1,10 @@
 # Generated from book/chapters/14_meta.md by `make sync`; edit the chapter.
-"""Llama's largest model lies in sixteen files of 50 GB, each a zip with
-a pickle inside, and no file holds one whole matrix: every one of them
-has a slice of each. This chapter reads such a folder without running
-the pickle and without ever holding the model. By its end `load`
-understands `params.json` and `consolidated.00.pth`, and you can say of
-any byte on the disk which row of which matrix it belongs to.
+"""Llama 3.1 405B lies in eight files of 101 GB. Each is a zip with a
+pickle inside, and none holds one whole matrix: every file has an eighth
+of each. This chapter reads such a folder without running the pickle and
+without ever holding the model. By its end `load` understands
+`params.json` beside `consolidated.00.pth`, and you can say of any byte
+in these files which row of which matrix it belongs to.
 """
 
 # %% book/chapters/14_meta.md, cell 1
@@ -25,7 +25,33 @@ from annotated_moe.checkpoints import CheckpointError, Machine, Node
 from annotated_moe.model import ModelConfig, kinds
 
 
-# %% book/chapters/14_meta.md, cell 3
+# %% book/chapters/14_meta.md, cell 5
+def word(text: str) -> bytes:
+    """BINUNICODE: four bytes of length, and the text."""
+    data = text.encode()
+    return b"X" + len(data).to_bytes(4, "little") + data
+
+
+# %% book/chapters/14_meta.md, cell 6
+def number(n: int) -> bytes:
+    """LONG1: a byte of length, and the number's bytes."""
+    data = n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+# %% book/chapters/14_meta.md, cell 7
+def name_of(full: str) -> bytes:
+    """GLOBAL: where pickle would import."""
+    module, _, name = full.rpartition(".")
+    return f"c{module}\n{name}\n".encode()
+
+
+# %% book/chapters/14_meta.md, cell 8
+def numbers(values: tuple[int, ...]) -> bytes:
+    return b"(" + b"".join(map(number, values)) + b"t"
+
+
+# %% book/chapters/14_meta.md, cell 9
 STORAGES = {
     "torch.FloatStorage": np.dtype("<f4"),
     "torch.HalfStorage": np.dtype("<f2"),
@@ -37,33 +63,7 @@ PARAMETER = "torch._utils._rebuild_parameter"
 ORDERED = "collections.OrderedDict"
 
 
-# %% book/chapters/14_meta.md, cell 4
-def word(text: str) -> bytes:
-    """BINUNICODE: four bytes of length, and the text."""
-    data = text.encode()
-    return b"X" + len(data).to_bytes(4, "little") + data
-
-
-# %% book/chapters/14_meta.md, cell 5
-def number(n: int) -> bytes:
-    """LONG1: a byte of length, and the number's bytes."""
-    data = n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-# %% book/chapters/14_meta.md, cell 6
-def name_of(full: str) -> bytes:
-    """GLOBAL: where pickle would import."""
-    module, _, name = full.rpartition(".")
-    return f"c{module}\n{name}\n".encode()
-
-
-# %% book/chapters/14_meta.md, cell 7
-def numbers(values: tuple[int, ...]) -> bytes:
-    return b"(" + b"".join(map(number, values)) + b"t"
-
-
-# %% book/chapters/14_meta.md, cell 8
+# %% book/chapters/14_meta.md, cell 10
 def tensor_program(key: str, w: np.ndarray) -> bytes:
     """Push a tensor: all of the storage `key`, in C order."""
     code = next(n for n, d in STORAGES.items() if d == w.dtype)
@@ -78,7 +78,7 @@ def tensor_program(key: str, w: np.ndarray) -> bytes:
     return name_of(TENSOR) + args + b"R"
 
 
-# %% book/chapters/14_meta.md, cell 9
+# %% book/chapters/14_meta.md, cell 11
 def pth_program(arrays: dict[str, np.ndarray]) -> bytes:
     """The pickle of a dict of tensors, as `torch.save` would say it."""
     items = [
@@ -88,7 +88,7 @@ def pth_program(arrays: dict[str, np.ndarray]) -> bytes:
     return b"\x80\x02}(" + b"".join(items) + b"u."
 
 
-# %% book/chapters/14_meta.md, cell 10
+# %% book/chapters/14_meta.md, cell 12
 def pth_bytes(arrays: dict[str, np.ndarray], root: str = "x") -> bytes:
     """A .pth of small arrays in C order, as PyTorch reads it."""
     members = {
@@ -105,11 +105,11 @@ def pth_bytes(arrays: dict[str, np.ndarray], root: str = "x") -> bytes:
     return file.getvalue()
 
 
-# %% book/chapters/14_meta.md, cell 11
+# %% book/chapters/14_meta.md, cell 15
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
-# %% book/chapters/14_meta.md, cell 12
+# %% book/chapters/14_meta.md, cell 16
 def check_start(data: np.ndarray) -> None:
     """CheckpointError unless these are the bytes of a zip file."""
     start = data[: len(LEGACY)].tobytes()
@@ -124,14 +124,14 @@ def check_start(data: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/14_meta.md, cell 13
+# %% book/chapters/14_meta.md, cell 17
 BROKEN_ZIP = (
     zipfile.BadZipFile, OSError, ValueError, NotImplementedError,
     OverflowError, EOFError, struct.error,
 )
 
 
-# %% book/chapters/14_meta.md, cell 14
+# %% book/chapters/14_meta.md, cell 18
 def members_of(path: Path) -> list[zipfile.ZipInfo]:
     """The zip's table of contents; CheckpointError if it has none."""
     try:
@@ -144,11 +144,11 @@ def members_of(path: Path) -> list[zipfile.ZipInfo]:
         ) from None
 
 
-# %% book/chapters/14_meta.md, cell 15
+# %% book/chapters/14_meta.md, cell 19
 LOCAL = struct.Struct("<4s22xHH")        # PK34, ..., two lengths
 
 
-# %% book/chapters/14_meta.md, cell 16
+# %% book/chapters/14_meta.md, cell 20
 def extent(
     data: np.ndarray, member: zipfile.ZipInfo
 ) -> tuple[int, int]:
@@ -173,11 +173,11 @@ def extent(
     return begin, end
 
 
-# %% book/chapters/14_meta.md, cell 17
+# %% book/chapters/14_meta.md, cell 21
 def extents(
     data: np.ndarray, members: list[zipfile.ZipInfo]
 ) -> dict[str, tuple[int, int]]:
-    """Name -> begin and end of every member; none twice, none shared."""
+    """Name -> begin and end of each member; none twice or shared."""
     spans, last = {}, 0
     for member in sorted(members, key=lambda m: m.header_offset):
         if member.filename in spans or member.header_offset < last:
@@ -190,7 +190,7 @@ def extents(
     return spans
 
 
-# %% book/chapters/14_meta.md, cell 18
+# %% book/chapters/14_meta.md, cell 22
 def below_root(
     spans: dict[str, tuple[int, int]]
 ) -> dict[str, tuple[int, int]]:
@@ -205,12 +205,12 @@ def below_root(
     return {n[size:]: s for n, s in spans.items() if n.startswith(root)}
 
 
-# %% book/chapters/14_meta.md, cell 19
+# %% book/chapters/14_meta.md, cell 24
 IGNORED_KINDS = {"_io.BytesIO", "io.BytesIO", "_codecs.encode"}
 NAMES = {TENSOR, PARAMETER, ORDERED, *STORAGES, *IGNORED_KINDS}
 
 
-# %% book/chapters/14_meta.md, cell 20
+# %% book/chapters/14_meta.md, cell 25
 def line(machine: Machine) -> str:
     """The bytes up to the next line's end, as text."""
     rest = machine.data[machine.at : machine.at + 256]
@@ -221,14 +221,15 @@ def line(machine: Machine) -> str:
     return text.decode("ascii", "replace")
 
 
-# %% book/chapters/14_meta.md, cell 21
+# %% book/chapters/14_meta.md, cell 26
 def looked_up(full: str) -> Node:
     """Where pickle imports a name, we look it up."""
     if full in NAMES:
         return Node(full)
     if full.startswith("torch.") and full.endswith("Storage"):
         raise CheckpointError(
-            f"holds a {full[:40]!r}; supported are {', '.join(STORAGES)}"
+            f"holds a {full[:40]!r}; supported are "
+            f"{', '.join(STORAGES)}"
         )
     raise CheckpointError(
         f"names {full[:80]!r}, which no tensor needs; it "
@@ -236,7 +237,7 @@ def looked_up(full: str) -> Node:
     )
 
 
-# %% book/chapters/14_meta.md, cell 22
+# %% book/chapters/14_meta.md, cell 27
 def stacked_name(machine: Machine) -> Node:
     """STACK_GLOBAL, as newer pickles have it: the name was pushed."""
     pair = machine.several(2)
@@ -245,7 +246,7 @@ def stacked_name(machine: Machine) -> Node:
     return looked_up(".".join(pair))
 
 
-# %% book/chapters/14_meta.md, cell 23
+# %% book/chapters/14_meta.md, cell 28
 def reduce(machine: Machine) -> Any:
     """REDUCE, NEWOBJ: we note the call; an OrderedDict is a dict."""
     kinds = TENSOR, PARAMETER, ORDERED, *sorted(IGNORED_KINDS)
@@ -257,13 +258,13 @@ def reduce(machine: Machine) -> Any:
     return {}
 
 
-# %% book/chapters/14_meta.md, cell 24
+# %% book/chapters/14_meta.md, cell 29
 def storage(machine: Machine) -> Node:
     """BINPERSID: PyTorch finds a storage here. We note which."""
     return Node("storage", (machine.pop(),))
 
 
-# %% book/chapters/14_meta.md, cell 25
+# %% book/chapters/14_meta.md, cell 30
 def long_text(machine: Machine) -> str:
     """BINUNICODE, of at most a thousand bytes."""
     size = machine.number(4)
@@ -275,7 +276,7 @@ def long_text(machine: Machine) -> str:
         raise machine.broken("this is no text") from None
 
 
-# %% book/chapters/14_meta.md, cell 26
+# %% book/chapters/14_meta.md, cell 31
 def put(machine: Machine, index: int) -> None:
     """BINPUT: what is on top, into the memo. The next index only."""
     if index != len(machine.memo):
@@ -283,7 +284,7 @@ def put(machine: Machine, index: int) -> None:
     ck.memorize(machine)
 
 
-# %% book/chapters/14_meta.md, cell 27
+# %% book/chapters/14_meta.md, cell 32
 def set_item(machine: Machine) -> None:
     """SETITEM: one name and value, into the dict below them."""
     name, value = machine.several(2)
@@ -291,7 +292,7 @@ def set_item(machine: Machine) -> None:
     ck.set_items(machine)
 
 
-# %% book/chapters/14_meta.md, cell 28
+# %% book/chapters/14_meta.md, cell 33
 def build(machine: Machine) -> None:
     """BUILD: attributes of an OrderedDict are dropped, others noted."""
     if len(machine.stack) > 1 and isinstance(machine.stack[-2], dict):
@@ -300,7 +301,7 @@ def build(machine: Machine) -> None:
         ck.build(machine)
 
 
-# %% book/chapters/14_meta.md, cell 29
+# %% book/chapters/14_meta.md, cell 34
 PUSH: dict[str, Callable[[Machine], Any]] = {
     **ck.PUSH,
     "GLOBAL": lambda m: looked_up(f"{line(m)}.{line(m)}"),
@@ -319,15 +320,15 @@ DO: dict[str, Callable[[Machine], Any]] = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 30
+# %% book/chapters/14_meta.md, cell 35
 MOST_STEPS = 200_000
 
 
-# %% book/chapters/14_meta.md, cell 31
+# %% book/chapters/14_meta.md, cell 36
 Spans = dict[str, tuple[int, int]]
 
 
-# %% book/chapters/14_meta.md, cell 32
+# %% book/chapters/14_meta.md, cell 37
 def storage_of(
     node: Any, spans: Spans
 ) -> tuple[np.dtype, int, int]:
@@ -354,7 +355,7 @@ def storage_of(
     return dtype, span[0], count
 
 
-# %% book/chapters/14_meta.md, cell 33
+# %% book/chapters/14_meta.md, cell 38
 def are_sizes(values: Any) -> bool:
     """Whether `values` is a tuple of at most eight sizes."""
     return (
@@ -364,7 +365,7 @@ def are_sizes(values: Any) -> bool:
     )
 
 
-# %% book/chapters/14_meta.md, cell 34
+# %% book/chapters/14_meta.md, cell 39
 def view_of(data: np.ndarray, node: Any, spans: Spans) -> np.ndarray:
     """The tensor that a node describes, as a view of its file."""
     if isinstance(node, Node) and node.kind == PARAMETER and node.args:
@@ -384,7 +385,7 @@ def view_of(data: np.ndarray, node: Any, spans: Spans) -> np.ndarray:
     return np.ndarray(shape, dtype, data.data, first, steps)
 
 
-# %% book/chapters/14_meta.md, cell 35
+# %% book/chapters/14_meta.md, cell 40
 def check_bounds(
     count: int, offset: int, shape: tuple, strides: tuple
 ) -> None:
@@ -399,12 +400,12 @@ def check_bounds(
         )
 
 
-# %% book/chapters/14_meta.md, cell 36
+# %% book/chapters/14_meta.md, cell 41
 def tensors_in(data: np.ndarray, spans: Spans) -> dict[str, np.ndarray]:
     """Name -> view of `data`, by what the pickle in it says."""
     order = data[slice(*spans.get("byteorder", (0, 0)))].tobytes()
     if order not in (b"", b"little"):
-        raise CheckpointError("is not little-endian: torch.save it anew")
+        raise CheckpointError("is not little-endian: save it anew")
     begin, end = spans["data.pkl"]
     if end - begin > ck.MOST_JSON:
         raise CheckpointError(
@@ -425,7 +426,7 @@ def tensors_in(data: np.ndarray, spans: Spans) -> dict[str, np.ndarray]:
     return tensors
 
 
-# %% book/chapters/14_meta.md, cell 37
+# %% book/chapters/14_meta.md, cell 42
 def open_pth(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a .pth file, mapped, not copied.
 
@@ -444,7 +445,7 @@ def open_pth(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/14_meta.md, cell 38
+# %% book/chapters/14_meta.md, cell 50
 @dataclass(frozen=True, eq=False, repr=False)
 class Assembled(ck.Lazy):
     """Arrays beside one another along `axis`, not copied.
@@ -475,7 +476,7 @@ class Assembled(ck.Lazy):
         return assembled_item(self, index)
 
 
-# %% book/chapters/14_meta.md, cell 39
+# %% book/chapters/14_meta.md, cell 51
 def cut(w: Assembled, spans: list[slice]) -> Iterator[np.ndarray]:
     """What `spans` name of each part; parts beside them are unread."""
     before, after = spans[: w.axis], spans[w.axis + 1 :]
@@ -491,7 +492,7 @@ def cut(w: Assembled, spans: list[slice]) -> Iterator[np.ndarray]:
         at += size
 
 
-# %% book/chapters/14_meta.md, cell 40
+# %% book/chapters/14_meta.md, cell 52
 def as_span(index: Any, size: int) -> slice:
     """One axis' index as a slice that steps forward."""
     if isinstance(index, slice):
@@ -502,7 +503,7 @@ def as_span(index: Any, size: int) -> slice:
     return slice(at, at + 1)
 
 
-# %% book/chapters/14_meta.md, cell 41
+# %% book/chapters/14_meta.md, cell 53
 def assembled_item(w: Assembled, index: Any) -> Any:
     """`w[index]`: one row stays lazy, all else is read."""
     index = index if isinstance(index, tuple) else (index,)
@@ -524,7 +525,7 @@ def assembled_item(w: Assembled, index: Any) -> Any:
     return whole[tuple(keep)]
 
 
-# %% book/chapters/14_meta.md, cell 42
+# %% book/chapters/14_meta.md, cell 54
 def row_of(w: Assembled, row: int) -> Assembled:
     """Row `row` of axis 0, still lazy."""
     if w.axis:
@@ -536,19 +537,19 @@ def row_of(w: Assembled, row: int) -> Assembled:
     return Assembled([part[row]], 0)
 
 
-# %% book/chapters/14_meta.md, cell 43
+# %% book/chapters/14_meta.md, cell 57
 def columns(pieces: list[np.ndarray]) -> Assembled:
     """[out/R, in] of each file: ours is [in, out]."""
     return Assembled([piece.T for piece in pieces], 1)
 
 
-# %% book/chapters/14_meta.md, cell 44
+# %% book/chapters/14_meta.md, cell 58
 def rows(pieces: list[np.ndarray]) -> Assembled:
     """[out, in/R] of each file: ours is [in, out]."""
     return Assembled([piece.T for piece in pieces], 0)
 
 
-# %% book/chapters/14_meta.md, cell 45
+# %% book/chapters/14_meta.md, cell 59
 def split_halves(
     pieces: list[np.ndarray], head_size: int
 ) -> list[np.ndarray]:
@@ -561,7 +562,7 @@ def split_halves(
     ]
 
 
-# %% book/chapters/14_meta.md, cell 46
+# %% book/chapters/14_meta.md, cell 63
 LAYER = "decoder_layer"
 ATTENTION = f"{LAYER}/multi_head_attention"
 MOE, SHARED = f"{LAYER}/moe", f"{LAYER}/shared"
@@ -573,7 +574,7 @@ WHOLE: tuple[Row, ...] = (
 )
 
 
-# %% book/chapters/14_meta.md, cell 47
+# %% book/chapters/14_meta.md, cell 64
 BOTH: tuple[Row, ...] = (
     ("attention_norm.weight", f"{LAYER}/rms_norm/scale", "copies"),
     ("ffn_norm.weight", f"{LAYER}/rms_norm_2/scale", "copies"),
@@ -587,12 +588,13 @@ BOTH: tuple[Row, ...] = (
 )
 
 
-# %% book/chapters/14_meta.md, cell 48
+# %% book/chapters/14_meta.md, cell 65
 FF = "feed_forward"
 FUSED: tuple[Row, ...] = (
     ("attention.wqkv.layer_norm_weight",
      f"{LAYER}/rms_norm/scale", "copies"),
-    (f"{FF}.mlp.layer_norm_weight", f"{LAYER}/rms_norm_2/scale", "copies"),
+    (f"{FF}.mlp.layer_norm_weight",
+     f"{LAYER}/rms_norm_2/scale", "copies"),
     (f"{FF}.norm.weight", f"{LAYER}/rms_norm_2/scale", "copies"),
     ("attention.wqkv.weight", f"{ATTENTION}/query/w", "query of 3"),
     ("attention.wqkv.weight", f"{ATTENTION}/key/w", "key of 3"),
@@ -603,26 +605,27 @@ FUSED: tuple[Row, ...] = (
 )
 
 
-# %% book/chapters/14_meta.md, cell 49
+# %% book/chapters/14_meta.md, cell 66
 EXPERTS: tuple[Row, ...] = (
     (f"{FF}.router_DE", f"{LAYER}/router/w", "copies"),
     (f"{FF}.experts.moe_w_in_eD_F", f"{MOE}/linear/w", "experts"),
     (f"{FF}.experts.moe_w_swiglu_eD_F", f"{MOE}/linear_v/w", "experts"),
-    (f"{FF}.experts.moe_w_out_eF_D", f"{MOE}/linear_1/w", "experts out"),
+    (f"{FF}.experts.moe_w_out_eF_D", f"{MOE}/linear_1/w", "out"),
     (f"{FF}.w_in_shared_FD.weight", f"{SHARED}/linear/w", "columns"),
     (f"{FF}.w_swiglu_FD.weight", f"{SHARED}/linear_v/w", "columns"),
     (f"{FF}.w_out_shared_DF.weight", f"{SHARED}/linear_1/w", "rows"),
     (f"{FF}.experts.w1", f"{MOE}/linear/w", "experts"),
     (f"{FF}.experts.w3", f"{MOE}/linear_v/w", "experts"),
-    (f"{FF}.experts.w2", f"{MOE}/linear_1/w", "experts out"),
+    (f"{FF}.experts.w2", f"{MOE}/linear_1/w", "out"),
     (f"{FF}.shared_expert.w1.weight", f"{SHARED}/linear/w", "columns"),
-    (f"{FF}.shared_expert.w3.weight", f"{SHARED}/linear_v/w", "columns"),
+    (f"{FF}.shared_expert.w3.weight",
+     f"{SHARED}/linear_v/w", "columns"),
     (f"{FF}.shared_expert.w2.weight", f"{SHARED}/linear_1/w", "rows"),
 )
 META_WEIGHTS = WHOLE + BOTH + FUSED + EXPERTS
 
 
-# %% book/chapters/14_meta.md, cell 50
+# %% book/chapters/14_meta.md, cell 67
 Way = Callable[[list[np.ndarray], ModelConfig], Assembled]
 WAYS: dict[str, Way] = {
     "columns": lambda pieces, c: columns(pieces),
@@ -634,13 +637,13 @@ WAYS: dict[str, Way] = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 51
+# %% book/chapters/14_meta.md, cell 68
 def table(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     """[V/R, D] of each file, or [V, D/R]: the shape says which."""
     return Assembled(pieces, int(pieces[0].shape[-1] != c.d_model))
 
 
-# %% book/chapters/14_meta.md, cell 52
+# %% book/chapters/14_meta.md, cell 69
 def copies(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     """The same in all files, which is checked."""
     if any(ck.as_bytes(p) != ck.as_bytes(pieces[0]) for p in pieces):
@@ -650,7 +653,7 @@ def copies(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     return Assembled(pieces[:1], 0)
 
 
-# %% book/chapters/14_meta.md, cell 53
+# %% book/chapters/14_meta.md, cell 70
 def of_three(
     pieces: list[np.ndarray], which: int, c: ModelConfig
 ) -> list[np.ndarray]:
@@ -666,19 +669,21 @@ def of_three(
     return [piece[start : start + sizes[which]] for piece in pieces]
 
 
-# %% book/chapters/14_meta.md, cell 54
+# %% book/chapters/14_meta.md, cell 71
 def half(pieces: list[np.ndarray], lower: int) -> list[np.ndarray]:
     """The upper (0) or lower (1) half of each file's rows."""
     size = len(pieces[0]) // 2
-    return [piece[lower * size : (lower + 1) * size] for piece in pieces]
+    start = lower * size
+    return [piece[start : start + size] for piece in pieces]
 
 
-# %% book/chapters/14_meta.md, cell 55
+# %% book/chapters/14_meta.md, cell 72
 def by_expert(
     pieces: list[np.ndarray], axis: int, c: ModelConfig
 ) -> Assembled:
     """[E * in, out] of each file as [E, in, out], cut along `axis`."""
-    flat, e = [p.reshape(-1, p.shape[-1]) for p in pieces], c.num_experts
+    flat = [p.reshape(-1, p.shape[-1]) for p in pieces]
+    e = c.num_experts
     if len(flat[0]) % e:
         raise CheckpointError(
             f"has {len(flat[0])} rows, which {e} experts do not divide"
@@ -687,7 +692,7 @@ def by_expert(
     return Assembled(whole, axis)
 
 
-# %% book/chapters/14_meta.md, cell 56
+# %% book/chapters/14_meta.md, cell 73
 WAYS |= {
     "table": table,
     "copies": copies,
@@ -697,11 +702,11 @@ WAYS |= {
     "upper half": lambda p, c: columns(half(p, 0)),
     "lower half": lambda p, c: columns(half(p, 1)),
     "experts": lambda p, c: by_expert(p, 2, c),
-    "experts out": lambda p, c: by_expert(p, 1, c),
+    "out": lambda p, c: by_expert(p, 1, c),
 }
 
 
-# %% book/chapters/14_meta.md, cell 57
+# %% book/chapters/14_meta.md, cell 74
 def pth_files(folder: Path) -> list[Path]:
     """consolidated.00.pth and on; CheckpointError for a gap."""
     found = sorted(
@@ -717,7 +722,7 @@ def pth_files(folder: Path) -> list[Path]:
     return [folder / name for name in found]
 
 
-# %% book/chapters/14_meta.md, cell 58
+# %% book/chapters/14_meta.md, cell 75
 def refuse_other(files: list[Path], ranks: list[dict]) -> None:
     """CheckpointError unless all files hold alike pieces of all."""
     first = ranks[0]
@@ -736,7 +741,7 @@ def refuse_other(files: list[Path], ranks: list[dict]) -> None:
                 )
 
 
-# %% book/chapters/14_meta.md, cell 59
+# %% book/chapters/14_meta.md, cell 76
 def open_ranks(folder: Path) -> dict[str, list[np.ndarray]]:
     """Name -> its piece in each file; tables of angles left out."""
     files = pth_files(folder)
@@ -746,7 +751,7 @@ def open_ranks(folder: Path) -> dict[str, list[np.ndarray]]:
     return {name: [rank[name] for rank in ranks] for name in names}
 
 
-# %% book/chapters/14_meta.md, cell 60
+# %% book/chapters/14_meta.md, cell 77
 def layers_with(path: str, config: ModelConfig) -> list[int]:
     """The layers that have a parameter: with experts, without, all."""
     block = path.split("/")[1]
@@ -758,7 +763,7 @@ def layers_with(path: str, config: ModelConfig) -> list[int]:
     ]
 
 
-# %% book/chapters/14_meta.md, cell 61
+# %% book/chapters/14_meta.md, cell 78
 def one_of(
     where: Path,
     arrays: dict[str, list[np.ndarray]],
@@ -766,7 +771,8 @@ def one_of(
     before: str,
 ) -> tuple[str, str]:
     """Under which of its names a parameter is there, and the way."""
-    spelled = [(n, way) for n, ours, way in META_WEIGHTS if ours == path]
+    rows = [row for row in META_WEIGHTS if row[1] == path]
+    spelled = [(name, way) for name, _, way in rows]
     for name, way in spelled:
         if before + name in arrays:
             return before + name, way
@@ -774,19 +780,19 @@ def one_of(
     raise CheckpointError(f"{where} lacks {names or path}")
 
 
-# %% book/chapters/14_meta.md, cell 62
+# %% book/chapters/14_meta.md, cell 79
 def check_heads(where: Path, config: ModelConfig, files: int) -> None:
     """CheckpointError where a file would hold part of a head."""
     for name in ("q_heads", "kv_heads"):
         if getattr(config, name) % files:
             raise CheckpointError(
                 f"{where} has {files} files, which do not divide "
-                f"{name} = {getattr(config, name)}; Meta publishes such "
-                "models with each key head repeated and counted"
+                f"{name} = {getattr(config, name)}; Meta publishes "
+                "such models with each key head repeated and counted"
             )
 
 
-# %% book/chapters/14_meta.md, cell 63
+# %% book/chapters/14_meta.md, cell 80
 def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of Meta's layout, mapped from disk, lazily joined.
 
@@ -805,19 +811,20 @@ def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
         ck.check_tensor(folder, f"{name} as {path}", w, shape)
         return w
 
-    tensors: dict[str, Any] = {}
-    for path, shape in ck.expected(config).items():
+    def all_of(path: str, shape: tuple) -> Any:
         if not path.startswith(f"{LAYER}/"):
-            tensors[path] = one(path, "", shape)
-            continue
+            return one(path, "", shape)
         layers = layers_with(path, config)
         parts = [one(path, f"layers.{i}.", shape[1:]) for i in layers]
-        tensors[path] = ck.stack_layers(folder, path, parts)
+        return ck.stack_layers(folder, path, parts)
+
+    shapes = ck.expected(config).items()
+    tensors = {path: all_of(path, shape) for path, shape in shapes}
     refuse_rest(folder, set(arrays) - used)
     return tensors
 
 
-# %% book/chapters/14_meta.md, cell 64
+# %% book/chapters/14_meta.md, cell 81
 def refuse_rest(folder: Path, names: set[str]) -> None:
     """CheckpointError for tensors that nothing asked for."""
     if names:
@@ -827,7 +834,7 @@ def refuse_rest(folder: Path, names: set[str]) -> None:
         )
 
 
-# %% book/chapters/14_meta.md, cell 65
+# %% book/chapters/14_meta.md, cell 82
 WHOLE_NUMBERS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim",
     "vocab_size", "multiple_of", "attention_chunk_size",
@@ -849,13 +856,14 @@ MOE_FIELDS = {
 }
 FIELDS = (WHOLE_NUMBERS | REALS | SWITCHES | {"moe_args"}) - MOE_FIELDS
 LLAMA4 = {
-    "head_dim", "ffn_exp", "attention_chunk_size", "rope_scaling_factor",
-    "rope_high_freq_factor", "nope_layer_interval", "use_qk_norm",
-    "attn_temperature_tuning", "floor_scale", "attn_scale", "moe_args",
+    "head_dim", "ffn_exp", "attention_chunk_size", "use_qk_norm",
+    "rope_scaling_factor", "rope_high_freq_factor", "moe_args",
+    "nope_layer_interval", "attn_temperature_tuning", "floor_scale",
+    "attn_scale",
 }
 
 
-# %% book/chapters/14_meta.md, cell 66
+# %% book/chapters/14_meta.md, cell 83
 def good_value(name: str, value: Any) -> bool:
     """Whether a field of params.json holds what it should."""
     if name in SWITCHES:
@@ -867,30 +875,31 @@ def good_value(name: str, value: Any) -> bool:
     return number and 0 < value < 2**31
 
 
-# %% book/chapters/14_meta.md, cell 67
+# %% book/chapters/14_meta.md, cell 84
 def check_params(path: Path, raw: Any, known: set[str]) -> dict:
-    """The fields that are set; CheckpointError for one that is wrong."""
+    """The fields that are set; CheckpointError for a wrong one."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: moe_args must be an object")
     values = {n: v for n, v in raw.items() if v is not None}
     ck.refuse_unknown(path, values, known)
     for name, value in values.items():
         if name != "moe_args" and not good_value(name, value):
-            kind = "true or false" if name in SWITCHES else "a number > 0"
+            switch = name in SWITCHES
+            kind = "true or false" if switch else "a number above 0"
             raise CheckpointError(
                 f"{path}: {name} is {str(value)[:40]}; expected {kind}"
             )
     return values
 
 
-# %% book/chapters/14_meta.md, cell 68
+# %% book/chapters/14_meta.md, cell 85
 def need(path: Path, values: dict, name: str) -> Any:
     if name not in values:
         raise CheckpointError(f"{path} lacks the field {name!r}")
     return values[name]
 
 
-# %% book/chapters/14_meta.md, cell 69
+# %% book/chapters/14_meta.md, cell 86
 def ffn_width(
     hidden: int,
     multiplier: int | float,
@@ -905,7 +914,7 @@ def ffn_width(
     return -(-int(hidden / share) // multiple) * multiple
 
 
-# %% book/chapters/14_meta.md, cell 70
+# %% book/chapters/14_meta.md, cell 87
 def widths(path: Path, raw: dict, moe: dict) -> dict[str, int]:
     """d_ff and dense_ff, as the release computes them."""
     dim, multiple = raw["dim"], raw.get("multiple_of", 256)
@@ -921,7 +930,7 @@ def widths(path: Path, raw: dict, moe: dict) -> dict[str, int]:
     return {"d_ff": wide, "dense_ff": dense}
 
 
-# %% book/chapters/14_meta.md, cell 71
+# %% book/chapters/14_meta.md, cell 90
 def vocabulary(folder: Path, raw: dict) -> int:
     """V of params.json; where it is -1 or missing, of the embedding."""
     said = raw.get("vocab_size", -1)
@@ -934,13 +943,14 @@ def vocabulary(folder: Path, raw: dict) -> int:
     return rows * len(pieces) if width == raw["dim"] else rows
 
 
-# %% book/chapters/14_meta.md, cell 72
+# %% book/chapters/14_meta.md, cell 91
 def positions(raw: dict) -> dict[str, Any]:
     """RoPE's base and scaling, and the context each generation has."""
-    llama4, scaled = LLAMA4 & set(raw), raw.get("use_scaled_rope", False)
+    llama4, scaled = LLAMA4 & set(raw), raw.get("use_scaled_rope")
     modern = llama4 or "rope_theta" in raw or "use_scaled_rope" in raw
+    base = raw.get("rope_theta", 5e5 if modern else 1e4)
     values: dict[str, Any] = {
-        "rope_base": float(raw.get("rope_theta", 5e5 if modern else 1e4)),
+        "rope_base": float(base),
         "context": 8192 if modern else 4096,
     }
     factor, high = 8, 4
@@ -954,7 +964,7 @@ def positions(raw: dict) -> dict[str, Any]:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 73
+# %% book/chapters/14_meta.md, cell 92
 def llama4_values(raw: dict) -> dict[str, Any]:
     """What only Llama 4 has, except its experts."""
     values: dict[str, Any] = {}
@@ -969,7 +979,7 @@ def llama4_values(raw: dict) -> dict[str, Any]:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 74
+# %% book/chapters/14_meta.md, cell 93
 def expert_values(path: Path, moe: dict) -> dict[str, Any]:
     """Llama 4's experts, or a dense model."""
     if not moe:
@@ -985,7 +995,7 @@ def expert_values(path: Path, moe: dict) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/14_meta.md, cell 75
+# %% book/chapters/14_meta.md, cell 94
 STOPS = {
     128256: (128001, 128008, 128009),           # Llama 3
     202048: (200001, 200007, 200008),           # Llama 4
@@ -997,7 +1007,7 @@ ALL_LLAMAS = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 76
+# %% book/chapters/14_meta.md, cell 95
 def meta_config(folder: Path) -> ModelConfig:
     """`params.json` as a configuration.
 
@@ -1025,7 +1035,7 @@ def meta_config(folder: Path) -> ModelConfig:
     })
 
 
-# %% book/chapters/14_meta.md, cell 77
+# %% book/chapters/14_meta.md, cell 96
 def find_meta(folder: Path, names: set[str]) -> ck.Layout | None:
     """Meta's layout, if these are the names of its files."""
     if not {"params.json", "consolidated.00.pth"} <= names:

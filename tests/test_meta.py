@@ -569,6 +569,7 @@ def test_fused_tensors_that_do_not_fit(tmp_path):
         rank[ff] = rank[ff][:-1]
     folder = write_folder(tmp_path / "a", ranks, LLAMA4_PARAMS)
     complains(folder, ff, "2 experts do not divide")
+    ranks = [fused(rank) for rank in pieces_of(full, 2)]
     wqkv = "layers.0.attention.wqkv.weight"
     for rank in ranks:
         rank[wqkv] = rank[wqkv][:-1]

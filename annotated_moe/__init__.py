@@ -7,9 +7,10 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 145
 from importlib.metadata import version
 
+from annotated_moe import meta  # noqa: F401, `load` learns its layout
 from annotated_moe.checkpoints import (
     CheckpointError,
     load,

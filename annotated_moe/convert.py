@@ -425,13 +425,17 @@ def check_room(target: Path, needed: int) -> None:
 
 
 # %% book/chapters/10_convert.md, cell 37
-WEIGHTS = {"config.json", "checksums.json", ck.INDEX, "ckpt-0"}
+WEIGHTS = {
+    "config.json", "checksums.json", ck.INDEX, "ckpt-0",
+    "params.json", "checklist.chk",             # Meta's
+}
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
     names = ck.names_in(folder) - WEIGHTS
     files = [folder / n for n in sorted(names) if n[0] != "."]
-    other = [p for p in files if p.suffix != ".safetensors"]
+    weights = {".safetensors", ".pth"}
+    other = [p for p in files if p.suffix not in weights]
     return [path for path in other if path.is_file()]
 
 

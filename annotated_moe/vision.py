@@ -107,7 +107,8 @@ Params = Mapping[str, Mapping[str, Any]]
 
 def layer_shapes(c: VisionConfig) -> dict[str, Shape]:
     """Path -> shape of one layer's parameters."""
-    w, shapes = c.width, {}
+    w = c.width
+    shapes: dict[str, Shape] = {}
     for name in ("norm", "norm_1"):
         shapes |= {f"{name}/scale": (w,), f"{name}/offset": (w,)}
     for name in ("query", "key", "value", "linear"):
@@ -414,7 +415,7 @@ def check_images(
 
 # %% book/chapters/17_vision.md, cell 51
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
-VISION_MODULES = (
+VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
      "embed/class", "array"),
     (f"{HF}.positional_embedding_vlm",
@@ -522,3 +523,106 @@ def vision_parts(
     read = VISION_CHANGES[change][0]
     names = vision_names(theirs, c)
     return [read(np.asarray(take(name)), c.heads) for name in names]
+
+
+# %% book/chapters/17_vision.md, cell 59
+def canvas(
+    height: int, width: int, c: VisionConfig, most: int = 16
+) -> tuple[int, int]:
+    """Rows and columns of tiles, at most `most`, for an image.
+
+    Source: Llama 4's image processor, `get_best_fit`.
+    """
+    sides = range(1, most + 1)
+    grids = [(r, n) for r in sides for n in sides if r * n <= most]
+    sizes = np.array(grids, np.float32) * c.image_size
+    scales = (sizes / np.array([height, width], np.float32)).min(-1)
+    up = scales[scales >= 1]
+    best = up.min() if len(up) else scales.max()
+    fits = [grid for grid, s in zip(grids, scales) if s == best]
+    return min(fits, key=math.prod)
+
+
+# %% book/chapters/17_vision.md, cell 61
+def fitted(
+    height: int, width: int, grid: tuple[int, int], size: int
+) -> tuple[int, int]:
+    """Height and width of an image on a canvas of `grid` tiles."""
+    tall, wide = (
+        min(max(side, size), n * size)
+        for side, n in zip((height, width), grid)
+    )
+    if wide / width < tall / height:
+        return max(min(math.floor(height * (wide / width)), tall), 1), wide
+    return tall, max(min(math.floor(width * (tall / height)), wide), 1)
+
+
+# %% book/chapters/17_vision.md, cell 62
+def resized(
+    pixels: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """uint8 [height, width, C], by linear interpolation.
+
+    Where it shrinks, each pixel is a mean over all that it covers.
+    """
+    shape = (height, width, pixels.shape[2])
+    y = jax.image.resize(
+        jnp.asarray(pixels, jnp.float32), shape, "linear"
+    )
+    return np.asarray(jnp.clip(jnp.round(y), 0, 255)).astype(np.uint8)
+
+
+# %% book/chapters/17_vision.md, cell 63
+def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
+    """`pixels` as an array; ValueError if it is no picture."""
+    pixels = np.asarray(pixels)
+    if pixels.ndim != 3 or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"an image is uint8 [height, width, {c.channels}], not "
+            f"{pixels.dtype} of shape {pixels.shape}"
+        )
+    if pixels.shape[2] != c.channels or 0 in pixels.shape:
+        raise ValueError(
+            f"an image of shape {pixels.shape} has not {c.channels} "
+            "channels of at least one pixel: convert it, to RGB say"
+        )
+    return pixels
+
+
+# %% book/chapters/17_vision.md, cell 64
+def image_tiles(
+    pixels: Any, c: VisionConfig, most: int = 16
+) -> Float32[np.ndarray, "I C Y X"]:
+    """A picture, uint8 [height, width, C], as tiles from -1 to 1.
+
+    With more than one tile the last is the whole picture, squeezed.
+    ValueError for what is no picture.
+    Source: Llama 4's image processor; mean and deviation 0.5.
+    """
+    pixels, s = check_pixels(pixels, c), c.image_size
+    height, width, channels = pixels.shape
+    rows, columns = canvas(height, width, c, most)
+    part = resized(pixels, *fitted(height, width, (rows, columns), s))
+    full = np.zeros((rows * s, columns * s, channels), np.uint8)
+    full[: part.shape[0], : part.shape[1]] = part
+    tiles = full.reshape(rows, s, columns, s, channels).swapaxes(1, 2)
+    tiles = tiles.reshape(-1, s, s, channels)
+    if len(tiles) > 1:
+        tiles = np.concatenate([tiles, resized(pixels, s, s)[None]])
+    scaled = tiles.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    return (scaled - np.float32(0.5)) / np.float32(0.5)
+
+
+# %% book/chapters/17_vision.md, cell 65
+def image_text(rows: int, columns: int, c: VisionConfig) -> str:
+    """What stands for an image in a prompt, in Llama 4's tokens.
+
+    Source: Llama 4's processor, `_prompt_split_image`.
+    """
+    tile = "<|patch|>" * c.rows
+    line = "<|tile_x_separator|>".join([tile] * columns)
+    whole = f"<|image|>{tile}<|image_end|>"
+    if rows * columns == 1:
+        return f"<|image_start|>{whole}"
+    lines = f"{line}<|tile_y_separator|>" * rows
+    return f"<|image_start|>{lines}{whole}"

@@ -97,12 +97,16 @@ class KVCache:
 
     `k` and `v` are [L, B, S, K, H] in the compute dtype, `length` is
     int32 [B]. A pytree: `scan`, `jit` and `donate` see three arrays,
-    and shapes or shardings may stand in their place.
+    and shapes or shardings may stand in their place. Layers that look
+    back only so far have theirs in `near_k` and `near_v`, which Grok-1
+    has not.
     """
 
     k: Any
     v: Any
     length: Any
+    near_k: Any = None
+    near_v: Any = None
 
 
 # %% book/chapters/04_attention.md, cell 33
@@ -166,18 +170,21 @@ def absorb_all(
     score: Callable[[Array], Float32[Array, "B K R T S"]],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    last: Int32[Array, "B T"],
-    r: int,
+    sees: Callable[[Array], Bool[Array, "B T S"]],
+    shape: tuple[int, ...],
     block: int,
 ) -> Running:
-    """Absorb the slots up to `last`; `block` divides their number."""
-    (b, slots, kv, h), t = k.shape, last.shape[1]
+    """Absorb the slots that a token `sees`, `block` at a time.
+
+    `shape` is (K, R, T, H); `block` divides the number of slots.
+    """
+    (b, slots), (kv, r, t, h) = k.shape[:2], shape
 
     def body(running, start):
         ks = jax.lax.dynamic_slice_in_dim(k, start, block, axis=1)
         vs = jax.lax.dynamic_slice_in_dim(v, start, block, axis=1)
-        seen = start + jnp.arange(block) <= last[..., None]
-        s = jnp.where(seen[:, None, None], score(ks), HIDDEN)
+        seen = sees(start + jnp.arange(block))[:, None, None]
+        s = jnp.where(seen, score(ks), HIDDEN)
         return absorb_block(running, s, vs), None
 
     top = jnp.full((b, kv, r, t), HIDDEN, jnp.float32)
@@ -195,39 +202,44 @@ def attend_blockwise(
     multiplier: float,
     softcap: float | None = None,
     block: int = 512,
+    sees: Callable[[Array], Bool[Array, "B T S"]] | None = None,
 ) -> Float[Array, "B T Q H"]:
     """`attend` under `causal_mask`, in memory that grows with T.
 
+    `sees` gives another mask, for the slots that it is asked about.
     The same casts; sums in another order. Returns `q.dtype`.
     A `block` below 1, or K not dividing Q, is a ValueError.
     Source: Dao et al. (2022), algorithm 1, in plain JAX.
     """
     if block < 1:
         raise ValueError(f"a block needs at least 1 slot, got {block}")
-    slots, r = k.shape[1], q.shape[2] // k.shape[2]
-    last = jnp.minimum(positions, slots - 1)
+    slots, (_, t, heads, h) = k.shape[1], q.shape
+    shape = k.shape[2], heads // k.shape[2], t, h
+    last = jnp.minimum(positions, slots - 1)[..., None]
+    sees = sees or (lambda slots: slots <= last)
     sizes = ((0, 0), (0, -slots % block), (0, 0), (0, 0))
     k, v = jnp.pad(k, sizes), jnp.pad(v, sizes)
     score = partial(
         attention_scores, q, multiplier=multiplier, softcap=softcap
     )
-    _, total, y = absorb_all(score, k, v, last, r, block)
+    _, total, y = absorb_all(score, k, v, sees, shape, block)
     y = (y / total[..., None]).transpose(0, 3, 1, 2, 4)
     return y.reshape(q.shape).astype(q.dtype)             # [B, T, Q, H]
 
 
 # %% book/chapters/04_attention.md, cell 48
 class Linear(hk.Module):
-    """x times `w` [D, F], which may be quantized. No bias.
+    """x times `w` [D, F], which may be quantized, plus maybe `b` [F].
 
     `axes` names the mesh axes that split D and F.
     """
 
     def __init__(
-        self, size: int, axes: tuple[str | None, str | None], name: str
+        self, size: int, axes: tuple[str | None, str | None], name: str,
+        bias: bool = False,
     ):
         super().__init__(name=name)
-        self.size, self.axes = size, axes
+        self.size, self.axes, self.bias = size, axes, bias
 
     def __call__(
         self, x: Float[Array, "*B D"]
@@ -236,6 +248,9 @@ class Linear(hk.Module):
         init = hk.initializers.VarianceScaling(1.0)
         w = hk.get_parameter("w", (d, self.size), jnp.float32, init)
         y = matmul(x.reshape(-1, d), w, self.axes)
+        if self.bias:
+            zeros = jnp.zeros
+            y += hk.get_parameter("b", y.shape[-1:], jnp.float32, zeros)
         return y.reshape(*lead, self.size)
 
 
@@ -260,10 +275,11 @@ def attend_causal(
 
 # %% book/chapters/04_attention.md, cell 50
 def project(
-    x: Float[Array, "B T D"], heads: int, head_size: int, name: str
+    x: Float[Array, "B T D"], heads: int, head_size: int, name: str,
+    bias: bool = False,
 ) -> Float32[Array, "B T {heads} {head_size}"]:
     """`x` through the Linear `name`, cut into heads."""
-    y = Linear(heads * head_size, ("data", "model"), name)(x)
+    y = Linear(heads * head_size, ("data", "model"), name, bias)(x)
     return y.reshape(*x.shape[:2], heads, head_size)
 
 
@@ -319,17 +335,19 @@ def attend_on_mesh(
     positions: Int32[Array, "B T"],
     cache: KVCache | None,
     layer: int | Int32[Array, ""],
-    **scale: Any,
+    run: Callable,
 ) -> tuple[Float[Array, "B T Q H"], KVCache | None]:
-    """`attend_cached`: rows cut over `data`, heads over `model`."""
-    run: Any = partial(attend_cached, **scale)
+    """`run`, such as `attend_cached`: on a mesh, rows are cut over
+    `data` and heads over `model`.
+    """
     mesh = sharding.current_mesh()
     if mesh is None:
         return run(q, k, v, positions, cache, layer)
     check_heads(cache, k.shape[2])
     rows = sharding.fit("data", q.shape[0], mesh)
     x = P(rows, None, sharding.fit("model", q.shape[2], mesh), None)
-    store = cache and KVCache(P(None, *x), P(None, *x), P())
+    store = jax.tree.map(lambda a: P(None, *x) if a.ndim == 5 else P(),
+                         cache)
     return jax.shard_map(
         run,
         in_specs=(x, x, x, P(rows), store, P()),
@@ -339,6 +357,31 @@ def attend_on_mesh(
 
 
 # %% book/chapters/04_attention.md, cell 54
+def as_they_are(*heads: Float[Array, "B T _ H"]) -> Any:
+    """Queries, keys and values of which nothing is asked first."""
+    return heads
+
+
+def turn_both(
+    q: Float[Array, "B T Q H"], k: Float[Array, "B T K H"],
+    positions: Int32[Array, "B T"], turn: Callable,
+) -> Any:
+    """Queries and keys, turned."""
+    return turn(q, positions), turn(k, positions)
+
+
+# %% book/chapters/04_attention.md, cell 55
+@dataclass(frozen=True)
+class Changes:
+    """What may be done otherwise between the projections."""
+
+    ready: Callable = as_they_are               # before key heads spread
+    turn: Callable = turn_both                  # rotation, or not
+    look: Callable = attend_cached              # cache and attention
+    bias: bool = False                          # of the projections
+
+
+# %% book/chapters/04_attention.md, cell 56
 class AttentionSizes(hk.Module):
     """What `MultiHeadAttention` is told, checked."""
 
@@ -351,6 +394,7 @@ class AttentionSizes(hk.Module):
         softcap: float | None = 30.0,
         rope_base: float = 10000.0,
         name: str = "multi_head_attention",
+        **changes: Any,
     ):
         super().__init__(name=name)
         if kv_heads < 1 or q_heads % kv_heads:
@@ -363,9 +407,10 @@ class AttentionSizes(hk.Module):
         self.q_heads, self.kv_heads = q_heads, kv_heads
         self.head_size, self.rope_base = head_size, rope_base
         self.multiplier, self.softcap = multiplier, softcap
+        self.changes = Changes(**changes)
 
 
-# %% book/chapters/04_attention.md, cell 55
+# %% book/chapters/04_attention.md, cell 57
 class MultiHeadAttention(AttentionSizes):
     """Grouped-query attention with RoPE, soft cap, maybe a cache."""
 
@@ -380,16 +425,23 @@ class MultiHeadAttention(AttentionSizes):
 
         Heads are rounded to `x.dtype`; the result is float32.
         """
-        q = project(x, self.q_heads, self.head_size, "query")
-        k = project(x, self.kv_heads, self.head_size, "key")
-        v = project(x, self.kv_heads, self.head_size, "value")
+        ours, size = self.changes, (self.head_size,)
+        heads = self.q_heads, self.kv_heads, self.kv_heads
+        q, k, v = ours.ready(*(
+            project(x, n, *size, name, ours.bias)
+            for n, name in zip(heads, ("query", "key", "value"))
+        ))
         k, v = sharding.spread_heads(k, v, self.q_heads)
-        q, k = (rope(z, positions, self.rope_base) for z in (q, k))
+        turn = partial(rope, base=self.rope_base)
+        q, k = ours.turn(q, k, positions, turn)
         q, k, v = (z.astype(x.dtype) for z in (q, k, v))
         y, cache = attend_on_mesh(
             q, k, v, positions, cache, layer,
-            multiplier=self.multiplier, softcap=self.softcap,
+            partial(ours.look, multiplier=self.multiplier,
+                    softcap=self.softcap),
         )
         y = y.reshape(*x.shape[:2], -1)                     # [B, T, QH]
-        out = Linear(x.shape[-1], ("model", "data"), "linear")
+        out = Linear(
+            x.shape[-1], ("model", "data"), "linear", ours.bias
+        )
         return out(y), cache

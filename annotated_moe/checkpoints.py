@@ -465,8 +465,9 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
 
 # %% book/chapters/09_checkpoints.md, cell 53
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
+    pairs = {n: tuple(v) for n, v in values.items() if type(v) is list}
     try:
-        config = ModelConfig(**values)
+        config = ModelConfig(**{**values, **pairs})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     numbers = [n for n in asdict(config).values() if type(n) is int]

@@ -100,7 +100,7 @@ def run_generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         top_k=args.top_k,
         seed=args.seed,
-        stop_ids=(model.config.eos_id,),
+        stop_ids=model.config.stop_ids,
     )
     say(f"{status}\nCompiling, which takes some seconds ...\n")
     if isinstance(model, StreamedModel):

@@ -11,6 +11,7 @@ ship inside this package.
 
 # %% book/chapters/08_model.md, cell 1
 import contextlib
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,13 +26,24 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
-from annotated_moe import quantization, sharding
-from annotated_moe.attention import KVCache, Linear, MultiHeadAttention
+from annotated_moe import llama4, mixtral, quantization, sharding
+from annotated_moe.attention import (
+    KVCache,
+    Linear,
+    MultiHeadAttention,
+    as_they_are,
+    attend_cached,
+    turn_both,
+)
+from annotated_moe.llama import slow_down, swiglu
+from annotated_moe.mixtral import PAST
 from annotated_moe.moe import (
     MoE,
     Router,
+    Style,
     geglu,
     load_balancing_loss,
+    route,
     router_z_loss,
 )
 from annotated_moe.quantization import Row
@@ -41,7 +53,33 @@ from annotated_moe.tokenizer import Tokenizer
 
 # %% book/chapters/08_model.md, cell 3
 @dataclass(frozen=True)
-class ModelConfig:
+class Variations:
+    """In what other families differ; the defaults are Grok-1's way."""
+
+    norm_eps: float = 1e-5          # of every norm
+    post_norm: bool = True          # a norm after each sublayer too
+    activation: str = "gelu"        # or "silu"
+    router: str = "softmax_top_k"   # see ROUTERS
+    moe_every: int = 1              # experts in every nth layer
+    dense_layers: tuple[int, ...] = ()  # layers without, besides
+    dense_ff: int = 0               # their hidden features; 0: d_ff
+    shared_expert: bool = False     # one more expert, for every token
+    tied: bool = True               # the embedding is the output matrix
+    attn_bias: bool = False         # of the four projections
+    mlp_bias: bool = False          # of a dense block's matrices
+    qk_norm: str = "none"           # see QK_NORMS
+    qkv_clip: float | None = None   # most a query, key or value may be
+    rope_scaling: tuple[float, float, float, int] | None = None
+    nope_every: int = 0             # no RoPE in every nth layer; 0: all
+    nope_layers: tuple[int, ...] = ()   # layers without, besides
+    attn_window: int | None = None  # tokens a layer looks back
+    attn_chunk: int | None = None   # the same by chunks, where RoPE is
+    attn_temperature: tuple[int, float] | None = None   # without RoPE
+
+
+# %% book/chapters/08_model.md, cell 4
+@dataclass(frozen=True)
+class ModelConfig(Variations):
     """What makes a family member; Grok-1 unless told otherwise.
 
     ValueError for numbers that no model can have.
@@ -63,22 +101,31 @@ class ModelConfig:
     attn_softcap: float | None = 30.0                # None: no cap
     rope_base: float = 10000.0      # slowest angle: about 1 / this
     pad_id: int = 0                 # fills rows on the right, unread
-    eos_id: int = 2                 # ends a text
+    eos_id: int | tuple[int, ...] = 2   # ends a text; or each of them
     dtype: str = "bfloat16"         # of products; or "float32"
 
     def __post_init__(self) -> None:
         check_sizes(self)
         check_numbers(self)
+        check_ids(self)
+        check_variations(self)
 
-
-# %% book/chapters/08_model.md, cell 4
-SIZES = (
-    "vocab_size", "context", "d_model", "d_ff", "num_layers",
-    "q_heads", "kv_heads", "head_size", "num_experts", "top_k",
-)
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        ids = self.eos_id
+        return ids if isinstance(ids, tuple) else (ids,)
 
 
 # %% book/chapters/08_model.md, cell 5
+SIZES = (
+    "vocab_size", "context", "d_model", "d_ff", "num_layers",
+    "q_heads", "kv_heads", "head_size", "num_experts", "top_k",
+    "moe_every",
+)
+
+
+# %% book/chapters/08_model.md, cell 6
 def check_sizes(c: ModelConfig) -> None:
     for name in SIZES:
         value = getattr(c, name)
@@ -96,28 +143,25 @@ def check_sizes(c: ModelConfig) -> None:
         )
 
 
-# %% book/chapters/08_model.md, cell 6
+# %% book/chapters/08_model.md, cell 7
 NUMBERS = (
     "embedding_multiplier", "output_multiplier", "attn_multiplier",
-    "attn_softcap", "rope_base",
+    "attn_softcap", "rope_base", "norm_eps", "qkv_clip",
 )
+MAY_BE_NONE = {"attn_softcap", "qkv_clip"}
 DTYPES = ("float32", "bfloat16")
 
 
-# %% book/chapters/08_model.md, cell 7
+# %% book/chapters/08_model.md, cell 8
 def check_numbers(c: ModelConfig) -> None:
     for name in NUMBERS:
         value = getattr(c, name)
-        if value is None and name == "attn_softcap":
+        if value is None and name in MAY_BE_NONE:
             continue
         real = type(value) in (int, float) and math.isfinite(value)
         if not real or value <= 0:
             raise ValueError(f"{name} must be positive: {value!r}")
         object.__setattr__(c, name, float(value))
-    for name in ("pad_id", "eos_id"):
-        value = getattr(c, name)
-        if type(value) is not int or not 0 <= value < c.vocab_size:
-            raise ValueError(f"{name} is not a token id: {value!r}")
     if type(c.dtype) is not str or c.dtype not in DTYPES:
         raise ValueError(
             f"dtype must be 'float32' or 'bfloat16': {c.dtype!r}"
@@ -125,18 +169,114 @@ def check_numbers(c: ModelConfig) -> None:
 
 
 # %% book/chapters/08_model.md, cell 9
-Losses = dict[str, Float32[Array, "*L"]]
+def check_ids(c: ModelConfig) -> None:
+    ids = {"pad_id": (c.pad_id,), "eos_id": c.stop_ids}
+    for name, values in ids.items():
+        for value in values:
+            if type(value) is not int or not 0 <= value < c.vocab_size:
+                raise ValueError(f"{name} is not a token id: {value!r}")
 
 
 # %% book/chapters/08_model.md, cell 10
+LAYER_LISTS = ("dense_layers", "nope_layers")
+SWITCHES = (
+    "post_norm", "shared_expert", "tied", "attn_bias", "mlp_bias",
+)
+MAYBE_SIZES = ("dense_ff", "nope_every", "attn_window", "attn_chunk")
+
+
+# %% book/chapters/08_model.md, cell 11
+def check_variations(c: ModelConfig) -> None:
+    for name in SWITCHES:
+        if type(getattr(c, name)) is not bool:
+            raise ValueError(f"{name} must be true or false")
+    for name in MAYBE_SIZES:
+        value, unset = getattr(c, name), 0 if name[:4] != "attn" else None
+        if value != unset and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be an int >= 1: {value!r}")
+    for name in LAYER_LISTS:
+        layers = getattr(c, name)
+        known = range(c.num_layers)
+        if type(layers) is not tuple or not set(layers) <= set(known):
+            raise ValueError(f"{name} must list layers: {layers!r}")
+    check_named(c)
+    check_pairs(c)
+
+
+# %% book/chapters/08_model.md, cell 12
+def check_named(c: ModelConfig) -> None:
+    named = [("router", ROUTERS), ("activation", GLUS),
+             ("qk_norm", QK_NORMS)]
+    for name, known in named:
+        value = getattr(c, name)
+        if value not in tuple(known):
+            choice = ", ".join(known)
+            raise ValueError(f"{name} must be one of {choice}: {value!r}")
+
+
+# %% book/chapters/08_model.md, cell 13
+def check_pairs(c: ModelConfig) -> None:
+    for name, size in [("rope_scaling", 4), ("attn_temperature", 2)]:
+        value = getattr(c, name)
+        if value is None:
+            continue
+        good = type(value) is tuple and len(value) == size and all(
+            type(x) in (int, float) and 0 < x < math.inf for x in value
+        )
+        if not good:
+            why = f"{name} must be {size} positive numbers: {value!r}"
+            raise ValueError(why)
+    if c.attn_window and c.attn_chunk:
+        raise ValueError("attn_window and attn_chunk exclude each other")
+
+
+# %% book/chapters/08_model.md, cell 14
+GLUS = {"gelu": geglu, "silu": swiglu}
+QK_NORMS = ("none", "head", "whole", "after_rope")
+ROUTERS = {
+    "softmax_top_k": route,
+    "top_k_softmax": mixtral.route_renormalised,
+    "sigmoid_input": llama4.route_sigmoid,
+}
+
+
+# %% book/chapters/08_model.md, cell 16
+Losses = dict[str, Float32[Array, "*L"]]
+
+
+# %% book/chapters/08_model.md, cell 17
+class Kind(NamedTuple):
+    """What a layer is like; in Grok-1 all are alike."""
+
+    experts: bool = True            # experts, or a dense block
+    rope: bool = True               # turned queries and keys, or not
+    near: bool = False              # looks back only so far
+
+
+# %% book/chapters/08_model.md, cell 18
+@functools.cache
+def kinds(c: ModelConfig) -> tuple[Kind, ...]:
+    """The kind of every layer."""
+    def kind(i: int) -> Kind:
+        last = c.nope_every and (i + 1) % c.nope_every == 0
+        rope = not last and i not in c.nope_layers
+        sparse = c.num_experts > 1 and (i + 1) % c.moe_every == 0
+        near = bool(c.attn_window or rope and c.attn_chunk)
+        return Kind(sparse and i not in c.dense_layers, rope, near)
+
+    return tuple(map(kind, range(c.num_layers)))
+
+
+# %% book/chapters/08_model.md, cell 19
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
     def __init__(
-        self, config: ModelConfig, name: str = "decoder_layer"
+        self, config: ModelConfig, kind: Kind = Kind(),
+        name: str = "decoder_layer",
     ) -> None:
         super().__init__(name=name)
-        self.config = config
+        self.config, self.kind = config, kind
 
     def __call__(
         self,
@@ -147,83 +287,178 @@ class DecoderLayer(hk.Module):
         train: bool = False,
     ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
         c = self.config
-        h, x, cache = attention_half(h, positions, cache, layer, c)
-        y, losses = feed_forward(x, c, train)
-        return h + RMSNorm(name="rms_norm_3")(y), cache, losses
+        h, x, cache = attention_half(
+            h, positions, cache, layer, c, self.kind
+        )
+        y, losses = feed_forward(x, c, train, self.kind)
+        return h + after(y, "rms_norm_3", c), cache, losses
 
 
-# %% book/chapters/08_model.md, cell 11
+# %% book/chapters/08_model.md, cell 20
+def after(
+    y: Float32[Array, "B T D"], name: str, c: ModelConfig
+) -> Float32[Array, "B T D"]:
+    """What a sublayer adds: normed, in the models that do."""
+    return RMSNorm(c.norm_eps, name)(y) if c.post_norm else y
+
+
+# %% book/chapters/08_model.md, cell 21
 def attention_half(
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
     cache: KVCache | None,
     layer: int | Int32[Array, ""],
     c: ModelConfig,
+    kind: Kind = Kind(),
 ) -> tuple[
     Float32[Array, "B T D"], Float32[Array, "B T D"], KVCache | None
 ]:
     """h after attention, what the experts read of it, the cache."""
-    x = RMSNorm(name="rms_norm")(h).astype(c.dtype)
-    y, cache = attention_of(c)(x, positions, cache, layer)
-    h = h + RMSNorm(name="rms_norm_1")(y)
-    return h, RMSNorm(name="rms_norm_2")(h), cache
+    x = RMSNorm(c.norm_eps, "rms_norm")(h).astype(c.dtype)
+    y, cache = attention_of(c, kind)(x, positions, cache, layer)
+    h = h + after(y, "rms_norm_1", c)
+    return h, RMSNorm(c.norm_eps, "rms_norm_2")(h), cache
 
 
-# %% book/chapters/08_model.md, cell 12
-def attention_of(c: ModelConfig) -> MultiHeadAttention:
+# %% book/chapters/08_model.md, cell 22
+def attention_of(
+    c: ModelConfig, kind: Kind = Kind()
+) -> MultiHeadAttention:
     """The attention that a configuration asks for."""
     return MultiHeadAttention(
         c.q_heads, c.kv_heads, c.head_size,
         c.attn_multiplier, c.attn_softcap, c.rope_base,
+        ready=partial(ready, c), turn=partial(turned, c, kind),
+        look=look_of(c, kind), bias=c.attn_bias,
     )
 
 
-# %% book/chapters/08_model.md, cell 13
+# %% book/chapters/08_model.md, cell 23
+def ready(c: ModelConfig, *heads: Float[Array, "B T _ H"]) -> Any:
+    """Queries, keys and values, normed or clipped where a model is."""
+    if c.qk_norm in ("head", "whole"):
+        whole = c.qk_norm == "whole"
+        heads = mixtral.norm_heads(*heads, whole, c.norm_eps)
+    if c.qkv_clip is not None:
+        return mixtral.clip_heads(c.qkv_clip, *heads)
+    return as_they_are(*heads)
+
+
+# %% book/chapters/08_model.md, cell 24
+def turned(
+    c: ModelConfig, kind: Kind, q: Any, k: Any, positions: Any, turn: Any
+) -> Any:
+    """Queries and keys with their places in them."""
+    job = q, k, positions, turn
+    if not kind.rope:
+        return llama4.heat_queries(*job, c.attn_temperature)
+    if c.rope_scaling:
+        change = partial(slow_down, scaling=c.rope_scaling)
+        job = q, k, positions, partial(turn, change=change)
+    if c.qk_norm == "after_rope":
+        return llama4.turn_and_norm(*job, c.norm_eps)
+    return turn_both(*job)
+
+
+# %% book/chapters/08_model.md, cell 25
+def near_slots(c: ModelConfig) -> int | None:
+    """How many tokens a layer that looks back only so far sees."""
+    return c.attn_window or c.attn_chunk
+
+
+def look_of(c: ModelConfig, kind: Kind) -> Any:
+    """`attend_cached`, or `attend_near` with the rule of the layer."""
+    if not kind.near:
+        return attend_cached
+    if c.attn_window:
+        sees = partial(mixtral.within_window, c.attn_window)
+    else:
+        sees = partial(llama4.within_chunk, c.attn_chunk)
+    return partial(mixtral.attend_near, sees=sees)
+
+
+# %% book/chapters/08_model.md, cell 26
 def feed_forward(
-    x: Float32[Array, "B T D"], c: ModelConfig, train: bool
+    x: Float32[Array, "B T D"], c: ModelConfig, train: bool,
+    kind: Kind = Kind(),
 ) -> tuple[Float32[Array, "B T D"], Losses]:
     """The experts, or with num_experts == 1 one dense block."""
-    if c.num_experts == 1:
+    if not kind.experts or c.num_experts == 1:
         return dense(x.astype(c.dtype), c), {}
     flat = x.reshape(-1, c.d_model)                         # [N, D]
-    routed = Router(c.num_experts, c.top_k)(flat)
-    y = MoE(c.num_experts, c.d_ff)(flat.astype(c.dtype), routed, train)
+    routed, rounded = router_of(c)(flat), flat.astype(c.dtype)
+    experts = MoE(c.num_experts, c.d_ff, style=style_of(c))
+    y = experts(rounded, routed, train)
+    if c.shared_expert:
+        y += shared(rounded, c)
     balance = load_balancing_loss(routed.probs, routed.experts)
     z = router_z_loss(routed.logits)
     return y.reshape(x.shape), {"balance": balance, "z": z}
 
 
-# %% book/chapters/08_model.md, cell 14
+# %% book/chapters/08_model.md, cell 27
+def router_of(c: ModelConfig) -> Router:
+    return Router(c.num_experts, c.top_k, rule=ROUTERS[c.router])
+
+
+def style_of(c: ModelConfig) -> Style:
+    """How the experts of a configuration compute."""
+    return Style(GLUS[c.activation], c.router == "sigmoid_input")
+
+
+# %% book/chapters/08_model.md, cell 28
 def dense(
     x: Float[Array, "B T D"], c: ModelConfig
 ) -> Float32[Array, "B T D"]:
     """A GEGLU block for every token. Source: Grok-1's DenseBlock."""
-    gate = Linear(c.d_ff, ("data", "model"), "linear")(x)   # [B, T, F]
-    up = Linear(c.d_ff, ("data", "model"), "linear_v")(x)
-    hidden = geglu(gate, up, x.dtype)
-    return Linear(c.d_model, ("model", "data"), "linear_1")(hidden)
+    def linear(size, name, *axes):
+        return Linear(size, axes, name, c.mlp_bias)
+
+    width = c.dense_ff or c.d_ff
+    gate = linear(width, "linear", "data", "model")(x)      # [B, T, F]
+    up = linear(width, "linear_v", "data", "model")(x)
+    hidden = GLUS[c.activation](gate, up, x.dtype)
+    return linear(c.d_model, "linear_1", "model", "data")(hidden)
 
 
-# %% book/chapters/08_model.md, cell 15
-def layer_function(config: ModelConfig) -> hk.Transformed:
+# %% book/chapters/08_model.md, cell 29
+def shared(
+    x: Float[Array, "N D"], c: ModelConfig
+) -> Float32[Array, "N D"]:
+    """The expert that every token goes through, in models with one."""
+    def linear(size, name, *axes):
+        return Linear(size, axes, f"shared/{name}")
+
+    gate = linear(c.d_ff, "linear", "data", "model")(x)     # [N, F]
+    up = linear(c.d_ff, "linear_v", "data", "model")(x)
+    hidden = GLUS[c.activation](gate, up, x.dtype)
+    return linear(c.d_model, "linear_1", "model", "data")(hidden)
+
+
+# %% book/chapters/08_model.md, cell 30
+def layer_function(
+    config: ModelConfig, kind: Kind | None = None
+) -> hk.Transformed:
     """`init(key, h, positions)` and `apply(weights, h, positions)`."""
+    kind = kind or kinds(config)[0]
+
     def run(*job: Any, **options: Any) -> Any:
-        return DecoderLayer(config)(*job, **options)
+        return DecoderLayer(config, kind)(*job, **options)
 
     return hk.without_apply_rng(hk.transform(run))
 
 
-# %% book/chapters/08_model.md, cell 16
-def norm_function() -> hk.Transformed:
+# %% book/chapters/08_model.md, cell 31
+def norm_function(eps: float = 1e-5) -> hk.Transformed:
     """The one norm after the last layer."""
-    return hk.without_apply_rng(hk.transform(lambda h: RMSNorm()(h)))
+    return hk.without_apply_rng(hk.transform(lambda h: RMSNorm(eps)(h)))
 
 
-# %% book/chapters/08_model.md, cell 17
+# %% book/chapters/08_model.md, cell 32
 Params = Mapping[str, Mapping[str, Any]]
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/08_model.md, cell 33
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -231,18 +466,52 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     length about 1. Under `jax.eval_shape` nothing is allocated.
     """
     h = jnp.zeros((1, 1, config.d_model))
-    positions = jnp.zeros((1, 1), jnp.int32)
-    init = partial(layer_function(config).init, train=True)
     k0, k1 = jax.random.split(key)
     keys = jax.random.split(k1, config.num_layers)
-    layers = jax.vmap(lambda k: init(k, h, positions))(keys)
+    layers = init_layers(keys, config)
     size = (config.vocab_size, config.d_model)
     table = jax.random.normal(k0, size) / config.d_model**0.5
     norm = norm_function().init(k0, h)
-    return {"in_out_embed": {"embeddings": table}, **layers, **norm}
+    ends = {"in_out_embed": {"embeddings": table}}
+    if not config.tied:
+        k2 = jax.random.fold_in(k0, 1)
+        table = jax.random.normal(k2, size) / config.d_model**0.5
+        ends["lm_head"] = {"embeddings": table}
+    return {**ends, **layers, **norm}
 
 
-# %% book/chapters/08_model.md, cell 19
+# %% book/chapters/08_model.md, cell 34
+def init_kind(keys: Array, config: ModelConfig, kind: Kind) -> Params:
+    """Stacks for layers of one kind, a key for each."""
+    h = jnp.zeros((1, 1, config.d_model))
+    positions = jnp.zeros((1, 1), jnp.int32)
+    init = partial(layer_function(config, kind).init, train=True)
+    return jax.vmap(lambda k: init(k, h, positions))(keys)
+
+
+def flat_paths(params: Params) -> list[tuple[str, str]]:
+    return [(m, name) for m, leaves in params.items() for name in leaves]
+
+
+# %% book/chapters/08_model.md, cell 35
+def init_layers(keys: Array, config: ModelConfig) -> Params:
+    """The stacks of all layers; in Grok-1 all have the same modules."""
+    has = np.array([kind.experts for kind in kinds(config)])
+    parts = [
+        init_kind(keys[has == experts], config, Kind(experts))
+        for experts in (True, False) if (has == experts).any()
+    ]
+    stacks = {path: [] for part in parts for path in flat_paths(part)}
+    for part in parts:
+        for module, name in flat_paths(part):
+            stacks[module, name].append(part[module][name])
+    params: dict[str, dict] = {}
+    for (module, name), arrays in stacks.items():
+        params.setdefault(module, {})[name] = jnp.concatenate(arrays)
+    return params
+
+
+# %% book/chapters/08_model.md, cell 36
 def split_params(params: Params) -> tuple[Params, Params]:
     """The layers' stacks, and everything else."""
     def of_layer(module: str, name: str, w: Any) -> bool:
@@ -251,20 +520,64 @@ def split_params(params: Params) -> tuple[Params, Params]:
     return hk.data_structures.partition(of_layer, params)
 
 
-# %% book/chapters/08_model.md, cell 27
-def weights_of(layers: Params, layer: Int32[Array, ""]) -> Params:
+# %% book/chapters/08_model.md, cell 44
+class Place(NamedTuple):
+    """Where a layer's weights and cache lie: an index for each stack."""
+
+    layer: Any                      # of what every layer has
+    experts: Any                    # among layers with experts
+    dense: Any                      # among those without
+    cache: Any                      # in the cache, full or near
+
+
+# %% book/chapters/08_model.md, cell 45
+def place_of(c: ModelConfig, layer: int) -> Place:
+    """The place of a layer, from the kinds of those before it."""
+    before = kinds(c)[:layer]
+    experts = sum(kind.experts for kind in before)
+    near = sum(kind.near for kind in before)
+    here = layer < c.num_layers and kinds(c)[layer].near
+    return Place(layer, experts, layer - experts,
+                 near if here else layer - near)
+
+
+# %% book/chapters/08_model.md, cell 46
+EXPERTS = ("/moe/", "/router", "/shared/")
+DENSE = tuple(f"decoder_layer/linear{end}" for end in ("", "_v", "_1"))
+
+
+def stack_of(module: str) -> str:
+    """Which index of a `Place` finds a module's weights."""
+    if any(name in module for name in EXPERTS):
+        return "experts"
+    return "dense" if module in DENSE else "layer"
+
+
+# %% book/chapters/08_model.md, cell 47
+def weights_of(
+    layers: Params, at: Place, kind: Kind = Kind()
+) -> Params:
     """One layer's weights: `Row`s for products, else slices."""
     def pick(module: str, name: str, stack: Any) -> Any:
+        index = getattr(at, stack_of(module))
         lazy = name == "w" and "router" not in module
-        return Row(stack, layer) if lazy else stack[layer]
+        return Row(stack, index) if lazy else stack[index]
 
-    return hk.data_structures.map(pick, layers)
+    return hk.data_structures.map(pick, modules_of(layers, kind))
 
 
-# %% book/chapters/08_model.md, cell 28
-def check_depth(layers: Params, depth: int) -> None:
-    """ValueError unless every stack holds `depth` layers."""
+def modules_of(layers: Params, kind: Kind) -> Params:
+    """The modules that a layer of this kind has."""
+    other = "dense" if kind.experts else "experts"
+    return {m: w for m, w in layers.items() if stack_of(m) != other}
+
+
+# %% book/chapters/08_model.md, cell 48
+def check_depth(layers: Params, config: ModelConfig) -> None:
+    """ValueError unless every stack holds as many layers as it must."""
+    depths = place_of(config, config.num_layers)
     for module, leaves in layers.items():
+        depth = getattr(depths, stack_of(module))
         for name, w in leaves.items():
             if w.shape[0] != depth:
                 raise ValueError(
@@ -273,13 +586,13 @@ def check_depth(layers: Params, depth: int) -> None:
                 )
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 49
 def keep(h: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
     """The residual stream's layout on a mesh, layer after layer."""
     return sharding.constrain(h, None, None, "data")
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 50
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -290,24 +603,60 @@ def decoder(
 ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
     """All layers. `train` returns mean losses, and allows gradients."""
     layers, _ = split_params(params)
-    check_depth(layers, config.num_layers)
+    check_depth(layers, config)
     if train:
         return decoder_to_train(layers, h, positions, config)
-    apply = layer_function(config).apply
+    step = period(config)
 
-    def body(carry, layer):
-        weights = weights_of(layers, layer)
-        h, cache, _ = apply(
-            weights, keep(carry[0]), positions, carry[1], layer
-        )
+    def body(carry, repeat):
+        h, cache = carry
+        for slot in range(step):
+            at = place_in(config, slot, repeat)
+            job = layers, at, kinds(config)[slot], keep(h), positions
+            h, cache = run_layer(*job, cache, config)
         return (keep(h), cache), None
 
-    depth = jnp.arange(config.num_layers)
-    (h, cache), _ = jax.lax.scan(body, (keep(h), cache), depth)
+    repeats = jnp.arange(config.num_layers // step)
+    (h, cache), _ = jax.lax.scan(body, (keep(h), cache), repeats)
     return keep(h), cache, {}
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 51
+def run_layer(
+    layers: Params,
+    at: Place,
+    kind: Kind,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    config: ModelConfig,
+) -> tuple[Float32[Array, "B T D"], KVCache | None]:
+    """The layer whose weights and cache lie `at` these places."""
+    apply = layer_function(config, kind).apply
+    weights = weights_of(layers, at, kind)
+    h, cache, _ = apply(weights, h, positions, cache, at.cache)
+    return h, cache
+
+
+# %% book/chapters/08_model.md, cell 52
+@functools.cache
+def period(c: ModelConfig) -> int:
+    """After how many layers their kinds repeat; all, if they never do."""
+    every, n = kinds(c), c.num_layers
+    steps = (s for s in range(1, n) if n % s == 0)
+    return next((s for s in steps if every[s:] == every[:-s]), n)
+
+
+def place_in(c: ModelConfig, slot: int, repeat: Any) -> Place:
+    """The place of layer `slot` of the period, in the nth repeat."""
+    first, step = place_of(c, slot), period(c)
+    if step == c.num_layers:
+        return first
+    after = place_of(c, slot + step)
+    return Place(*(a + repeat * (b - a) for a, b in zip(first, after)))
+
+
+# %% book/chapters/08_model.md, cell 53
 def decoder_to_train(
     layers: Params,
     h: Float32[Array, "B T D"],
@@ -315,17 +664,35 @@ def decoder_to_train(
     config: ModelConfig,
 ) -> tuple[Float32[Array, "B T D"], None, Losses]:
     """The stack with a gradient: experts drop what finds no seat."""
-    apply = layer_function(config).apply
+    step = period(config)
+    repeats = config.num_layers // step
 
     def body(h, weights):
-        h, _, losses = apply(weights, h, positions, train=True)
-        return h, losses
+        found = []
+        for slot, kind in enumerate(kinds(config)[:step]):
+            own = slices_of(weights, place_of(config, slot), kind)
+            apply = layer_function(config, kind).apply
+            h, _, losses = apply(own, h, positions, train=True)
+            found += [losses] if losses else []
+        return h, jax.tree.map(lambda *x: sum(x) / len(x), *found)
 
-    h, losses = jax.lax.scan(body, h, layers)               # [L] each
+    rows = jax.tree.map(
+        lambda w: w.reshape(repeats, -1, *w.shape[1:]), layers
+    )
+    h, losses = jax.lax.scan(body, h, rows)           # [repeats] each
     return h, None, jax.tree.map(jnp.mean, losses)
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 54
+def slices_of(layers: Params, at: Place, kind: Kind) -> Params:
+    """One layer's weights, cut out of short stacks."""
+    def pick(module: str, name: str, stack: Any) -> Any:
+        return stack[getattr(at, stack_of(module))]
+
+    return hk.data_structures.map(pick, modules_of(layers, kind))
+
+
+# %% book/chapters/08_model.md, cell 66
 def embed(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -336,7 +703,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 67
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -345,7 +712,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 68
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -365,7 +732,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 73
 def tied_logits_on_mesh(
     h: Float[Array, "N D"],
     table: Float[Array, "V D"],
@@ -391,7 +758,7 @@ def tied_logits_on_mesh(
     )(h, table)
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 74
 def unembed(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -400,35 +767,42 @@ def unembed(
 ) -> Float32[Array, "B T V"]:
     """Logits: the last norm, the tied table, the multiplier."""
     *lead, d = h.shape
-    h = norm_function().apply({"rms_norm": params["rms_norm"]}, h)
+    last = norm_function(config.norm_eps)
+    h = last.apply({"rms_norm": params["rms_norm"]}, h)
     h = h.reshape(-1, d).astype(config.dtype)               # [N, D]
-    table = params["in_out_embed"]["embeddings"]
+    head = "in_out_embed" if config.tied else "lm_head"
+    table = params[head]["embeddings"]
     y = tied_logits_on_mesh(h, table, train)
     scale = jnp.asarray(config.output_multiplier, config.dtype)
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 75
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
     config: ModelConfig,
     cache: KVCache | None = None,
     train: bool = False,
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
     """Tokens through embedding and layers: h, cache, losses.
 
-    With a cache, row b's tokens stand behind its first `length[b]`.
+    With a cache, row b's tokens stand behind its first `length[b]`,
+    and those past `lengths[b]` are padding, which no cache keeps.
     """
     rows, t = tokens.shape
     zero = jnp.zeros(rows, jnp.int32)
     start = zero if cache is None else cache.length
     positions = start[:, None] + jnp.arange(t)              # [B, T]
+    if lengths is not None:
+        real = jnp.arange(t) < lengths[:, None]
+        positions = jnp.where(real, positions, PAST)
     h = embed(params, tokens, config)
     return decoder(params, h, positions, config, cache, train)
 
 
-# %% book/chapters/08_model.md, cell 53
+# %% book/chapters/08_model.md, cell 76
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
@@ -438,34 +812,43 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 56
+# %% book/chapters/08_model.md, cell 79
 def pin(cache: KVCache) -> KVCache:
     """Keep the cache's layout on the mesh from step to step."""
     mesh = sharding.current_mesh()
     if mesh is None:
         return cache
-    spec = P(None, "data", None, "model", None)
-    spec = sharding.fit_spec(spec, cache.k.shape, mesh)
-    hold = jax.lax.with_sharding_constraint
-    return KVCache(
-        hold(cache.k, spec),
-        hold(cache.v, spec),
-        hold(cache.length, P()),
-    )
+
+    def hold(a):
+        wide = P(None, "data", None, "model", None)
+        spec = wide if a.ndim == 5 else P()
+        spec = sharding.fit_spec(spec, a.shape, mesh)
+        return jax.lax.with_sharding_constraint(a, spec)
+
+    return jax.tree.map(hold, cache)
 
 
-# %% book/chapters/08_model.md, cell 57
+# %% book/chapters/08_model.md, cell 80
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
     copies = sharding.head_copies(config.kv_heads, config.q_heads)
     heads = (copies * config.kv_heads, config.head_size)
-    shape = (config.num_layers, batch, slots, *heads)
-    k, v = (jnp.zeros(shape, config.dtype) for _ in "kv")
-    return pin(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
+    near = sum(kind.near for kind in kinds(config))
+
+    def empty(layers, slots):
+        shape = (layers, batch, slots, *heads)
+        return [jnp.zeros(shape, config.dtype) for _ in "kv"]
+
+    k, v = empty(config.num_layers - near, slots)
+    none = jnp.zeros(batch, jnp.int32)
+    if not near:
+        return pin(KVCache(k, v, none))
+    few = min(slots, near_slots(config) or slots)
+    return pin(KVCache(k, v, none, *empty(near, few)))
 
 
-# %% book/chapters/08_model.md, cell 58
+# %% book/chapters/08_model.md, cell 81
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     params: Params,
@@ -484,14 +867,15 @@ def prefill(
             f"{tokens.shape[1]} tokens, {cache.k.shape[2]} slots"
         )
     length = cache.length + lengths
-    h, grown, _ = forward(params, tokens, config, cache)
+    job = params, tokens, config, cache
+    h, grown, _ = forward(*job, lengths=lengths)
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)
     logits = unembed(params, last, config)[:, 0]
     new = replace(cast(KVCache, grown), length=length)
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 59
+# %% book/chapters/08_model.md, cell 82
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -510,7 +894,7 @@ def decode_step(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 66
+# %% book/chapters/08_model.md, cell 89
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -525,7 +909,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 67
+# %% book/chapters/08_model.md, cell 90
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -541,7 +925,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 72
+# %% book/chapters/08_model.md, cell 95
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -562,7 +946,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 75
+# %% book/chapters/08_model.md, cell 98
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -572,7 +956,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 76
+# %% book/chapters/08_model.md, cell 99
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -588,7 +972,7 @@ def sample(
     return choose(logits, drawn, how.temperature, how.top_k, how.top_p)
 
 
-# %% book/chapters/08_model.md, cell 77
+# %% book/chapters/08_model.md, cell 100
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"], step: Any = 0, how: Any = None
@@ -597,7 +981,7 @@ def greedy(
     return jnp.argmax(logits, axis=-1)
 
 
-# %% book/chapters/08_model.md, cell 78
+# %% book/chapters/08_model.md, cell 101
 def per_row(
     name: str, value: Any, rows: int, good: Any, need: str
 ) -> np.ndarray:
@@ -613,7 +997,7 @@ def per_row(
     return np.broadcast_to(a, (rows,))
 
 
-# %% book/chapters/08_model.md, cell 79
+# %% book/chapters/08_model.md, cell 102
 def sampling(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:
@@ -642,13 +1026,13 @@ def sampling(
     )
 
 
-# %% book/chapters/08_model.md, cell 80
+# %% book/chapters/08_model.md, cell 103
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 81
+# %% book/chapters/08_model.md, cell 104
 def pad_rows(
     rows: list[list[int]], width: int, pad: int = 0
 ) -> np.ndarray:
@@ -659,7 +1043,7 @@ def pad_rows(
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 82
+# %% book/chapters/08_model.md, cell 105
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -681,7 +1065,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% book/chapters/08_model.md, cell 83
+# %% book/chapters/08_model.md, cell 106
 def check_rows(
     prompts: Any, new: Any, c: ModelConfig
 ) -> list[list[int]]:
@@ -693,7 +1077,7 @@ def check_rows(
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% book/chapters/08_model.md, cell 85
+# %% book/chapters/08_model.md, cell 108
 def token_steps(
     model: "Steps", rows: list[list[int]], how: Sampling, count: int
 ) -> Iterator[list[int]]:
@@ -718,7 +1102,7 @@ def token_steps(
         yield np.asarray(tokens).tolist()
 
 
-# %% book/chapters/08_model.md, cell 86
+# %% book/chapters/08_model.md, cell 109
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
@@ -734,7 +1118,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 87
+# %% book/chapters/08_model.md, cell 110
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -745,7 +1129,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 88
+# %% book/chapters/08_model.md, cell 111
 @dataclass(frozen=True)
 class Runnable:
     """A configuration, its weights, and where and with what to run."""
@@ -774,7 +1158,7 @@ class Runnable:
         return self.tokenizer
 
 
-# %% book/chapters/08_model.md, cell 89
+# %% book/chapters/08_model.md, cell 112
 class Steps(Runnable):
     """The compiled programs, on these weights."""
 
@@ -788,7 +1172,7 @@ class Steps(Runnable):
         return decode_step(self.params, tokens, cache, self.config)
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 113
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
@@ -806,7 +1190,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 91
+# %% book/chapters/08_model.md, cell 114
 class IdModel(Steps):
     """What a model does with token ids."""
 
@@ -837,7 +1221,7 @@ class IdModel(Steps):
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 92
+# %% book/chapters/08_model.md, cell 115
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -854,7 +1238,7 @@ class StreamModel(IdModel):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 93
+# %% book/chapters/08_model.md, cell 116
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -865,7 +1249,7 @@ class Model(StreamModel):
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list, not one str")
         rows = [self.text_ids(prompt) for prompt in prompts]
-        options.setdefault("stop_ids", (self.config.eos_id,))
+        options.setdefault("stop_ids", self.config.stop_ids)
         new = self.generate_ids(rows, **options)
         return [self.words().decode(row) for row in new]
 
@@ -879,7 +1263,7 @@ class Model(StreamModel):
         Joined, it is what `generate` gives: SentencePiece drops the
         space before a first word, of new text too.
         """
-        stop = (self.config.eos_id,) if stop_ids is None else stop_ids
+        stop = self.config.stop_ids if stop_ids is None else stop_ids
         ids = self.stream_ids(
             self.text_ids(prompt), max_new_tokens, temperature, top_p,
             top_k, seed, stop,
@@ -887,5 +1271,5 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 122
 PRESETS = {"grok-1": ModelConfig()}

@@ -13,6 +13,8 @@ then well.
 
 # %% book/chapters/05_moe.md, cell 1
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -76,12 +78,29 @@ def geglu(
 
 
 # %% book/chapters/05_moe.md, cell 15
+@dataclass(frozen=True)
+class Style:
+    """What families do differently inside an expert."""
+
+    glu: Callable = geglu                       # (gate, up, dtype)
+    scale_input: bool = False                   # else the output
+
+    def weigh(self, x: Array, inside: Array, gates: Array) -> Any:
+        """What an expert reads, and what its output is times."""
+        if not self.scale_input:
+            return x, gates
+        x = (x * inside[:, None]).astype(x.dtype)           # [*, D]
+        return x, jnp.ones_like(gates)
+
+
+# %% book/chapters/05_moe.md, cell 16
 def expert(
     x: Float[Array, "N D"],
     w: Experts,
     index: tuple[Any, ...] = (),
     rows: sharding.Axis = None,
     cols: sharding.Axis = None,
+    style: Style = Style(),
 ) -> Float32[Array, "N D"]:
     """x through expert `index` of `w`; () when `w` is one expert.
 
@@ -93,10 +112,10 @@ def expert(
 
     gate = total(matmul(x, w.linear, index))                # [N, F]
     up = total(matmul(x, w.linear_v, index))
-    return matmul(geglu(gate, up, x.dtype), w.linear_1, index)
+    return matmul(style.glu(gate, up, x.dtype), w.linear_1, index)
 
 
-# %% book/chapters/05_moe.md, cell 20
+# %% book/chapters/05_moe.md, cell 21
 def plain(w: Weight) -> Float[Array, "..."]:
     """`w` as an ordinary array; quantized weights become float32."""
     if isinstance(w, Row):
@@ -106,7 +125,7 @@ def plain(w: Weight) -> Float[Array, "..."]:
     return jnp.asarray(w)
 
 
-# %% book/chapters/05_moe.md, cell 21
+# %% book/chapters/05_moe.md, cell 22
 def check_shapes(
     x: Array, gates: Array, experts: Array, w: Experts, num_experts: int
 ) -> None:
@@ -121,7 +140,7 @@ def check_shapes(
         raise ValueError(f"{held} experts in w, not {num_experts}")
 
 
-# %% book/chapters/05_moe.md, cell 22
+# %% book/chapters/05_moe.md, cell 23
 def every_expert(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -150,7 +169,7 @@ def every_expert(
     return jnp.sum(out * gates[..., None], axis=1)
 
 
-# %% book/chapters/05_moe.md, cell 27
+# %% book/chapters/05_moe.md, cell 28
 def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     """Seats per expert: `factor` times the mean load, at most `n`.
 
@@ -161,7 +180,7 @@ def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     return min(n, math.ceil(factor * n * a / num_experts))
 
 
-# %% book/chapters/05_moe.md, cell 28
+# %% book/chapters/05_moe.md, cell 29
 def places(
     experts: Int[Array, "N A"], num_experts: int
 ) -> Int[Array, "N A"]:
@@ -172,7 +191,7 @@ def places(
     return place.reshape(experts.shape)
 
 
-# %% book/chapters/05_moe.md, cell 29
+# %% book/chapters/05_moe.md, cell 30
 def dropped(
     experts: Int[Array, "N A"], num_experts: int, factor: float = 1.5
 ) -> Bool[Array, "N A"]:
@@ -185,9 +204,9 @@ def dropped(
     return places(experts, num_experts) >= seats
 
 
-# %% book/chapters/05_moe.md, cell 33
+# %% book/chapters/05_moe.md, cell 34
 def experts_at_once(
-    x: Float[Array, "E C D"], w: Experts
+    x: Float[Array, "E C D"], w: Experts, glu: Callable = geglu
 ) -> Float32[Array, "E C D"]:
     """Expert e on the rows x[e], as three batched products."""
     def times(x, w):
@@ -195,10 +214,10 @@ def experts_at_once(
                           preferred_element_type=jnp.float32)
 
     gate, up = times(x, w.linear), times(x, w.linear_v)     # [E, C, F]
-    return times(geglu(gate, up, x.dtype), w.linear_1)
+    return times(glu(gate, up, x.dtype), w.linear_1)
 
 
-# %% book/chapters/05_moe.md, cell 34
+# %% book/chapters/05_moe.md, cell 35
 def capacity_and_drop(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -206,6 +225,7 @@ def capacity_and_drop(
     w: Experts,
     num_experts: int,
     factor: float = 1.5,
+    style: Style = Style(),
 ) -> Float32[Array, "N D"]:
     """C seats an expert; choices that find none add nothing.
 
@@ -220,13 +240,16 @@ def capacity_and_drop(
     token = jnp.broadcast_to(jnp.arange(n)[:, None], (n, a))
     guest = jnp.full(nobody, n).at[seat].set(token, mode="drop")
     rows = x.at[guest].get(mode="fill", fill_value=0)       # [E*C, D]
-    out = experts_at_once(rows.reshape(num_experts, seats, -1), w)
-    out = out.reshape(rows.shape)
+    inside = jnp.zeros(nobody).at[seat].set(gates, mode="drop")
+    rows, gates = style.weigh(rows, inside, gates)
+    rows = rows.reshape(num_experts, seats, -1)
+    out = experts_at_once(rows, w, style.glu)
+    out = out.reshape(nobody, -1)
     out = out.at[seat].get(mode="fill", fill_value=0)       # [N, A, D]
     return jnp.sum(out * gates[..., None], axis=1)
 
 
-# %% book/chapters/05_moe.md, cell 39
+# %% book/chapters/05_moe.md, cell 40
 class Blocks(NamedTuple):
     """Choices sorted by expert, and the blocks that cover them."""
 
@@ -236,7 +259,7 @@ class Blocks(NamedTuple):
     first: Int[Array, " E+1"]                   # its first block
 
 
-# %% book/chapters/05_moe.md, cell 40
+# %% book/chapters/05_moe.md, cell 41
 def plan_blocks(
     experts: Int[Array, "N A"], num_experts: int, block: int
 ) -> Blocks:
@@ -255,7 +278,7 @@ def plan_blocks(
     return Blocks(order, starts, counts, first)
 
 
-# %% book/chapters/05_moe.md, cell 41
+# %% book/chapters/05_moe.md, cell 42
 def rows_of_block(
     plan: Blocks, j: Int[Array, ""] | int, block: int
 ) -> tuple[Int[Array, ""], Int[Array, " {block}"]]:
@@ -269,7 +292,7 @@ def rows_of_block(
     return e, jnp.where(row < plan.counts[e], choice, nobody)
 
 
-# %% book/chapters/05_moe.md, cell 45
+# %% book/chapters/05_moe.md, cell 46
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
     if n * a <= 2:
@@ -278,7 +301,7 @@ def block_rows(n: int, a: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
 
-# %% book/chapters/05_moe.md, cell 46
+# %% book/chapters/05_moe.md, cell 47
 def sort_and_tile(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -288,6 +311,7 @@ def sort_and_tile(
     rows: sharding.Axis = None,
     cols: sharding.Axis = None,
     block: int | None = None,
+    style: Style = Style(),
 ) -> Float32[Array, "N D"]:
     """Dropless: walk over blocks of rows that share an expert.
 
@@ -304,14 +328,15 @@ def sort_and_tile(
         token = choice // a                                 # N: padding
         xs = x.at[token].get(mode="fill", fill_value=0)
         gate = gates.ravel().at[choice].get(mode="fill", fill_value=0)
-        out = expert(xs, w, (e,), rows, cols) * gate[:, None]
+        xs, gate = style.weigh(xs, gate, gate)
+        out = expert(xs, w, (e,), rows, cols, style) * gate[:, None]
         return y.at[token].add(out, mode="drop")
 
     y, blocks = jnp.zeros(x.shape, jnp.float32), plan.first[-1]
     return inference_only(jax.lax.fori_loop(0, blocks, add_block, y))
 
 
-# %% book/chapters/05_moe.md, cell 47
+# %% book/chapters/05_moe.md, cell 48
 @jax.custom_vjp
 def inference_only(y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`y`; raises NotImplementedError when it is differentiated."""
@@ -327,7 +352,7 @@ def refuse(*_: Any) -> Any:
 inference_only.defvjp(refuse, refuse)
 
 
-# %% book/chapters/05_moe.md, cell 66
+# %% book/chapters/05_moe.md, cell 67
 def load_balancing_loss(
     probs: Float32[Array, "N E"], experts: Int[Array, "N A"]
 ) -> Float32[Array, ""]:
@@ -340,29 +365,31 @@ def load_balancing_loss(
     return e * jnp.sum(share * jnp.mean(probs, axis=0))
 
 
-# %% book/chapters/05_moe.md, cell 68
+# %% book/chapters/05_moe.md, cell 69
 def router_z_loss(logits: Float32[Array, "N E"]) -> Float32[Array, ""]:
     """Mean squared log-sum-exp of the logits. Source: ST-MoE, eq. 5."""
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
 
 
-# %% book/chapters/05_moe.md, cell 76
+# %% book/chapters/05_moe.md, cell 77
 def sharded_experts(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     experts: Int[Array, "N A"],
     w: Experts,
     num_experts: int,
+    style: Style = Style(),
 ) -> Float32[Array, "N D"]:
     """`sort_and_tile` on the current mesh, if there is one."""
-    mesh = sharding.current_mesh()
+    mesh, walk = sharding.current_mesh(), sort_and_tile
     if mesh is None:
-        return sort_and_tile(x, gates, experts, w, num_experts)
+        return walk(x, gates, experts, w, num_experts, style=style)
     rows = sharding.fit("data", x.shape[-1], mesh)
     cols = sharding.fit("model", w.linear.shape[-1], mesh)
 
     def local(x, gates, experts, w):
-        y = sort_and_tile(x, gates, experts, w, num_experts, rows, cols)
+        y = walk(x, gates, experts, w, num_experts, rows, cols,
+                 style=style)
         return jax.lax.psum(y, cols) if cols else y
 
     into = sharding.weight_spec(P(None, rows, cols), w.linear, mesh)
@@ -375,7 +402,7 @@ def sharded_experts(
     )(x, gates, experts, w)
 
 
-# %% book/chapters/05_moe.md, cell 78
+# %% book/chapters/05_moe.md, cell 79
 class Parameter(hk.Module):
     """A module that only holds the float32 parameter `w`."""
 
@@ -384,35 +411,38 @@ class Parameter(hk.Module):
         return hk.get_parameter("w", shape, jnp.float32, init)
 
 
-# %% book/chapters/05_moe.md, cell 79
+# %% book/chapters/05_moe.md, cell 80
 class Router(hk.Module):
     """`route` with a learned float32 `w` of shape [D, E]."""
 
     def __init__(
-        self, num_experts: int, top_k: int, name: str = "router"
+        self, num_experts: int, top_k: int, name: str = "router",
+        rule: Callable = route,
     ):
         super().__init__(name=name)
         self.num_experts, self.top_k = num_experts, top_k
+        self.rule = rule
 
     def __call__(self, x: Float[Array, "N D"]) -> Route:
         d = x.shape[-1]
         init = hk.initializers.TruncatedNormal(d**-0.5)
         shape = (d, self.num_experts)
         w = hk.get_parameter("w", shape, jnp.float32, init)
-        return route(x, w, self.top_k)
+        return self.rule(x, w, self.top_k)
 
 
-# %% book/chapters/05_moe.md, cell 80
+# %% book/chapters/05_moe.md, cell 81
 class MoE(hk.Module):
     """The experts of a layer; with `train`, the way with a gradient."""
 
     def __init__(
         self, num_experts: int, d_ff: int,
         capacity_factor: float = 1.5, name: str = "moe",
+        style: Style = Style(),
     ):
         super().__init__(name=name)
         self.num_experts, self.d_ff = num_experts, d_ff
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.style = capacity_factor, style
 
     @hk.transparent
     def weights(self, d: int) -> Experts:
@@ -430,5 +460,6 @@ class MoE(hk.Module):
         w = self.weights(x.shape[-1])
         job = (x, routed.gates, routed.experts, w, self.num_experts)
         if train:
-            return capacity_and_drop(*job, self.capacity_factor)
-        return sharded_experts(*job)
+            seats = self.capacity_factor
+            return capacity_and_drop(*job, seats, self.style)
+        return sharded_experts(*job, self.style)

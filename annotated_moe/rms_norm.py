@@ -35,7 +35,11 @@ def rms_norm(
 class RMSNorm(hk.Module):
     """`rms_norm` with a learned float32 `scale` of shape [D]."""
 
+    def __init__(self, eps: float = 1e-5, name: str = "rms_norm"):
+        super().__init__(name=name)
+        self.eps = eps
+
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         shape = x.shape[-1:]
         scale = hk.get_parameter("scale", shape, jnp.float32, jnp.ones)
-        return rms_norm(x, scale)
+        return rms_norm(x, scale, self.eps)

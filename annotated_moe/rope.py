@@ -10,6 +10,8 @@ and have seen what becomes of the angles in bfloat16.
 """
 
 # %% book/chapters/03_rope.md, cell 1
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -19,11 +21,13 @@ def rope_angles(
     positions: Int32[Array, "B T"],
     head_size: int,
     base: float = 10000.0,
+    change: Callable[[Array], Array] | None = None,
 ) -> Float32[Array, "B T {head_size//2}"]:
     """Angle in radians of each pair of features at each position.
 
-    Pair i turns by base**(-2 i / head_size) a token. Computed in
-    float32. An odd `head_size` is a ValueError.
+    Pair i turns by base**(-2 i / head_size) a token, or by what
+    `change` makes of these rates. Computed in float32. An odd
+    `head_size` is a ValueError.
     Source: Su et al. (2021), section 3.2.2; base as in Grok-1.
     """
     if head_size % 2:
@@ -32,6 +36,7 @@ def rope_angles(
         )
     evens = jnp.arange(0, head_size, 2, dtype=jnp.float32)  # [H/2]
     rates = 1.0 / base ** (evens / head_size)               # [H/2]
+    rates = change(rates) if change else rates
     return positions[..., None].astype(jnp.float32) * rates
 
 
@@ -40,6 +45,7 @@ def rope(
     x: Float[Array, "B T heads H"],
     positions: Int32[Array, "B T"],
     base: float = 10000.0,
+    change: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T heads H"]:
     """Turn the feature pairs (i, i + H/2) of `x` by `rope_angles`.
 
@@ -47,7 +53,7 @@ def rope(
     ValueError.
     Source: Su et al. (2021), section 3.4.2; halves as in Grok-1.
     """
-    angles = rope_angles(positions, x.shape[-1], base)  # [B, T, H/2]
+    angles = rope_angles(positions, x.shape[-1], base, change)
     cos = jnp.cos(angles)[:, :, None]                   # [B, T, 1, H/2]
     sin = jnp.sin(angles)[:, :, None]                   # [B, T, 1, H/2]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -64,13 +64,26 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 # %% book/chapters/07_sharding.md, cell 12
+FAMILY_RULES: tuple[tuple[str, P], ...] = (
+    (r"multi_head_attention/(query|key|value)/b", P("model")),
+    (r"multi_head_attention/linear/b", P("data")),
+    (r"(query|key)_norm/scale", P()),
+    (r"decoder_layer/linear(_v)?/b", P("model")),
+    (r"decoder_layer/linear_1/b", P("data")),
+    (r"shared/linear(_v)?/w", P("data", "model")),
+    (r"shared/linear_1/w", P("model", "data")),
+    (r"lm_head/embeddings", P(None, ("data", "model"))),
+)
+
+
+# %% book/chapters/07_sharding.md, cell 13
 def spec_for(path: str) -> P:
     """The spec of the first rule that matches the end of `path`.
 
     It is for one layer, not for a stack. Raises ValueError when no
     rule matches.
     """
-    for pattern, spec in RULES:
+    for pattern, spec in (*RULES, *FAMILY_RULES):
         if re.search(rf"(^|/){pattern}$", path):
             return spec
     raise ValueError(
@@ -79,7 +92,7 @@ def spec_for(path: str) -> P:
     )
 
 
-# %% book/chapters/07_sharding.md, cell 16
+# %% book/chapters/07_sharding.md, cell 17
 def axis_size(mesh: AnyMesh, axis: Axis) -> int:
     """How many parts `axis` cuts a dimension into; 1 for None.
 
@@ -101,7 +114,7 @@ def fit(axis: Axis, size: int, mesh: AnyMesh) -> Axis:
     return axis if parts > 1 and size % parts == 0 else None
 
 
-# %% book/chapters/07_sharding.md, cell 17
+# %% book/chapters/07_sharding.md, cell 18
 def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     """`spec` as far as it fits `shape`: one entry for each dimension.
 
@@ -114,7 +127,7 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     return P(*(fit(a, n, mesh) for a, n in zip(wishes, shape)))
 
 
-# %% book/chapters/07_sharding.md, cell 20
+# %% book/chapters/07_sharding.md, cell 21
 def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     """`w` with a fitted spec in place of each array.
 
@@ -135,7 +148,7 @@ def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     return QuantizedTensor(fitted, scales)
 
 
-# %% book/chapters/07_sharding.md, cell 21
+# %% book/chapters/07_sharding.md, cell 22
 def group_repeats(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> int:
@@ -145,7 +158,7 @@ def group_repeats(
     return 1 if groups == 1 else math.lcm(groups, parts) // groups
 
 
-# %% book/chapters/07_sharding.md, cell 22
+# %% book/chapters/07_sharding.md, cell 23
 def fit_groups(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> QuantizedTensor:
@@ -161,7 +174,7 @@ def fit_groups(
     return QuantizedTensor(q.weight, scales)
 
 
-# %% book/chapters/07_sharding.md, cell 27
+# %% book/chapters/07_sharding.md, cell 28
 def partition_specs(
     params: dict[str, dict[str, Any]], mesh: AnyMesh
 ) -> dict[str, dict[str, Any]]:
@@ -181,7 +194,7 @@ def partition_specs(
     return specs
 
 
-# %% book/chapters/07_sharding.md, cell 28
+# %% book/chapters/07_sharding.md, cell 29
 def shardings(specs: Any, mesh: AnyMesh) -> Any:
     """A tree of specs as a tree of shardings, for `jax.device_put`."""
     return jax.tree.map(
@@ -191,14 +204,14 @@ def shardings(specs: Any, mesh: AnyMesh) -> Any:
     )
 
 
-# %% book/chapters/07_sharding.md, cell 32
+# %% book/chapters/07_sharding.md, cell 33
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
-# %% book/chapters/07_sharding.md, cell 33
+# %% book/chapters/07_sharding.md, cell 34
 def matmul(
     x: Float[Array, "N D"], w: Weight, axes: tuple[Axis, Axis]
 ) -> Float[Array, "N F"]:
@@ -225,7 +238,7 @@ def matmul(
     )(x, w)
 
 
-# %% book/chapters/07_sharding.md, cell 49
+# %% book/chapters/07_sharding.md, cell 50
 def constrain(
     x: Shaped[Array, "..."], *axes: Axis
 ) -> Shaped[Array, "..."]:
@@ -241,7 +254,7 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-# %% book/chapters/07_sharding.md, cell 56
+# %% book/chapters/07_sharding.md, cell 57
 def head_copies(kv_heads: int, q_heads: int) -> int:
     """How often the current mesh holds each key head: mostly once.
 
@@ -255,7 +268,7 @@ def head_copies(kv_heads: int, q_heads: int) -> int:
     return math.lcm(kv_heads, parts) // kv_heads
 
 
-# %% book/chapters/07_sharding.md, cell 57
+# %% book/chapters/07_sharding.md, cell 58
 def spread_heads(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], q_heads: int
 ) -> tuple[Float[Array, "B T M H"], Float[Array, "B T M H"]]:

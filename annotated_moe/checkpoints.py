@@ -524,7 +524,8 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
 # %% book/chapters/09_checkpoints.md, cell 58
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
-    return path.endswith("/w") and "/router/" not in path
+    whole = "/router/" in path or path.startswith("vision/")
+    return path.endswith("/w") and not whole
 
 
 # %% book/chapters/09_checkpoints.md, cell 59

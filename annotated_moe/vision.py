@@ -16,12 +16,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from annotated_moe.attention import attend
 from annotated_moe.rope import rope_angles
@@ -350,25 +350,34 @@ def image_features(
 
 
 # %% book/chapters/17_vision.md, cell 44
-def merge(
-    h: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
-    features: Float[Array, "N D"],
-    image_id: int,
-) -> Float[Array, "B T D"]:
-    """`h` with the rows where `tokens` is `image_id` replaced.
+class Seen(NamedTuple):
+    """What a batch of prompts has seen."""
 
-    Row after row of `features`, across the whole batch. For use under
-    `jit`; `check_images` has seen to it that there are as many.
+    features: Any                   # float32 [N, D], all images' rows
+    places: Any                     # int32 [B, T], -1 for a word
+
+
+def places_of(
+    tokens: Int[np.ndarray, "B T"], image_id: int
+) -> Int32[np.ndarray, "B T"]:
+    """Which row of features stands where; in order, -1 for words."""
+    here = tokens == image_id
+    order = np.cumsum(here).reshape(here.shape) - 1
+    return np.where(here, order, -1).astype(np.int32)
+
+
+# %% book/chapters/17_vision.md, cell 45
+def merge(h: Float[Array, "B T D"], seen: Seen) -> Float[Array, "B T D"]:
+    """`h` with the rows of images at their places.
+
+    Source: Llama 4, `masked_scatter` of the image features.
     """
-    here = tokens == image_id                               # [B, T]
-    order = jnp.cumsum(here.ravel()) - 1                    # [B * T]
-    order = jnp.clip(order, 0, len(features) - 1)
-    rows = features[order].reshape(h.shape).astype(h.dtype)
-    return jnp.where(here[..., None], rows, h)
+    rows = seen.features[jnp.maximum(seen.places, 0)]       # [B, T, D]
+    here = seen.places[..., None] >= 0
+    return jnp.where(here, rows.astype(h.dtype), h)
 
 
-# %% book/chapters/17_vision.md, cell 47
+# %% book/chapters/17_vision.md, cell 48
 def check_tiles(i: int, tiles: Any, c: VisionConfig) -> np.ndarray:
     """The tiles of prompt `i`, float32; ValueError for another shape."""
     shape = (c.channels, c.image_size, c.image_size)
@@ -386,7 +395,7 @@ def check_tiles(i: int, tiles: Any, c: VisionConfig) -> np.ndarray:
     return tiles.astype(np.float32)
 
 
-# %% book/chapters/17_vision.md, cell 48
+# %% book/chapters/17_vision.md, cell 49
 def check_images(
     rows: Iterable[Any], images: Any, c: VisionConfig
 ) -> np.ndarray:
@@ -413,7 +422,7 @@ def check_images(
     return np.concatenate(tiles)
 
 
-# %% book/chapters/17_vision.md, cell 51
+# %% book/chapters/17_vision.md, cell 52
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -435,7 +444,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% book/chapters/17_vision.md, cell 52
+# %% book/chapters/17_vision.md, cell 53
 VISION_LAYER = (                                # {i}: the layer
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -454,7 +463,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% book/chapters/17_vision.md, cell 53
+# %% book/chapters/17_vision.md, cell 54
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -466,7 +475,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 54
+# %% book/chapters/17_vision.md, cell 55
 def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
     """(their name, our path, transform) of every parameter."""
     return tuple(
@@ -479,7 +488,7 @@ def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
 VISION_HF, VISION_META = vision_table(False), vision_table(True)
 
 
-# %% book/chapters/17_vision.md, cell 56
+# %% book/chapters/17_vision.md, cell 57
 def to_halves(w: np.ndarray, heads: int) -> np.ndarray:
     """Rows (heads, H/2, 2) of `w` in the order (heads, 2, H/2)."""
     pairs = w.reshape(heads, -1, 2, *w.shape[1:])
@@ -492,7 +501,7 @@ def to_pairs(w: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(w.shape)
 
 
-# %% book/chapters/17_vision.md, cell 57
+# %% book/chapters/17_vision.md, cell 58
 Change = Callable[[np.ndarray, int], np.ndarray]
 VISION_CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w, heads: w, lambda w, heads: w),
@@ -505,7 +514,7 @@ VISION_CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 58
+# %% book/chapters/17_vision.md, cell 59
 def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     """The names that a row of the table stands for, layer by layer."""
     if "{i}" not in theirs:
@@ -525,7 +534,7 @@ def vision_parts(
     return [read(np.asarray(take(name)), c.heads) for name in names]
 
 
-# %% book/chapters/17_vision.md, cell 59
+# %% book/chapters/17_vision.md, cell 60
 def canvas(
     height: int, width: int, c: VisionConfig, most: int = 16
 ) -> tuple[int, int]:
@@ -543,7 +552,7 @@ def canvas(
     return min(fits, key=math.prod)
 
 
-# %% book/chapters/17_vision.md, cell 61
+# %% book/chapters/17_vision.md, cell 62
 def fitted(
     height: int, width: int, grid: tuple[int, int], size: int
 ) -> tuple[int, int]:
@@ -557,7 +566,7 @@ def fitted(
     return tall, max(min(math.floor(width * (tall / height)), wide), 1)
 
 
-# %% book/chapters/17_vision.md, cell 62
+# %% book/chapters/17_vision.md, cell 63
 def resized(
     pixels: np.ndarray, height: int, width: int
 ) -> np.ndarray:
@@ -572,7 +581,7 @@ def resized(
     return np.asarray(jnp.clip(jnp.round(y), 0, 255)).astype(np.uint8)
 
 
-# %% book/chapters/17_vision.md, cell 63
+# %% book/chapters/17_vision.md, cell 64
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -589,7 +598,7 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 64
+# %% book/chapters/17_vision.md, cell 65
 def image_tiles(
     pixels: Any, c: VisionConfig, most: int = 16
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -613,7 +622,7 @@ def image_tiles(
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
-# %% book/chapters/17_vision.md, cell 65
+# %% book/chapters/17_vision.md, cell 66
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 

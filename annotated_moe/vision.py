@@ -13,7 +13,7 @@ patches cannot.
 
 # %% book/chapters/17_vision.md, cell 1
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,6 +56,10 @@ class VisionConfig:
     def grid(self) -> int:
         """Patches along a side."""
         return self.image_size // self.patch_size
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
 
     @property
     def rows(self) -> int:
@@ -211,8 +215,7 @@ def angles_2d(c: VisionConfig) -> Float32[Array, "T half"]:
     cell = jnp.arange(c.grid**2)
     places = jnp.stack([cell % c.grid, cell // c.grid]) + 1  # [2, P]
     places = jnp.pad(places, ((0, 0), (0, 1)))              # [2, T]
-    pairs = c.width // c.heads // 2
-    x, y = rope_angles(places, pairs, c.rope_base)          # [T, H/4]
+    x, y = rope_angles(places, c.head_size // 2, c.rope_base)          # [T, H/4]
     return jnp.concatenate([x, y], axis=-1)
 
 
@@ -470,8 +473,8 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
              (".bias", "/offset", "as is")),
     "matrix": ((".weight", "/w", "transpose"),),
     "affine": ((".weight", "/w", "transpose"), (".bias", "/b", "as is")),
-    "turned": ((".weight", "/w", "halves, transpose"),
-               (".bias", "/b", "halves")),
+    "turned": ((".weight", "/w", "image halves"),
+               (".bias", "/b", "image halves")),
 }
 
 
@@ -489,32 +492,6 @@ VISION_HF, VISION_META = vision_table(False), vision_table(True)
 
 
 # %% book/chapters/17_vision.md, cell 57
-def to_halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (heads, H/2, 2) of `w` in the order (heads, 2, H/2)."""
-    pairs = w.reshape(heads, -1, 2, *w.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(w.shape)
-
-
-def to_pairs(w: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `to_halves`."""
-    halves = w.reshape(heads, 2, -1, *w.shape[1:])
-    return halves.swapaxes(1, 2).reshape(w.shape)
-
-
-# %% book/chapters/17_vision.md, cell 58
-Change = Callable[[np.ndarray, int], np.ndarray]
-VISION_CHANGES: dict[str, tuple[Change, Change]] = {
-    "as is": (lambda w, heads: w, lambda w, heads: w),
-    "transpose": (lambda w, heads: w.T, lambda w, heads: w.T),
-    "halves": (to_halves, to_pairs),
-    "halves, transpose": (
-        lambda w, heads: to_halves(w, heads).T,
-        lambda w, heads: to_pairs(w.T, heads),
-    ),
-}
-
-
-# %% book/chapters/17_vision.md, cell 59
 def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     """The names that a row of the table stands for, layer by layer."""
     if "{i}" not in theirs:
@@ -522,19 +499,103 @@ def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     return [theirs.replace("{i}", str(i)) for i in range(c.layers)]
 
 
-def vision_parts(
-    take: Callable[[str], np.ndarray],
-    row: tuple[str, str, str],
-    c: VisionConfig,
-) -> list[np.ndarray]:
-    """What `take` finds under each of a row's names, as ours."""
-    theirs, _, change = row
-    read = VISION_CHANGES[change][0]
-    names = vision_names(theirs, c)
-    return [read(np.asarray(take(name)), c.heads) for name in names]
+# %% book/chapters/17_vision.md, cell 58
+VISION_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "channels",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "d_ff",
+    "vision_output_dim": "features",
+}
+# `norm_eps` among them: theirs is 1e-5 whatever the file says.
+VISION_IGNORED = (
+    "model_type", "attention_dropout", "projector_dropout", "dtype",
+    "initializer_range", "norm_eps", "vision_feature_layer",
+    "torch_dtype",
+)
+VISION_FIXED = {
+    "hidden_act": "gelu",
+    "multi_modal_projector_bias": False,
+    "vision_feature_select_strategy": "default",
+}
+
+
+# %% book/chapters/17_vision.md, cell 59
+def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
+    """A `vision_config` of Hugging Face; ValueError if unsupported."""
+    raw = check_fields(raw)
+    missing = sorted(set(VISION_FIELDS) - set(raw))
+    if missing:
+        raise ValueError(f"vision_config lacks {missing[0]!r}")
+    values = {ours: raw[n] for n, ours in VISION_FIELDS.items()}
+    ratio, rope = raw.get("pixel_shuffle_ratio", 0.5), rope_theta(raw)
+    if type(ratio) is not float or not 0 < ratio <= 1 or 1 / ratio % 1:
+        raise ValueError(f"pixel_shuffle_ratio must be 1/n: {ratio!r}")
+    c = VisionConfig(
+        **values, shuffle=round(1 / ratio), d_model=d_model,
+        rope_base=rope, image_id=image_id,
+    )
+    twins = [("projector_input_dim", c.features),
+             ("projector_output_dim", c.features),
+             ("intermediate_size", c.width * c.shuffle**2)]
+    for name, size in twins:
+        if raw.get(name, size) != size:
+            raise ValueError(
+                f"vision_config: {name} must be {size}: {raw[name]!r}")
+    return c
 
 
 # %% book/chapters/17_vision.md, cell 60
+def check_fields(raw: Any) -> dict[str, Any]:
+    """`raw` without fields of no meaning; ValueError for unknown ones."""
+    if not isinstance(raw, dict):
+        raise ValueError("vision_config must be an object")
+    twins = {"projector_input_dim", "projector_output_dim",
+             "pixel_shuffle_ratio", "rope_theta", "rope_scaling",
+             "rope_parameters"}
+    kept = {k: v for k, v in raw.items()
+            if k[:1] != "_" and k not in VISION_IGNORED}
+    for name, value in kept.items():
+        if name not in {*VISION_FIELDS, *VISION_FIXED, *twins}:
+            raise ValueError(f"vision_config has {name[:40]!r}, unknown")
+        if VISION_FIXED.get(name, value) != value:
+            raise ValueError(
+                f"vision_config: {name} is {value!r}; only "
+                f"{VISION_FIXED[name]!r} is supported")
+    return kept
+
+
+def rope_theta(raw: dict[str, Any]) -> Any:
+    """RoPE's base, in the newer or the older spelling."""
+    rope = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or rope
+    if not isinstance(scaling, dict) or not isinstance(rope, dict):
+        raise ValueError("vision_config: rope must be an object")
+    if scaling.get("rope_type", "default") != "default":
+        raise ValueError("vision_config: rope_type must be 'default'")
+    return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+
+
+# %% book/chapters/17_vision.md, cell 61
+def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What `read_vision` reads, from a VisionConfig as a dict."""
+    named = {name: c[ours] for name, ours in VISION_FIELDS.items()}
+    rope = {"rope_theta": c["rope_base"], "rope_type": "default"}
+    return {
+        **named, **VISION_FIXED,
+        "model_type": "llama4_vision_model",
+        "pixel_shuffle_ratio": 1 / c["shuffle"],
+        "projector_input_dim": c["features"],
+        "projector_output_dim": c["features"],
+        "norm_eps": c["norm_eps"],
+        "rope_parameters": rope,
+    }
+
+
+# %% book/chapters/17_vision.md, cell 62
 def canvas(
     height: int, width: int, c: VisionConfig, most: int = 16
 ) -> tuple[int, int]:
@@ -552,7 +613,7 @@ def canvas(
     return min(fits, key=math.prod)
 
 
-# %% book/chapters/17_vision.md, cell 62
+# %% book/chapters/17_vision.md, cell 64
 def fitted(
     height: int, width: int, grid: tuple[int, int], size: int
 ) -> tuple[int, int]:
@@ -566,7 +627,7 @@ def fitted(
     return tall, max(min(math.floor(width * (tall / height)), wide), 1)
 
 
-# %% book/chapters/17_vision.md, cell 63
+# %% book/chapters/17_vision.md, cell 65
 def resized(
     pixels: np.ndarray, height: int, width: int
 ) -> np.ndarray:
@@ -581,7 +642,7 @@ def resized(
     return np.asarray(jnp.clip(jnp.round(y), 0, 255)).astype(np.uint8)
 
 
-# %% book/chapters/17_vision.md, cell 64
+# %% book/chapters/17_vision.md, cell 66
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -598,7 +659,7 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 65
+# %% book/chapters/17_vision.md, cell 67
 def image_tiles(
     pixels: Any, c: VisionConfig, most: int = 16
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -622,7 +683,7 @@ def image_tiles(
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
-# %% book/chapters/17_vision.md, cell 66
+# %% book/chapters/17_vision.md, cell 68
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 

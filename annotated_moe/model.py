@@ -1135,8 +1135,11 @@ def seen_by(
     tiles = check_images(rows, images, c.vision)
     if not len(tiles):
         return None
-    eyes = {m: dict(p[m]) for m in p if m.startswith("vision/")}
-    eyes = jax.tree.map(jnp.asarray, eyes)
+    eyes = {
+        m: {name: w if isinstance(w, jax.Array) else np.asarray(w)
+            for name, w in p[m].items()}
+        for m in p if m.startswith("vision/")
+    }
     with model.on_mesh():
         features = image_features(eyes, tiles, c.vision, c.dtype)
     return Seen(features, places_of(padded, c.vision.image_id))

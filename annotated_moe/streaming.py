@@ -52,6 +52,7 @@ from annotated_moe.model import (
 )
 from annotated_moe.moe import Experts, Style, expert
 from annotated_moe.rms_norm import rms_norm
+from annotated_moe.vision import Seen, merge
 
 
 # %% book/chapters/11_streaming.md, cell 8
@@ -732,10 +733,12 @@ class Layers(Embedding):
     """All of them, one at a time."""
 
     def forward(
-        self, tokens: Any, positions: Any, cache: Any, real: np.ndarray
+        self, tokens: Any, positions: Any, cache: Any,
+        real: np.ndarray, seen: Seen | None = None,
     ) -> tuple[Float32[Array, "B T D"], Any]:
         """All layers; the next one's attention is read ahead."""
         h = self.embed(np.asarray(tokens))
+        h = h if seen is None else merge(h, seen)
         depth, shelf = self.config.num_layers, self.shelf
         positions = jnp.asarray(positions, jnp.int32)
         for layer in range(depth):
@@ -785,11 +788,18 @@ def keep_last(
 MOST_TOKENS = 4096
 
 
+def part_of(seen: Seen | None, index: Any) -> Seen | None:
+    """What a part of the batch's tokens has seen of its images."""
+    return seen and Seen(seen.features, seen.places[index])
+
+
 # %% book/chapters/11_streaming.md, cell 69
 class AllLogits(Halves):
     """Logits of whole texts."""
 
-    def all_logits(self, tokens: Any, lengths: Any) -> Any:
+    def all_logits(
+        self, tokens: Any, lengths: Any, seen: Seen | None = None
+    ) -> Any:
         """Logits at every token, so many rows at a time as fit."""
         b, t = tokens.shape
         rows, parts = max(1, MOST_TOKENS // t), []
@@ -797,7 +807,8 @@ class AllLogits(Halves):
             some = tokens[i : i + rows]
             positions = np.broadcast_to(np.arange(t), some.shape)
             real = positions < lengths[i : i + rows, None]
-            h, _ = self.forward(some, positions, None, real)
+            own = part_of(seen, slice(i, i + rows))
+            h, _ = self.forward(some, positions, None, real, own)
             y = self.unembed(h.reshape(-1, h.shape[-1]))
             parts.append(y.reshape(*some.shape, -1))
         return jnp.concatenate(parts)
@@ -807,7 +818,10 @@ class AllLogits(Halves):
 class Prefill(AllLogits):
     """Prompts."""
 
-    def prefill(self, tokens: Any, lengths: Any, cache: KVCache) -> Any:
+    def prefill(
+        self, tokens: Any, lengths: Any, cache: KVCache,
+        seen: Seen | None = None,
+    ) -> Any:
         """Each prompt's last logits, and its cache; in runs of tokens
         if they are many. ValueError if they are more than the slots.
         """
@@ -821,7 +835,8 @@ class Prefill(AllLogits):
             real = at < lengths[:, None]
             positions = np.where(real, before[:, None] + at, PAST)
             job = tokens[:, at], positions, cache, real
-            h, cache = self.forward(*job)
+            own = part_of(seen, (slice(None), at))
+            h, cache = self.forward(*job, own)
             last = keep_last(last, h, lengths - 1 - start)
             there = before + np.minimum(lengths, at[-1] + 1)
             there = jnp.asarray(there, jnp.int32)

@@ -150,6 +150,7 @@ class Vocabulary:
         self.bos_id = optional(self.processor.bos_id())
         self.eos_id = optional(self.processor.eos_id())
         self.unk_id = optional(self.processor.unk_id())
+        self.turn_ids = vocabularies.turn_ids(self.processor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to `path`, all of it or nothing."""
@@ -222,15 +223,10 @@ class TokenStream:
         self.vocabulary = vocabulary
         self._head: list[int] = []
         self._bytes = b""
-        table = vocabulary.processor
-        other = isinstance(table, vocabularies.Table)
-        self._other = table.stream() if other else None
 
     def push(self, token: SupportsIndex) -> str:
         """The text that `token` completes, often all of its own."""
         token = in_range(token, self.vocabulary.vocab_size)
-        if self._other is not None:
-            return self._other.push(token)
         table = self.vocabulary.processor
         before = table.decode(self._head)
         if table.is_byte(token):
@@ -245,8 +241,6 @@ class TokenStream:
 
     def flush(self) -> str:
         """The rest: U+FFFD for the bytes of an unfinished character."""
-        if self._other is not None:
-            return self._other.flush()
         text, self._bytes = take_characters(self._bytes, True)
         return text
 
@@ -285,7 +279,8 @@ class Coder(Vocabulary):
 
     def stream(self) -> TokenStream:
         """A `TokenStream`: `push(id)` each id, then `flush()`."""
-        return TokenStream(self)
+        other = isinstance(self.processor, vocabularies.Table)
+        return OtherStream(self) if other else TokenStream(self)
 
 
 # %% book/chapters/01_tokenizer.md, cell 50
@@ -315,3 +310,21 @@ class Tokenizer(Coder):
     ) -> "Tokenizer":
         """Learn from `texts`; options are those of `train_model`."""
         return cls(train_model(texts, vocab_size, **options))
+
+
+# %% book/chapters/01_tokenizer.md, cell 58
+class OtherStream(TokenStream):
+    """The same for a table that is not SentencePiece's."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self._inner = vocabulary.processor.stream()
+
+    def push(self, token: SupportsIndex) -> str:
+        """The text that `token` completes."""
+        token = in_range(token, self.vocabulary.vocab_size)
+        return self._inner.push(token)
+
+    def flush(self) -> str:
+        """The rest: U+FFFD for an unfinished character."""
+        return self._inner.flush()

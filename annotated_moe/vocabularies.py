@@ -211,7 +211,8 @@ def read_ranks(data: bytes, name: str) -> dict[bytes, int]:
 
 # %% book/chapters/17_vocabularies.md, cell 11
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 OPENER, SPACES = r"[^\r\n\p{L}\p{N}]?", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = "|".join([
     ENDINGS, OPENER + r"\p{L}+", r"\p{N}{1,3}",
@@ -633,6 +634,14 @@ def specials_of(table: Any) -> dict[str, int]:
         return table.specials
     ids = range(table.get_piece_size())
     return {table.id_to_piece(i): i for i in ids if table.is_control(i)}
+
+
+def turn_ids(table: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the end of text, and of a turn."""
+    found = [table.eos_id()]
+    if isinstance(table, Table):
+        found.append(table.roles.get("eot", -1))
+    return tuple(i for i in found if i >= 0)
 
 
 def encode_special(table: Any, text: str) -> list[int]:

@@ -246,8 +246,8 @@ class TokenStream:
 
 
 # %% book/chapters/01_tokenizer.md, cell 49
-class Coder(Vocabulary):
-    """Text to token ids and back."""
+class Encoder(Vocabulary):
+    """Text to token ids."""
 
     def encode(
         self, text: str, add_bos: bool = False, add_eos: bool = False,
@@ -264,6 +264,11 @@ class Coder(Vocabulary):
         if specials:
             return bos + vocabularies.encode_special(table, text) + eos
         return bos + table.encode(data) + eos
+
+
+# %% book/chapters/01_tokenizer.md, cell 50
+class Decoder(Encoder):
+    """And token ids to text."""
 
     def decode(
         self, ids: Iterable[SupportsIndex], specials: bool = False
@@ -283,8 +288,8 @@ class Coder(Vocabulary):
         return OtherStream(self) if other else TokenStream(self)
 
 
-# %% book/chapters/01_tokenizer.md, cell 50
-class Tokenizer(Coder):
+# %% book/chapters/01_tokenizer.md, cell 51
+class Tokenizer(Decoder):
     """One tokenizer file: encode, decode, stream, save."""
 
     def save_in(self, folder: str | os.PathLike[str]) -> None:
@@ -312,7 +317,7 @@ class Tokenizer(Coder):
         return cls(train_model(texts, vocab_size, **options))
 
 
-# %% book/chapters/01_tokenizer.md, cell 58
+# %% book/chapters/01_tokenizer.md, cell 59
 class OtherStream(TokenStream):
     """The same for a table that is not SentencePiece's."""
 

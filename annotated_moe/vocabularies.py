@@ -246,7 +246,8 @@ LLAMA3_SPECIALS = [
     *reserved("", 2, 246),
 ]
 LLAMA4_SPECIALS = [
-    *marks("begin_of_text end_of_text fim_prefix fim_middle fim_suffix"),
+    *marks("begin_of_text end_of_text"),
+    *marks("fim_prefix fim_middle fim_suffix"),
     *marks("header_start header_end eom eot step"),
     *reserved("text_post_train", 0, 6),
     *marks("python_start python_end finetune_right_pad"),

@@ -293,7 +293,7 @@ class Tokenizer(Decoder):
     """One tokenizer file: encode, decode, stream, save."""
 
     def save_in(self, folder: str | os.PathLike[str]) -> None:
-        """Write it to `folder` under its usual name, and its settings."""
+        """Write it to `folder` by its usual name, with its settings."""
         name = vocabularies.file_name(self.model_bytes)
         self.save(Path(folder) / name)
         for name, data in self.beside.items():

@@ -303,8 +303,9 @@ def byte_pairs(
         name="given", pat_str=pattern, mergeable_ranks=ranks,
         special_tokens={},
     )
+    plain = coder.encode_ordinary
     return lambda text: [
-        i for part in stretches(text) for i in coder.encode_ordinary(part)
+        i for part in stretches(text) for i in plain(part)
     ]
 
 

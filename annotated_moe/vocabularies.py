@@ -373,7 +373,8 @@ def open_tekken(data: bytes, name: str, settings: Any) -> Table:
     if len(ranks) != learned or len(specials) != count:
         raise damaged(name, "a tekken file", "pieces are missing")
     base = byte_pairs(ranks, pattern, name)
-    kinds = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+    kinds = {"unk": "<unk>", "bos": "<s>", "eos": "</s>",
+             "pad": "<pad>"}
     roles = {k: specials[s] for k, s in kinds.items() if s in specials}
     pieces = [*(s.encode() for s in names), *pieces]
     return ByteTable(pieces, specials, roles,
@@ -441,7 +442,9 @@ class TextStream:
 class TextTable(Table):
     """A `tokenizer.json` whose pieces are text, bytes if need be."""
 
-    def __init__(self, library: "Library", roles: dict[str, int]) -> None:
+    def __init__(
+        self, library: "Library", roles: dict[str, int]
+    ) -> None:
         self.library, self.roles = library, roles
         self.size, self.hidden = library.size, library.hidden
         self.specials = library.specials
@@ -627,7 +630,8 @@ def read_settings(beside: dict[str, bytes]) -> dict[str, Any]:
     for name in ["special_tokens_map.json", "tokenizer_config.json"]:
         if name in beside:
             found = parse_json(beside[name], repr(name), "JSON")
-            settings |= {k: v for k, v in found.items() if v is not None}
+            given = {k: v for k, v in found.items() if v is not None}
+            settings |= given
     return settings
 
 
@@ -653,7 +657,8 @@ def encode_special(table: Any, text: str) -> list[int]:
     if isinstance(table, Table):
         return table.encode_special(text)
     return encode_marked(
-        text, specials_of(table), lambda part: table.encode(part.encode())
+        text, specials_of(table),
+        lambda part: table.encode(part.encode()),
     )
 
 
@@ -700,8 +705,8 @@ def pick_template(
     if name not in known:
         raise ValueError(
             f"this tokenizer has no chat template {name!r} beside it "
-            f"(it has {sorted(known) or 'none'}): give one to encode "
-            "as text, or add a chat_template.jinja"
+            f"(it has {sorted(known) or 'none'}): add a "
+            "chat_template.jinja, or give plain text instead"
         )
     return known[name]
 
@@ -796,7 +801,7 @@ def answer(request: str) -> dict[str, str]:
         return {"text": render(**json.loads(request))}
     except MemoryError:
         return {"error": f"more than {MAX_BYTES:,} bytes of memory"}
-    except Exception as error:              # the template may do anything
+    except Exception as error:              # it may do anything
         return {"error": str(error) or type(error).__name__}
 
 

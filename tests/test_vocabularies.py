@@ -5,6 +5,7 @@ carry a published tokenizer is installed, its ids are compared with those
 that the package's own program gave (fixtures/tokenizers.json).
 """
 
+import argparse
 import base64
 import hashlib
 import importlib.metadata as metadata
@@ -20,7 +21,7 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import checkpoints as ck
-from annotated_moe import convert, vocabularies
+from annotated_moe import cli, convert, vocabularies
 from annotated_moe.model import Model
 from annotated_moe.tokenizer import Tokenizer
 
@@ -585,6 +586,17 @@ def test_an_endless_template_is_stopped(tmp_path, monkeypatch):
 def test_what_is_no_conversation(messages, tmp_path):
     with pytest.raises(ValueError, match="messages must be"):
         chatty("byte level", tmp_path).chat(messages)
+
+
+def test_generate_chat_prompts_with_the_template(tmp_path):
+    small = am.load()
+    model = Model(small.config, small.params, chatty("byte level", tmp_path))
+    args = argparse.Namespace(prompt="Hello world", chat=True)
+    assert cli.prompt_ids(model, args) == model.tokenizer.chat(HELLO)
+    assert set(cli.ends(model, True)) == {*cli.ends(model, False), 1}
+    args.chat = False
+    assert cli.prompt_ids(model, args) == model.tokenizer.encode("Hello world")
+    assert made("llama 3").turn_ids == (266, 274)
 
 
 def test_no_template_is_an_error(tmp_path):

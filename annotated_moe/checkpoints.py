@@ -47,6 +47,7 @@ from annotated_moe.vision import (
     read_vision,
     vision_names,
 )
+from annotated_moe.vocabularies import BESIDE, TOKENIZERS
 
 
 # %% book/chapters/09_checkpoints.md, cell 6
@@ -1119,7 +1120,8 @@ PARTS = {
     "config.json",
     "model.safetensors",
     "checksums.json",
-    "tokenizer.model",
+    *TOKENIZERS,
+    *BESIDE,
 }
 
 
@@ -1149,7 +1151,7 @@ def write_parts(model: Model, folder: Path) -> None:
     write_json(folder / "checksums.json", {"sha256": watcher.sums})
     write_json(folder / "config.json", our_settings(model.config))
     if model.tokenizer is not None:
-        model.tokenizer.save(folder / "tokenizer.model")
+        model.tokenizer.save_in(folder)
 
 
 # %% book/chapters/09_checkpoints.md, cell 101
@@ -1858,9 +1860,14 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
-    """`tokenizer.model`, if there; its ids must fit the model."""
-    path = folder / "tokenizer.model"
-    if not os.path.lexists(path):
+    """The tokenizer, if there is one; its ids must fit the model.
+
+    `tokenizer.json` goes first: where both are, it has tokens that
+    were added later.
+    """
+    paths = [folder / name for name in TOKENIZERS]
+    path = next((p for p in paths if os.path.lexists(p)), None)
+    if path is None:
         return None
     try:
         tokenizer = Tokenizer(path)

@@ -1,4 +1,4 @@
-# Generated from book/chapters/17_vocabularies.md by `make sync`; edit the chapter.
+# Generated from book/chapters/19_vocabularies.md by `make sync`; edit the chapter.
 """Grok-1's pieces come from SentencePiece; Llama 3's come in a text
 file of 128,000 lines, Llama 4's in one of 200,000, Qwen's and OLMoE's
 in JSON. This chapter opens all of them behind the one `Tokenizer`. Then
@@ -8,7 +8,7 @@ program cannot reach your files, and a message of 49 characters can no
 longer put words into the mouth of the system.
 """
 
-# %% book/chapters/17_vocabularies.md, cell 1
+# %% book/chapters/19_vocabularies.md, cell 1
 import base64
 import binascii
 import codecs
@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 
-# %% book/chapters/17_vocabularies.md, cell 7
+# %% book/chapters/19_vocabularies.md, cell 7
 def kind_of(data: bytes) -> str:
     """Which of four formats the bytes of a tokenizer file are in."""
     if re.match(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n", data):
@@ -39,7 +39,7 @@ def kind_of(data: bytes) -> str:
     return "tekken" if tekken else "huggingface"
 
 
-# %% book/chapters/17_vocabularies.md, cell 8
+# %% book/chapters/19_vocabularies.md, cell 8
 class MissingExtra(ImportError, ValueError):
     """A library that only some tokenizers need is not installed."""
 
@@ -55,7 +55,7 @@ def needed(module: str, what: str) -> ModuleType:
         ) from None
 
 
-# %% book/chapters/17_vocabularies.md, cell 9
+# %% book/chapters/19_vocabularies.md, cell 9
 def damaged(name: str, what: str, why: str) -> ValueError:
     return ValueError(
         f"{name} is not {what} or is damaged ({why[:120]}); compare "
@@ -74,7 +74,7 @@ def parse_json(data: bytes, name: str, what: str) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/17_vocabularies.md, cell 10
+# %% book/chapters/19_vocabularies.md, cell 10
 class Roles:
     """A vocabulary of another kind, under SentencePiece's methods.
 
@@ -105,7 +105,7 @@ class Roles:
         return self.roles.get("unk", -1)
 
 
-# %% book/chapters/17_vocabularies.md, cell 11
+# %% book/chapters/19_vocabularies.md, cell 11
 class Table(Roles):
     """What `Tokenizer` asks of a table, beside its ids."""
 
@@ -126,7 +126,7 @@ class Table(Roles):
         raise NotImplementedError
 
 
-# %% book/chapters/17_vocabularies.md, cell 12
+# %% book/chapters/19_vocabularies.md, cell 12
 def split_at(text: str, marks: Iterable[str]) -> list[str]:
     """`text` cut around every mark, the longest first."""
     ordered = sorted(marks, key=len, reverse=True)
@@ -147,7 +147,7 @@ def encode_marked(
     return ids
 
 
-# %% book/chapters/17_vocabularies.md, cell 13
+# %% book/chapters/19_vocabularies.md, cell 13
 class ByteStream:
     """Bytes to text as they come, whole characters at a time."""
 
@@ -164,7 +164,7 @@ class ByteStream:
         return self.decoder.decode(b"", True)
 
 
-# %% book/chapters/17_vocabularies.md, cell 14
+# %% book/chapters/19_vocabularies.md, cell 14
 class ByteTable(Table):
     """Every id is a string of bytes, and a text is their sum."""
 
@@ -194,7 +194,7 @@ class ByteTable(Table):
         return encode_marked(text, self.specials, self.plain)
 
 
-# %% book/chapters/17_vocabularies.md, cell 15
+# %% book/chapters/19_vocabularies.md, cell 15
 def read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     """Piece -> rank, from lines of base64 and a number."""
     ranks: dict[bytes, int] = {}
@@ -211,7 +211,7 @@ def read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     return ranks
 
 
-# %% book/chapters/17_vocabularies.md, cell 16
+# %% book/chapters/19_vocabularies.md, cell 16
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -227,7 +227,7 @@ LLAMA4_PATTERN = "|".join([
 ])
 
 
-# %% book/chapters/17_vocabularies.md, cell 17
+# %% book/chapters/19_vocabularies.md, cell 17
 def reserved(name: str, start: int, stop: int) -> list[str]:
     """Names that Meta keeps free for later."""
     stem = f"{name}_reserved" if name else "reserved"
@@ -238,7 +238,7 @@ def marks(names: str) -> list[str]:
     return [f"<|{name}|>" for name in names.split()]
 
 
-# %% book/chapters/17_vocabularies.md, cell 18
+# %% book/chapters/19_vocabularies.md, cell 18
 LLAMA3_SPECIALS = [
     *marks("begin_of_text end_of_text"), *reserved("", 0, 2),
     *marks("finetune_right_pad_id step_id start_header_id"),
@@ -262,7 +262,7 @@ LLAMA4_SPECIALS = [
 ]
 
 
-# %% book/chapters/17_vocabularies.md, cell 19
+# %% book/chapters/19_vocabularies.md, cell 19
 @dataclass(frozen=True)
 class MetaForm:
     """What a tiktoken file does not say about itself."""
@@ -281,7 +281,7 @@ META_FORMS = {
 }
 
 
-# %% book/chapters/17_vocabularies.md, cell 20
+# %% book/chapters/19_vocabularies.md, cell 20
 def stretches(text: str) -> Iterator[str]:
     """`text` in parts that tiktoken can take, cut as Meta cuts it."""
     for at in range(0, len(text), 400_000):
@@ -293,7 +293,7 @@ def stretches(text: str) -> Iterator[str]:
         yield part[start:]
 
 
-# %% book/chapters/17_vocabularies.md, cell 21
+# %% book/chapters/19_vocabularies.md, cell 21
 def byte_pairs(
     ranks: dict[bytes, int], pattern: str, name: str
 ) -> Callable[[str], list[int]]:
@@ -309,7 +309,7 @@ def byte_pairs(
     ]
 
 
-# %% book/chapters/17_vocabularies.md, cell 22
+# %% book/chapters/19_vocabularies.md, cell 22
 def open_tiktoken(data: bytes, name: str, settings: Any) -> Table:
     """Meta's `tokenizer.model`; the special tokens follow the ranks."""
     ranks = read_ranks(data, name)
@@ -332,7 +332,7 @@ def open_tiktoken(data: bytes, name: str, settings: Any) -> Table:
     return ByteTable(pieces, specials, roles, plain)
 
 
-# %% book/chapters/17_vocabularies.md, cell 26
+# %% book/chapters/19_vocabularies.md, cell 26
 TEKKEN_SPECIALS = [
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
     "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
@@ -342,7 +342,7 @@ TEKKEN_SPECIALS = [
 ]
 
 
-# %% book/chapters/17_vocabularies.md, cell 27
+# %% book/chapters/19_vocabularies.md, cell 27
 def tekken_specials(content: dict[str, Any], count: int) -> list[str]:
     """The first `count` ids: those that have a name, then filler."""
     listed = content.get("special_tokens")
@@ -354,7 +354,7 @@ def tekken_specials(content: dict[str, Any], count: int) -> list[str]:
     return names
 
 
-# %% book/chapters/17_vocabularies.md, cell 28
+# %% book/chapters/19_vocabularies.md, cell 28
 def open_tekken(data: bytes, name: str, settings: Any) -> Table:
     """Mistral's `tekken.json`; the special tokens come first."""
     content = parse_json(data, name, "a tekken file")
@@ -381,7 +381,7 @@ def open_tekken(data: bytes, name: str, settings: Any) -> Table:
                      lambda text: [count + i for i in base(text)])
 
 
-# %% book/chapters/17_vocabularies.md, cell 29
+# %% book/chapters/19_vocabularies.md, cell 29
 def byte_alphabet() -> dict[str, int]:
     """Character -> byte, as GPT-2 wrote bytes in its vocabulary."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -397,7 +397,7 @@ def piece_bytes(piece: str, alphabet: dict[str, int]) -> bytes:
     return piece.encode()
 
 
-# %% book/chapters/17_vocabularies.md, cell 30
+# %% book/chapters/19_vocabularies.md, cell 30
 LOCAL = {"Replace", "ByteFallback", "Fuse", "Metaspace", "WordPiece"}
 
 
@@ -413,7 +413,7 @@ def decodes_locally(decoder: dict[str, Any] | None) -> bool:
     )
 
 
-# %% book/chapters/17_vocabularies.md, cell 31
+# %% book/chapters/19_vocabularies.md, cell 31
 class TextStream:
     """Ids to text by the library's own `decode`, as they come."""
 
@@ -438,7 +438,7 @@ class TextStream:
         return self.table.decode(both)[len(before) :]
 
 
-# %% book/chapters/17_vocabularies.md, cell 32
+# %% book/chapters/19_vocabularies.md, cell 32
 class TextTable(Table):
     """A `tokenizer.json` whose pieces are text, bytes if need be."""
 
@@ -466,7 +466,7 @@ class TextTable(Table):
         return TextStream(self)
 
 
-# %% book/chapters/17_vocabularies.md, cell 33
+# %% book/chapters/19_vocabularies.md, cell 33
 def is_marker(token: dict[str, Any]) -> bool:
     """Whether an added token has a meaning beyond its letters."""
     shape = re.fullmatch("<[|｜].+[|｜]>", token["content"])
@@ -491,7 +491,7 @@ def open_coder(kind: Any, form: str, plain: bool) -> Any:
     return coder
 
 
-# %% book/chapters/17_vocabularies.md, cell 34
+# %% book/chapters/19_vocabularies.md, cell 34
 class Library:
     """The `tokenizers` library on one file."""
 
@@ -519,7 +519,7 @@ class Library:
         return self.coder.decode(ids, skip_special_tokens=False)
 
 
-# %% book/chapters/17_vocabularies.md, cell 35
+# %% book/chapters/19_vocabularies.md, cell 35
 class LibraryBytes(ByteTable):
     """A `tokenizer.json` whose pieces are bytes."""
 
@@ -534,7 +534,7 @@ class LibraryBytes(ByteTable):
         return self.library.encode_special(text)
 
 
-# %% book/chapters/17_vocabularies.md, cell 36
+# %% book/chapters/19_vocabularies.md, cell 36
 def roles_of(
     settings: dict[str, Any], ids: dict[str, int]
 ) -> dict[str, int]:
@@ -553,7 +553,7 @@ def token_text(token: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-# %% book/chapters/17_vocabularies.md, cell 37
+# %% book/chapters/19_vocabularies.md, cell 37
 def open_huggingface(data: bytes, name: str, settings: Any) -> Table:
     """A `tokenizer.json`, through the library that writes them."""
     kind = needed("tokenizers", name).Tokenizer
@@ -575,7 +575,7 @@ def open_huggingface(data: bytes, name: str, settings: Any) -> Table:
     return (LibraryBytes if byte_level else TextTable)(library, roles)
 
 
-# %% book/chapters/17_vocabularies.md, cell 38
+# %% book/chapters/19_vocabularies.md, cell 38
 OPENERS: dict[str, Callable[[bytes, str, Any], Table]] = {
     "tiktoken": open_tiktoken,
     "tekken": open_tekken,
@@ -600,7 +600,7 @@ def open_table(
     return opener(data, name, read_settings(beside))
 
 
-# %% book/chapters/17_vocabularies.md, cell 44
+# %% book/chapters/19_vocabularies.md, cell 44
 BESIDE = [
     "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "chat_template.json",
@@ -623,7 +623,7 @@ def file_name(data: bytes) -> str:
     return FILE_NAMES[kind_of(data)]
 
 
-# %% book/chapters/17_vocabularies.md, cell 45
+# %% book/chapters/19_vocabularies.md, cell 45
 def read_settings(beside: dict[str, bytes]) -> dict[str, Any]:
     """The settings of `tokenizer_config.json` and its older kin."""
     settings: dict[str, Any] = {}
@@ -635,7 +635,7 @@ def read_settings(beside: dict[str, bytes]) -> dict[str, Any]:
     return settings
 
 
-# %% book/chapters/17_vocabularies.md, cell 46
+# %% book/chapters/19_vocabularies.md, cell 46
 def specials_of(table: Any) -> dict[str, int]:
     """Special string -> id; in SentencePiece, the control pieces."""
     if isinstance(table, Table):
@@ -662,7 +662,7 @@ def encode_special(table: Any, text: str) -> list[int]:
     )
 
 
-# %% book/chapters/17_vocabularies.md, cell 47
+# %% book/chapters/19_vocabularies.md, cell 47
 def decode_special(table: Any, ids: list[int]) -> str:
     """Text of `ids`, special ones by name."""
     if isinstance(table, Table):
@@ -677,7 +677,7 @@ def decode_special(table: Any, ids: list[int]) -> str:
     return text + table.decode(run)
 
 
-# %% book/chapters/17_vocabularies.md, cell 50
+# %% book/chapters/19_vocabularies.md, cell 50
 def named_templates(beside: dict[str, bytes]) -> dict[str, str]:
     """Name -> chat template; one without a name is the "default"."""
     if "chat_template.jinja" in beside:
@@ -711,7 +711,7 @@ def pick_template(
     return known[name]
 
 
-# %% book/chapters/17_vocabularies.md, cell 51
+# %% book/chapters/19_vocabularies.md, cell 51
 MAX_SECONDS, MAX_BYTES, MAX_TEXT = 5, 2**30, 2**22
 
 
@@ -737,7 +737,7 @@ def sandbox(library: ModuleType, extension: Any) -> Any:
     return env
 
 
-# %% book/chapters/17_vocabularies.md, cell 52
+# %% book/chapters/19_vocabularies.md, cell 52
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None,
     separators: Any = None, sort_keys: bool = False,
@@ -752,7 +752,7 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-# %% book/chapters/17_vocabularies.md, cell 53
+# %% book/chapters/19_vocabularies.md, cell 53
 def generation_tag(extension: Any) -> Any:
     """`{% generation %}` marks answers for training; prints them."""
     class Generation(extension):
@@ -766,7 +766,7 @@ def generation_tag(extension: Any) -> Any:
     return Generation
 
 
-# %% book/chapters/17_vocabularies.md, cell 54
+# %% book/chapters/19_vocabularies.md, cell 54
 def render(template: str, variables: dict[str, Any]) -> str:
     """Run a template here and now; only `render_apart` should."""
     library = importlib.import_module("jinja2")
@@ -782,7 +782,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     return "".join(text)
 
 
-# %% book/chapters/17_vocabularies.md, cell 55
+# %% book/chapters/19_vocabularies.md, cell 55
 def limit_process() -> None:
     """Bound what this process may take, where the system can."""
     try:
@@ -805,7 +805,7 @@ def answer(request: str) -> dict[str, str]:
         return {"error": str(error) or type(error).__name__}
 
 
-# %% book/chapters/17_vocabularies.md, cell 56
+# %% book/chapters/19_vocabularies.md, cell 56
 def render_apart(template: str, variables: dict[str, Any]) -> str:
     """Render in a process of its own; ValueError says what failed."""
     needed("jinja2", "a chat template")
@@ -826,7 +826,7 @@ def render_apart(template: str, variables: dict[str, Any]) -> str:
     return reply["text"]
 
 
-# %% book/chapters/17_vocabularies.md, cell 59
+# %% book/chapters/19_vocabularies.md, cell 59
 PRIVATE = range(0xF0000, 0xFFFFE)           # characters without meaning
 
 
@@ -849,14 +849,14 @@ def disarm(value: Any, hide: Callable[[str], str]) -> Any:
     return value
 
 
-# %% book/chapters/17_vocabularies.md, cell 60
+# %% book/chapters/19_vocabularies.md, cell 60
 def swap(text: str, table: dict[str, str]) -> str:
     """`text` with each key of `table` replaced, the longest first."""
     parts = split_at(text, table)
     return "".join([table.get(part, part) for part in parts])
 
 
-# %% book/chapters/17_vocabularies.md, cell 61
+# %% book/chapters/19_vocabularies.md, cell 61
 def noted(seen: list[str]) -> Callable[[str], str]:
     """Leaves each string as it is, and in `seen`."""
     def note(text: str) -> str:
@@ -883,7 +883,7 @@ def check_messages(messages: Any, given: dict[str, Any]) -> str:
     return "\n".join(typed)
 
 
-# %% book/chapters/17_vocabularies.md, cell 62
+# %% book/chapters/19_vocabularies.md, cell 62
 def token_names(table: Any, settings: dict[str, Any]) -> dict[str, str]:
     """`bos_token` and its kin, which templates print."""
     names = {i: name for name, i in specials_of(table).items()}
@@ -895,7 +895,7 @@ def token_names(table: Any, settings: dict[str, Any]) -> dict[str, str]:
     return own | given
 
 
-# %% book/chapters/17_vocabularies.md, cell 63
+# %% book/chapters/19_vocabularies.md, cell 63
 def chat_ids(
     table: Any,
     beside: dict[str, bytes],
@@ -923,7 +923,7 @@ def chat_ids(
     )
 
 
-# %% book/chapters/17_vocabularies.md, cell 64
+# %% book/chapters/19_vocabularies.md, cell 64
 def chat_text(
     table: Any, beside: dict[str, bytes], messages: Any,
     template: str | None, **variables: Any,
@@ -940,6 +940,6 @@ def chat_text(
     return text, {mark: s for s, mark in hidden.items()}
 
 
-# %% book/chapters/17_vocabularies.md, cell 67
+# %% book/chapters/19_vocabularies.md, cell 67
 if __name__ == "__main__" and "__file__" in globals():
     sys.stdout.write(json.dumps(answer(sys.stdin.read())))

@@ -242,15 +242,15 @@ OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 def step(machine: Machine) -> bool:
     """Carry out one instruction; False when it was STOP."""
     code = machine.number(1)
-    name = OPCODES.get(code, f"{code:#04x}")
+    name = OPCODES.get(code)
     if name in PUSH:
         machine.stack.append(PUSH[name](machine))
     elif name in DO:
         DO[name](machine)
     elif name != "STOP":
         raise CheckpointError(
-            f"uses the pickle instruction {name}, which no tensor "
-            "needs; it was refused and nothing was run"
+            f"uses the pickle instruction {name or hex(code)}, which "
+            "no tensor needs; it was refused and nothing was run"
         )
     return name != "STOP"
 
@@ -348,7 +348,7 @@ def read_pickled(path: Path) -> Tensor:
     Raises CheckpointError, naming the file. Nothing in it is run.
     """
     try:
-        data = np.memmap(path, np.uint8, "r").data
+        data = np.memmap(str(path), np.uint8, "r").data
     except (OSError, ValueError) as error:
         message = f"{path} is not readable: {error}"
         raise CheckpointError(message) from None

@@ -8,7 +8,7 @@ its devices while reading only the bytes that a device keeps.
 """
 
 # %% book/chapters/09_checkpoints.md, cell 145
-from importlib.metadata import version
+from typing import Any
 
 from annotated_moe import meta  # noqa: F401, `load` learns its layout
 from annotated_moe.checkpoints import (
@@ -22,7 +22,6 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.sharding import make_mesh
 from annotated_moe.tokenizer import Tokenizer
 
-__version__ = version("annotated-moe")
 __all__ = [
     "PRESETS",
     "CheckpointError",
@@ -35,3 +34,12 @@ __all__ = [
     "save",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, looked up when asked for: that takes a while."""
+    if name != "__version__":
+        raise AttributeError(f"annotated_moe has no {name!r}")
+    from importlib.metadata import version
+
+    return version("annotated-moe")

@@ -256,15 +256,15 @@ OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 def step(machine: Machine, push: dict = PUSH, do: dict = DO) -> bool:
     """Carry out one instruction; False when it was STOP."""
     code = machine.number(1)
-    name = OPCODES.get(code, f"{code:#04x}")
+    name = OPCODES.get(code)
     if name in push:
         machine.stack.append(push[name](machine))
     elif name in do:
         do[name](machine)
     elif name != "STOP":
         raise CheckpointError(
-            f"uses the pickle instruction {name}, which no tensor "
-            "needs; it was refused and nothing was run"
+            f"uses the pickle instruction {name or hex(code)}, which "
+            "no tensor needs; it was refused and nothing was run"
         )
     return name != "STOP"
 
@@ -367,7 +367,7 @@ def read_pickled(path: Path) -> Tensor:
     Raises CheckpointError, naming the file. Nothing in it is run.
     """
     try:
-        data = np.memmap(path, np.uint8, "r").data
+        data = np.memmap(str(path), np.uint8, "r").data
     except (OSError, ValueError) as error:
         message = f"{path} is not readable: {error}"
         raise CheckpointError(message) from None

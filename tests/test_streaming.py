@@ -16,7 +16,14 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import checkpoints, cli, streaming
-from annotated_moe.model import init_cache
+from annotated_moe.model import (
+    embed,
+    init_cache,
+    layer_function,
+    split_params,
+    unembed,
+    weights_of,
+)
 from annotated_moe.streaming import Mapped, mapped, to_digits
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -162,6 +169,30 @@ def test_bfloat16_is_as_near_to_float32_as_the_resident_model(release):
     off = np.abs(resident - exact).mean()
     assert 0 < np.abs(ours - exact).mean() < 1.5 * off
     assert np.abs(ours - resident).mean() < 1.5 * off
+
+
+def test_bfloat16_rounds_where_the_resident_model_rounds():
+    """From one h, a layer of each differs as the order of float32 sums does.
+
+    Now and then a sum so falls on the other side of a rounding, in one row;
+    a rounding that one of them leaves out would move them all a thousandfold.
+    """
+    resident, model = both(None, "bfloat16")
+    c, tokens = resident.config, np.arange(100, 132).reshape(2, 16)
+    positions = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+    stacks = split_params(resident.params)[0]
+    run = layer_function(c).apply
+    one_layer = jax.jit(lambda h, i: run(weights_of(stacks, i), h, positions)[0])
+    h = embed(resident.params, jnp.asarray(tokens), c)
+    assert (model.embed(tokens) == h).all()
+    for layer in range(c.num_layers):
+        job = model.shelf, layer, h, positions, None, np.ones((2, 16), bool), c
+        got, _ = streaming.stream_layer(*job)
+        h = one_layer(h, jnp.int32(layer))
+        off = np.abs(np.asarray(got) - np.asarray(h))
+        assert h.std() > 1 and np.median(off) < 1e-5 and off.max() < 1e-2
+    want = unembed(resident.params, h, c).reshape(32, -1)
+    assert np.median(np.abs(model.unembed(h.reshape(32, -1)) - want)) < 1e-5
 
 
 def test_text_comes_out_of_the_small_model():

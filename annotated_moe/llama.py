@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+Scaling = tuple[float, float, float, int]       # see slow_down
+
 
 # %% book/chapters/15_llama.md, cell 8
 EVERY_LLAMA: dict[str, Any] = {
@@ -44,10 +46,6 @@ def swiglu(
 
 
 # %% book/chapters/15_llama.md, cell 33
-Scaling = tuple[float, float, float, int]
-
-
-# %% book/chapters/15_llama.md, cell 34
 def slow_down(
     rates: Float32[Array, " pairs"], scaling: Scaling
 ) -> Float32[Array, " pairs"]:
@@ -69,7 +67,7 @@ def slow_down(
     return (1 - keep) * rates / factor + keep * rates
 
 
-# %% book/chapters/15_llama.md, cell 42
+# %% book/chapters/15_llama.md, cell 41
 def sized(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -86,7 +84,7 @@ def sized(
     }
 
 
-# %% book/chapters/15_llama.md, cell 43
+# %% book/chapters/15_llama.md, cell 42
 LLAMA_1 = EVERY_LLAMA | {
     "vocab_size": 32000,
     "context": 2048,
@@ -97,7 +95,7 @@ LLAMA_1 = EVERY_LLAMA | {
 LLAMA_2 = LLAMA_1 | {"context": 4096, "norm_eps": 1e-5}
 
 
-# %% book/chapters/15_llama.md, cell 44
+# %% book/chapters/15_llama.md, cell 43
 LLAMA_3 = LLAMA_2 | {
     "vocab_size": 128256,
     "context": 8192,
@@ -115,7 +113,7 @@ LLAMA_3_2 = LLAMA_3_1 | {
 }
 
 
-# %% book/chapters/15_llama.md, cell 45
+# %% book/chapters/15_llama.md, cell 44
 # Source: the params.json or config.json beside each model's weights.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-1-7b": LLAMA_1 | sized(32, 32, 32, 11008),
@@ -136,7 +134,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 51
+# %% book/chapters/15_llama.md, cell 50
 ATTENTION = "decoder_layer/multi_head_attention"
 HUB_ENDS = (
     ("model.embed_tokens.weight", "in_out_embed/embeddings", "as is"),
@@ -150,7 +148,7 @@ HUB_NORMS = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 52
+# %% book/chapters/15_llama.md, cell 51
 HUB_ATTENTION = (
     ("self_attn.q_proj.weight", f"{ATTENTION}/query/w", "transpose"),
     ("self_attn.k_proj.weight", f"{ATTENTION}/key/w", "transpose"),
@@ -163,7 +161,7 @@ HUB_ATTENTION = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 53
+# %% book/chapters/15_llama.md, cell 52
 HUB_MLP = (
     ("mlp.gate_proj.weight", "decoder_layer/linear/w", "transpose"),
     ("mlp.up_proj.weight", "decoder_layer/linear_v/w", "transpose"),
@@ -175,7 +173,7 @@ HUB_MLP = (
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP
 
 
-# %% book/chapters/15_llama.md, cell 54
+# %% book/chapters/15_llama.md, cell 53
 HUB_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -197,7 +195,7 @@ HUB_DEFAULTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 55
+# %% book/chapters/15_llama.md, cell 54
 HUB_SPECIAL = (
     "head_dim rope_theta rope_scaling rope_parameters pad_token_id "
     "eos_token_id dtype torch_dtype"
@@ -209,7 +207,7 @@ HUB_CONSTANTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 56
+# %% book/chapters/15_llama.md, cell 55
 def size_in(raw: dict[str, Any], name: str) -> int:
     """A field that must be a size; ValueError, naming it, if not."""
     value = raw.get(name)
@@ -218,7 +216,7 @@ def size_in(raw: dict[str, Any], name: str) -> int:
     return value
 
 
-# %% book/chapters/15_llama.md, cell 57
+# %% book/chapters/15_llama.md, cell 56
 def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """Base and scaling, in the newer spelling or the older."""
     rope = raw.get("rope_parameters")
@@ -245,7 +243,7 @@ ROPE_SCALING = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 58
+# %% book/chapters/15_llama.md, cell 57
 def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     """What Llama's relatives have in common, as our settings.
 
@@ -270,7 +268,7 @@ def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/15_llama.md, cell 59
+# %% book/chapters/15_llama.md, cell 58
 def read_llama(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"num_experts": 1, "top_k": 1}
 
@@ -281,7 +279,7 @@ def read_dtype(raw: dict[str, Any]) -> str:
     return "float32" if name == "float32" else "bfloat16"
 
 
-# %% book/chapters/15_llama.md, cell 60
+# %% book/chapters/15_llama.md, cell 59
 def write_hub(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that `read_hub` reads, from our settings."""
     rope = {"rope_type": "default"}

@@ -325,8 +325,8 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
             f"most is {MOST_BYTES:,}; load it without stream=True"
         )
     small = None if scales is None else jnp.asarray(scales)
-    where, lies = to_jax(raw), (str(weight.dtype), pitch, turned)
-    return Mapped(*where, small, weight.shape, *lies)
+    where, kind = to_jax(raw), str(weight.dtype)
+    return Mapped(*where, small, weight.shape, kind, pitch, turned)
 
 
 # %% book/chapters/11_streaming.md, cell 35

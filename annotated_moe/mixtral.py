@@ -179,7 +179,7 @@ def attend_near(
     return y, cache
 
 
-# %% book/chapters/16_mixtral.md, cell 57
+# %% book/chapters/16_mixtral.md, cell 58
 def norm_heads(
     whole: bool,
     eps: float,
@@ -200,7 +200,7 @@ def norm_heads(
     return normed(q, "query_norm"), normed(k, "key_norm"), v
 
 
-# %% book/chapters/16_mixtral.md, cell 58
+# %% book/chapters/16_mixtral.md, cell 59
 def clip_heads(clip: float, *heads: Float[Array, "B T _ H"]) -> Any:
     """Queries, keys and values between -clip and clip. Source: OLMoE."""
     return [jnp.clip(x, -clip, clip) for x in heads]

@@ -179,7 +179,7 @@ def attend_near(
     return y, cache
 
 
-# %% book/chapters/16_mixtral.md, cell 57
+# %% book/chapters/16_mixtral.md, cell 58
 def norm_heads(
     whole: bool,
     eps: float,
@@ -200,60 +200,68 @@ def norm_heads(
     return normed(q, "query_norm"), normed(k, "key_norm"), v
 
 
-# %% book/chapters/16_mixtral.md, cell 58
+# %% book/chapters/16_mixtral.md, cell 59
 def clip_heads(clip: float, *heads: Float[Array, "B T _ H"]) -> Any:
     """Queries, keys and values between -clip and clip. Source: OLMoE."""
     return [jnp.clip(x, -clip, clip) for x in heads]
 
 
 # %% book/chapters/16_mixtral.md, cell 64
-KIN: dict[str, Any] = dict(
-    post_norm=False, activation="silu", tied=False,
-    embedding_multiplier=1.0, output_multiplier=1.0,
-    attn_softcap=None, head_size=128, attn_multiplier=128**-0.5,
-)
-
-
-# %% book/chapters/16_mixtral.md, cell 65
-MIXTRAL: dict[str, Any] = KIN | dict(
-    vocab_size=32000, kv_heads=8, num_experts=8, top_k=2,
-    router="top_k_softmax", rope_base=1e6, eos_id=2,
-)
-
-
-# %% book/chapters/16_mixtral.md, cell 66
-QWEN: dict[str, Any] = KIN | dict(
-    vocab_size=151936, context=40960, kv_heads=4, num_experts=128,
-    top_k=8, router="top_k_softmax", rope_base=1e6, norm_eps=1e-6,
-    qk_norm="head", pad_id=151643, eos_id=(151645, 151643),
-)
-
-
-# %% book/chapters/16_mixtral.md, cell 67
-PRESETS: dict[str, dict[str, Any]] = {
-    "mixtral-8x7b": MIXTRAL | dict(
-        context=32768, d_model=4096, d_ff=14336, num_layers=32,
-        q_heads=32,
-    ),
-    "mixtral-8x22b": MIXTRAL | dict(
-        context=65536, d_model=6144, d_ff=16384, num_layers=56,
-        q_heads=48,
-    ),
-    "qwen3-30b-a3b": QWEN | dict(
-        d_model=2048, d_ff=768, num_layers=48, q_heads=32,
-    ),
-    "qwen3-235b-a22b": QWEN | dict(
-        d_model=4096, d_ff=1536, num_layers=94, q_heads=64,
-    ),
-    "olmoe-1b-7b": KIN | dict(
-        vocab_size=50304, context=4096, d_model=2048, d_ff=1024,
-        num_layers=16, q_heads=16, kv_heads=16, num_experts=64,
-        top_k=8, qk_norm="whole", pad_id=1, eos_id=50279,
-    ),
+KIN: dict[str, Any] = {
+    "post_norm": False, "activation": "silu", "tied": False,
+    "embedding_multiplier": 1.0, "output_multiplier": 1.0,
+    "attn_softcap": None, "head_size": 128,
+    "attn_multiplier": 128**-0.5,
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 75
+# %% book/chapters/16_mixtral.md, cell 65
+MIXTRAL: dict[str, Any] = KIN | {
+    "vocab_size": 32000, "kv_heads": 8, "num_experts": 8, "top_k": 2,
+    "router": "top_k_softmax", "rope_base": 1e6, "eos_id": 2,
+}
+
+
+# %% book/chapters/16_mixtral.md, cell 66
+QWEN: dict[str, Any] = KIN | {
+    "vocab_size": 151936, "context": 40960, "kv_heads": 4,
+    "num_experts": 128, "top_k": 8, "router": "top_k_softmax",
+    "rope_base": 1e6, "norm_eps": 1e-6, "qk_norm": "head",
+    "pad_id": 151643, "eos_id": (151645, 151643),
+}
+
+
+# %% book/chapters/16_mixtral.md, cell 67
+OLMOE: dict[str, Any] = KIN | {
+    "vocab_size": 50304, "context": 4096, "kv_heads": 16,
+    "num_experts": 64, "top_k": 8, "qk_norm": "whole",
+    "pad_id": 1, "eos_id": 50279,
+}
+
+
+# %% book/chapters/16_mixtral.md, cell 68
+PRESETS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": MIXTRAL | {
+        "context": 32768, "num_layers": 32, "q_heads": 32,
+        "d_model": 4096, "d_ff": 14336,
+    },
+    "mixtral-8x22b": MIXTRAL | {
+        "context": 65536, "num_layers": 56, "q_heads": 48,
+        "d_model": 6144, "d_ff": 16384,
+    },
+    "qwen3-30b-a3b": QWEN | {
+        "num_layers": 48, "q_heads": 32, "d_model": 2048, "d_ff": 768,
+    },
+    "qwen3-235b-a22b": QWEN | {
+        "num_layers": 94, "q_heads": 64, "d_model": 4096, "d_ff": 1536,
+    },
+    "olmoe-1b-7b": OLMOE | {
+        "num_layers": 16, "q_heads": 16, "d_model": 2048, "d_ff": 1024,
+    },
+}
+
+
+# %% book/chapters/16_mixtral.md, cell 76
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
     ("block_sparse_moe.gate.weight", "decoder_layer/router/w",
      "transpose"),
@@ -264,7 +272,7 @@ WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
 EXPERT = "block_sparse_moe.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 76
+# %% book/chapters/16_mixtral.md, cell 77
 QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
     ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale", "as is"),
     ("self_attn.k_norm.weight", f"{ATTENTION}/key_norm/scale", "as is"),
@@ -279,7 +287,7 @@ QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
 QWEN_EXPERT = "mlp.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 77
+# %% book/chapters/16_mixtral.md, cell 78
 FIELDS = HUB_FIELDS | {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -306,7 +314,7 @@ QWEN_DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 78
+# %% book/chapters/16_mixtral.md, cell 79
 def read_mixtral(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"router": "top_k_softmax"}
 
@@ -315,7 +323,7 @@ def write_mixtral(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values)
 
 
-# %% book/chapters/16_mixtral.md, cell 79
+# %% book/chapters/16_mixtral.md, cell 80
 def read_renormalise(raw: dict[str, Any]) -> dict[str, Any]:
     """`norm_topk_prob`: whether a token's gates sum to one."""
     norm = raw.get("norm_topk_prob", False)
@@ -329,7 +337,7 @@ def write_renormalise(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values) | {"norm_topk_prob": norm}
 
 
-# %% book/chapters/16_mixtral.md, cell 80
+# %% book/chapters/16_mixtral.md, cell 81
 def read_olmoe(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | read_renormalise(raw) | {"qk_norm": "whole"}
 

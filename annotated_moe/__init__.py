@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 145
+# %% book/chapters/09_checkpoints.md, cell 146
 from typing import Any
 
 from annotated_moe import meta  # noqa: F401, `load` learns its layout

@@ -543,8 +543,8 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
 # %% book/chapters/09_checkpoints.md, cell 58
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
-    whole = "/router/" in path or path.startswith("vision/")
-    return path.endswith("/w") and not whole
+    ours = path.startswith("decoder_layer/") and path.endswith("/w")
+    return ours and "/router/" not in path
 
 
 # %% book/chapters/09_checkpoints.md, cell 59
@@ -1750,27 +1750,33 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 # %% book/chapters/09_checkpoints.md, cell 131
-def quantize_params(params: dict, groups: int = 8) -> dict:
-    """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
-    split = ("linear_1", "multi_head_attention/linear")
+def groups_for(path: str, inputs: int, most: int = 8) -> int:
+    """Groups of scales: several where `model` cuts the inputs."""
+    cut = ("/linear_1/w", "/multi_head_attention/linear/w")
+    return math.gcd(inputs, most) if path.endswith(cut) else 1
 
-    def one(module: str, name: str, w: Any) -> Any:
-        if not may_be_quantized(f"{module}/{name}"):
+
+# %% book/chapters/09_checkpoints.md, cell 132
+def quantize_params(params: dict, groups: int = 8) -> dict:
+    """Every matrix of the kinds that Grok-1 quantizes, in 8 bits."""
+    def one(path: str, w: Any) -> Any:
+        known = isinstance(w, QuantizedTensor)
+        if known or not may_be_quantized(path):
             return w
-        return quantize(w, groups if module.endswith(split) else 1)
+        return quantize(w, groups_for(path, w.shape[-2], groups))
 
     return {
-        module: {name: one(module, name, w) for name, w in ws.items()}
+        module: {n: one(f"{module}/{n}", w) for n, w in ws.items()}
         for module, ws in params.items()
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 133
 Layout = tuple[ModelConfig, Callable, Path]
 DETECTORS: list[Callable[[Path, set[str]], Layout | None]] = []
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 134
 def find_layout(folder: Path) -> Layout:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1792,7 +1798,7 @@ def find_layout(folder: Path) -> Layout:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 134
+# %% book/chapters/09_checkpoints.md, cell 135
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1800,13 +1806,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 135
+# %% book/chapters/09_checkpoints.md, cell 136
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 136
+# %% book/chapters/09_checkpoints.md, cell 137
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1816,7 +1822,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 137
+# %% book/chapters/09_checkpoints.md, cell 138
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1831,7 +1837,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 138
+# %% book/chapters/09_checkpoints.md, cell 139
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1856,7 +1862,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 139
+# %% book/chapters/09_checkpoints.md, cell 140
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1881,19 +1887,20 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 140
+# %% book/chapters/09_checkpoints.md, cell 141
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 141
+# %% book/chapters/09_checkpoints.md, cell 142
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
     wanted = [
         ("d_model", c.d_model, "data * model", data * model),
         ("d_ff", c.d_ff, "model", model),
+        ("dense_ff", c.dense_ff, "model", model),
         ("q_heads", c.q_heads, "model", model),
         ("kv_heads * head_size", kv, "model", model),
     ]
@@ -1903,7 +1910,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 142
+# %% book/chapters/09_checkpoints.md, cell 143
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1925,14 +1932,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 144
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 144
+# %% book/chapters/09_checkpoints.md, cell 145
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

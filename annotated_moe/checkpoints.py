@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,12 @@ from annotated_moe.model import (
 from annotated_moe.quantization import QuantizedTensor, quantize
 from annotated_moe.streaming import StreamedModel
 from annotated_moe.tokenizer import Tokenizer
+from annotated_moe.vision import (
+    VISION_HF,
+    VisionConfig,
+    read_vision,
+    vision_names,
+)
 
 
 # %% book/chapters/09_checkpoints.md, cell 6
@@ -536,7 +542,8 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
 # %% book/chapters/09_checkpoints.md, cell 58
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
-    return path.endswith("/w") and "/router/" not in path
+    whole = "/router/" in path or path.startswith("vision/")
+    return path.endswith("/w") and not whole
 
 
 # %% book/chapters/09_checkpoints.md, cell 59
@@ -1270,6 +1277,11 @@ CHANGES: dict[str, tuple[Change, Change]] = {
         lambda w, c: Halves(w, c.head_size),
         lambda w, c: Neighbours(w, c.head_size),
     ),
+    "image halves": (
+        lambda w, c: Halves(w, cast(VisionConfig, c.vision).head_size),
+        lambda w, c: Neighbours(
+            w, cast(VisionConfig, c.vision).head_size),
+    ),
     "first half": (lambda w, c: split(w)[0], lambda w, c: w),
     "second half": (lambda w, c: split(w)[1], lambda w, c: w),
 }
@@ -1445,6 +1457,12 @@ FAMILIES["Llama4ForCausalLM"] = relative(
     llama4.read_llama4, llama4.write_llama4,
     llama4.IGNORED, llama4.SPECIAL,
 )
+FAMILIES["Llama4ForConditionalGeneration"] = replace(
+    FAMILIES["Llama4ForCausalLM"],
+    weights=llama4.WEIGHTS + VISION_HF,
+    prefix="language_model.",
+    text="text_config",
+)
 
 
 # %% book/chapters/09_checkpoints.md, cell 118
@@ -1465,7 +1483,38 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
-    return config_of(path, family_of(path, raw), raw)
+    return settings_of(path, family_of(path, raw), raw)
+
+
+def settings_of(
+    path: Path, family: Family, raw: dict[str, Any]
+) -> ModelConfig:
+    """`config_of`, or `seeing_config` for a family that sees."""
+    return (seeing_config if family.text else config_of)(
+        path, family, raw
+    )
+
+
+def seeing_config(
+    path: Path, family: Family, raw: dict[str, Any]
+) -> ModelConfig:
+    """A model that sees: its text's fields, and its encoder's."""
+    known = {family.text, "vision_config", "image_token_index",
+             "boi_token_index", "eoi_token_index", "dtype",
+             "torch_dtype", "tie_word_embeddings"}
+    refuse_unknown(path, set(raw) - family.ignored, known)
+    text = raw.get(family.text)
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{path}: {family.text} must be an object")
+    above = {k: raw[k] for k in ("dtype", "torch_dtype") if k in raw}
+    text = {k: v for k, v in {**above, **text}.items() if k[:1] != "_"}
+    config = config_of(path, family, text)
+    try:
+        eyes = read_vision(raw.get("vision_config"), config.d_model,
+                           raw.get("image_token_index", 200092))
+        return replace(config, vision=eyes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def config_of(
@@ -1627,10 +1676,21 @@ def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
         parts = [one(layer, expert, 2) for expert in experts]
         return stack_layers(t.where, path, parts)
 
+    if path.startswith("vision/"):
+        return gather_vision(t, row)
     if not path.startswith("decoder_layer/"):
         return one(None, None, 0)
     parts = [of_layer(layer) for layer in layers_of(path, t.config)]
     return stack_layers(t.where, path, parts)
+
+
+def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
+    """The same for the encoder of images, which has its own layers."""
+    theirs, path, _ = row
+    shape, stacked = expected(t.config)[path], "{i}" in theirs
+    names = vision_names(theirs, cast(VisionConfig, t.config.vision))
+    parts = [take(t, name, row, shape[stacked:]) for name in names]
+    return stack_layers(t.where, path, parts) if stacked else parts[0]
 
 
 # %% book/chapters/09_checkpoints.md, cell 128

@@ -30,6 +30,7 @@ from annotated_moe import checkpoints as ck
 from annotated_moe.checkpoints import CheckpointError, Part
 from annotated_moe.model import ModelConfig, Variations
 from annotated_moe.quantization import QuantizedTensor
+from annotated_moe.vision import vision_names, write_vision
 
 
 # %% book/chapters/10_convert.md, cell 6
@@ -168,6 +169,11 @@ def their_names(
 ) -> Iterator[tuple[str, list[int]]]:
     """Each tensor that a row stands for, and its index in our stack."""
     theirs, path, _ = row
+    if config.vision and path.startswith("vision/"):
+        names = vision_names(theirs, config.vision)
+        stacked = "{i}" in theirs
+        yield from ((n, [i][:stacked]) for i, n in enumerate(names))
+        return
     if not path.startswith("decoder_layer/"):
         yield ck.their_name(family, theirs, None, None), []
         return
@@ -213,9 +219,11 @@ def architecture(config: ModelConfig) -> str:
     CheckpointError if there is none.
     """
     for name, family in ck.FAMILIES.items():
+        if bool(family.text) != bool(config.vision):
+            continue
         settings = family_settings(name, config)
         with contextlib.suppress(CheckpointError):
-            if ck.config_of(Path(name), family, settings) == config:
+            if ck.settings_of(Path(name), family, settings) == config:
                 return name
     raise CheckpointError(
         "no architecture of the hf layout is a model like this one: "
@@ -228,8 +236,15 @@ def family_settings(name: str, config: ModelConfig) -> dict[str, Any]:
     """The fields of a `config.json` of architecture `name`."""
     family, values = ck.FAMILIES[name], asdict(config)
     named = {n: values[ours] for n, ours in family.fields.items()}
-    more = family.write(values)
-    return {"architectures": [name], **named, **family.fixed, **more}
+    text = {**named, **family.fixed, **family.write(values)}
+    if not family.text:
+        return {"architectures": [name], **text}
+    return {
+        "architectures": [name],
+        family.text: {**text, "model_type": "llama4_text"},
+        "vision_config": write_vision(values["vision"]),
+        "image_token_index": values["vision"]["image_id"],
+    }
 
 
 # %% book/chapters/10_convert.md, cell 25
@@ -261,6 +276,7 @@ MODEL_TYPES = {
     "OlmoeForCausalLM": "olmoe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Llama4ForCausalLM": "llama4_text",
+    "Llama4ForConditionalGeneration": "llama4",
 }
 
 

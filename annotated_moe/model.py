@@ -49,6 +49,15 @@ from annotated_moe.moe import (
 from annotated_moe.quantization import Row
 from annotated_moe.rms_norm import RMSNorm
 from annotated_moe.tokenizer import Tokenizer
+from annotated_moe.vision import (
+    Seen,
+    VisionConfig,
+    check_images,
+    image_features,
+    merge,
+    places_of,
+    vision_params,
+)
 
 
 # %% book/chapters/08_model.md, cell 3
@@ -75,6 +84,7 @@ class Variations:
     attn_window: int | None = None  # tokens a layer looks back
     attn_chunk: int | None = None   # the same by chunks, where RoPE is
     attn_temperature: tuple[int, float] | None = None   # without RoPE
+    vision: VisionConfig | None = None  # an encoder of images
 
 
 # %% book/chapters/08_model.md, cell 4
@@ -109,6 +119,7 @@ class ModelConfig(Variations):
         check_numbers(self)
         check_ids(self)
         check_variations(self)
+        check_eyes(self)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -231,6 +242,29 @@ def check_pairs(c: ModelConfig) -> None:
 
 
 # %% book/chapters/08_model.md, cell 14
+def check_eyes(c: ModelConfig) -> None:
+    """The encoder of images, if there is one, fits the model."""
+    if isinstance(c.vision, dict):              # as JSON has it
+        names = VisionConfig.__dataclass_fields__
+        unknown = sorted(set(c.vision) - set(names))
+        if unknown:
+            raise ValueError(f"vision has no field {unknown[0]!r:.40}")
+        object.__setattr__(c, "vision", VisionConfig(**c.vision))
+    if c.vision is None:
+        return
+    if not isinstance(c.vision, VisionConfig):
+        raise ValueError("vision must be a VisionConfig or None")
+    if c.vision.d_model != c.d_model:
+        raise ValueError(
+            f"vision.d_model={c.vision.d_model}, but d_model={c.d_model}"
+        )
+    if c.vision.image_id >= c.vocab_size:
+        raise ValueError(
+            f"vision.image_id={c.vision.image_id} is not a token id"
+        )
+
+
+# %% book/chapters/08_model.md, cell 15
 GLUS = {"gelu": geglu, "silu": swiglu}
 QK_NORMS = ("none", "head", "whole", "after_rope")
 ROUTERS = {
@@ -240,11 +274,11 @@ ROUTERS = {
 }
 
 
-# %% book/chapters/08_model.md, cell 16
+# %% book/chapters/08_model.md, cell 17
 Losses = dict[str, Float32[Array, "*L"]]
 
 
-# %% book/chapters/08_model.md, cell 17
+# %% book/chapters/08_model.md, cell 18
 class Kind(NamedTuple):
     """What a layer is like; in Grok-1 all are alike."""
 
@@ -256,7 +290,7 @@ class Kind(NamedTuple):
 LIKE_GROK = Kind()
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/08_model.md, cell 19
 @functools.cache
 def kinds(c: ModelConfig) -> tuple[Kind, ...]:
     """The kind of every layer."""
@@ -270,7 +304,7 @@ def kinds(c: ModelConfig) -> tuple[Kind, ...]:
     return tuple(map(kind, range(c.num_layers)))
 
 
-# %% book/chapters/08_model.md, cell 19
+# %% book/chapters/08_model.md, cell 20
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -297,7 +331,7 @@ class DecoderLayer(hk.Module):
         return h + after(y, "rms_norm_3", c), cache, losses
 
 
-# %% book/chapters/08_model.md, cell 20
+# %% book/chapters/08_model.md, cell 21
 def after(
     y: Float32[Array, "B T D"], name: str, c: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -305,7 +339,7 @@ def after(
     return RMSNorm(c.norm_eps, name)(y) if c.post_norm else y
 
 
-# %% book/chapters/08_model.md, cell 21
+# %% book/chapters/08_model.md, cell 22
 def attention_half(
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
@@ -323,7 +357,7 @@ def attention_half(
     return h, RMSNorm(c.norm_eps, "rms_norm_2")(h), cache
 
 
-# %% book/chapters/08_model.md, cell 22
+# %% book/chapters/08_model.md, cell 23
 def attention_of(
     c: ModelConfig, kind: Kind = LIKE_GROK
 ) -> MultiHeadAttention:
@@ -336,7 +370,7 @@ def attention_of(
     )
 
 
-# %% book/chapters/08_model.md, cell 23
+# %% book/chapters/08_model.md, cell 24
 def ready(c: ModelConfig, *heads: Float[Array, "B T _ H"]) -> Any:
     """Queries, keys and values, normed or clipped where a model is."""
     if c.qk_norm in ("head", "whole"):
@@ -347,7 +381,7 @@ def ready(c: ModelConfig, *heads: Float[Array, "B T _ H"]) -> Any:
     return as_they_are(*heads)
 
 
-# %% book/chapters/08_model.md, cell 24
+# %% book/chapters/08_model.md, cell 25
 def turned(
     c: ModelConfig, kind: Kind, q: Any, k: Any, positions: Any, turn: Any
 ) -> Any:
@@ -363,7 +397,7 @@ def turned(
     return turn_both(*job)
 
 
-# %% book/chapters/08_model.md, cell 25
+# %% book/chapters/08_model.md, cell 26
 def near_slots(c: ModelConfig) -> int | None:
     """How many tokens a layer that looks back only so far sees."""
     return c.attn_window or c.attn_chunk
@@ -380,7 +414,7 @@ def look_of(c: ModelConfig, kind: Kind) -> Any:
     return partial(mixtral.attend_near, sees=sees)
 
 
-# %% book/chapters/08_model.md, cell 26
+# %% book/chapters/08_model.md, cell 27
 def feed_forward(
     x: Float32[Array, "B T D"], c: ModelConfig, train: bool,
     kind: Kind = LIKE_GROK,
@@ -399,7 +433,7 @@ def feed_forward(
     return y.reshape(x.shape), {"balance": balance, "z": z}
 
 
-# %% book/chapters/08_model.md, cell 27
+# %% book/chapters/08_model.md, cell 28
 def router_of(c: ModelConfig) -> Router:
     return Router(c.num_experts, c.top_k, rule=ROUTERS[c.router])
 
@@ -409,7 +443,7 @@ def style_of(c: ModelConfig) -> Style:
     return Style(GLUS[c.activation], c.router == "sigmoid_input")
 
 
-# %% book/chapters/08_model.md, cell 28
+# %% book/chapters/08_model.md, cell 29
 def dense(
     x: Float[Array, "B T D"], c: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -424,7 +458,7 @@ def dense(
     return linear(c.d_model, "linear_1", "model", "data")(hidden)
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 30
 class Shared(hk.Module):
     """The expert that every token goes through, in models with one."""
 
@@ -442,7 +476,7 @@ class Shared(hk.Module):
         return Linear(c.d_model, out, "linear_1")(hidden)
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 31
 def layer_function(
     config: ModelConfig, kind: Kind | None = None
 ) -> hk.Transformed:
@@ -455,17 +489,17 @@ def layer_function(
     return hk.without_apply_rng(hk.transform(run))
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 32
 def norm_function(eps: float = 1e-5) -> hk.Transformed:
     """The one norm after the last layer."""
     return hk.without_apply_rng(hk.transform(lambda h: RMSNorm(eps)(h)))
 
 
-# %% book/chapters/08_model.md, cell 32
+# %% book/chapters/08_model.md, cell 33
 Params = Mapping[str, Mapping[str, Any]]
 
 
-# %% book/chapters/08_model.md, cell 33
+# %% book/chapters/08_model.md, cell 34
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -480,6 +514,8 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     table = jax.random.normal(k0, size) / config.d_model**0.5
     norm = norm_function().init(k0, h)
     ends = {"in_out_embed": {"embeddings": table}}
+    if config.vision:
+        ends |= vision_params(jax.random.fold_in(k0, 2), config.vision)
     if not config.tied:
         k2 = jax.random.fold_in(k0, 1)
         table = jax.random.normal(k2, size) / config.d_model**0.5
@@ -487,7 +523,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return {**ends, **layers, **norm}
 
 
-# %% book/chapters/08_model.md, cell 34
+# %% book/chapters/08_model.md, cell 35
 def init_kind(keys: Array, config: ModelConfig, kind: Kind) -> Params:
     """Stacks for layers of one kind, a key for each."""
     h = jnp.zeros((1, 1, config.d_model))
@@ -500,7 +536,7 @@ def flat_paths(params: Params) -> list[tuple[str, str]]:
     return [(m, name) for m, leaves in params.items() for name in leaves]
 
 
-# %% book/chapters/08_model.md, cell 35
+# %% book/chapters/08_model.md, cell 36
 def init_layers(keys: Array, config: ModelConfig) -> Params:
     """The stacks of all layers; in Grok-1 all have the same modules."""
     has = np.array([kind.experts for kind in kinds(config)])
@@ -515,7 +551,7 @@ def init_layers(keys: Array, config: ModelConfig) -> Params:
     return params
 
 
-# %% book/chapters/08_model.md, cell 36
+# %% book/chapters/08_model.md, cell 37
 def split_params(params: Params) -> tuple[Params, Params]:
     """The layers' stacks, and everything else."""
     def of_layer(module: str, name: str, w: Any) -> bool:
@@ -524,7 +560,7 @@ def split_params(params: Params) -> tuple[Params, Params]:
     return hk.data_structures.partition(of_layer, params)
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 45
 class Place(NamedTuple):
     """Where a layer's weights and cache lie: an index for each stack."""
 
@@ -534,7 +570,7 @@ class Place(NamedTuple):
     cache: Any                      # in the cache, full or near
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 46
 def place_of(c: ModelConfig, layer: int) -> Place:
     """The place of a layer, from the kinds of those before it."""
     before = kinds(c)[:layer]
@@ -545,7 +581,7 @@ def place_of(c: ModelConfig, layer: int) -> Place:
                  near if here else layer - near)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 47
 EXPERTS = ("/moe/", "/router", "/shared/")
 DENSE = tuple(f"decoder_layer/linear{end}" for end in ("", "_v", "_1"))
 
@@ -557,7 +593,7 @@ def stack_of(module: str) -> str:
     return "dense" if module in DENSE else "layer"
 
 
-# %% book/chapters/08_model.md, cell 47
+# %% book/chapters/08_model.md, cell 48
 def weights_of(
     layers: Params, at: Place, kind: Kind = LIKE_GROK
 ) -> Params:
@@ -576,7 +612,7 @@ def modules_of(layers: Params, kind: Kind) -> Params:
     return {m: w for m, w in layers.items() if stack_of(m) != other}
 
 
-# %% book/chapters/08_model.md, cell 48
+# %% book/chapters/08_model.md, cell 49
 def check_depth(layers: Params, config: ModelConfig) -> None:
     """ValueError unless every stack holds as many layers as it must."""
     depths = place_of(config, config.num_layers)
@@ -590,13 +626,13 @@ def check_depth(layers: Params, config: ModelConfig) -> None:
                 )
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 50
 def keep(h: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
     """The residual stream's layout on a mesh, layer after layer."""
     return sharding.constrain(h, None, None, "data")
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 51
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -625,7 +661,7 @@ def decoder(
     return keep(h), cache, {}
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 52
 def run_layer(
     layers: Params,
     at: Place,
@@ -642,7 +678,7 @@ def run_layer(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 53
 @functools.cache
 def period(c: ModelConfig) -> int:
     """After how many layers their kinds repeat; all, if they never do."""
@@ -660,7 +696,7 @@ def place_in(c: ModelConfig, slot: int, repeat: Any) -> Place:
     return Place(*(a + repeat * (b - a) for a, b in zip(first, after)))
 
 
-# %% book/chapters/08_model.md, cell 53
+# %% book/chapters/08_model.md, cell 54
 def decoder_to_train(
     layers: Params,
     h: Float32[Array, "B T D"],
@@ -687,7 +723,7 @@ def decoder_to_train(
     return h, None, jax.tree.map(jnp.mean, losses)
 
 
-# %% book/chapters/08_model.md, cell 54
+# %% book/chapters/08_model.md, cell 55
 def slices_of(layers: Params, at: Place, kind: Kind) -> Params:
     """One layer's weights, cut out of short stacks."""
     def pick(module: str, name: str, stack: Any) -> Any:
@@ -696,7 +732,7 @@ def slices_of(layers: Params, at: Place, kind: Kind) -> Params:
     return hk.data_structures.map(pick, modules_of(layers, kind))
 
 
-# %% book/chapters/08_model.md, cell 66
+# %% book/chapters/08_model.md, cell 67
 def embed(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -707,7 +743,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 67
+# %% book/chapters/08_model.md, cell 68
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -716,7 +752,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 68
+# %% book/chapters/08_model.md, cell 69
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -736,7 +772,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 73
+# %% book/chapters/08_model.md, cell 74
 def tied_logits_on_mesh(
     h: Float[Array, "N D"],
     table: Float[Array, "V D"],
@@ -762,7 +798,7 @@ def tied_logits_on_mesh(
     )(h, table)
 
 
-# %% book/chapters/08_model.md, cell 74
+# %% book/chapters/08_model.md, cell 75
 def unembed(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -781,7 +817,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 75
+# %% book/chapters/08_model.md, cell 76
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -789,11 +825,13 @@ def forward(
     cache: KVCache | None = None,
     train: bool = False,
     lengths: Int[Array, " B"] | None = None,
+    seen: Seen | None = None,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
     """Tokens through embedding and layers: h, cache, losses.
 
     With a cache, row b's tokens stand behind its first `length[b]`,
-    and those past `lengths[b]` are padding, which no cache keeps.
+    and those past `lengths[b]` are padding, which no cache keeps. Where
+    an image was `seen`, its rows stand in place of tokens.
     """
     rows, t = tokens.shape
     zero = jnp.zeros(rows, jnp.int32)
@@ -803,20 +841,22 @@ def forward(
         real = jnp.arange(t) < lengths[:, None]
         positions = jnp.where(real, positions, PAST)
     h = embed(params, tokens, config)
+    h = h if seen is None else merge(h, seen)
     return decoder(params, h, positions, config, cache, train)
 
 
-# %% book/chapters/08_model.md, cell 76
+# %% book/chapters/08_model.md, cell 77
 @partial(jax.jit, static_argnames="config")
 def all_logits(
-    params: Params, tokens: Int[Array, "B T"], config: ModelConfig
+    params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
+    seen: Seen | None = None,
 ) -> Float32[Array, "B T V"]:
     """The logits at every token, without a cache."""
-    h, _, _ = forward(params, tokens, config)
+    h, _, _ = forward(params, tokens, config, seen=seen)
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 79
+# %% book/chapters/08_model.md, cell 80
 def pin(cache: KVCache) -> KVCache:
     """Keep the cache's layout on the mesh from step to step."""
     mesh = sharding.current_mesh()
@@ -832,7 +872,7 @@ def pin(cache: KVCache) -> KVCache:
     return jax.tree.map(hold, cache)
 
 
-# %% book/chapters/08_model.md, cell 80
+# %% book/chapters/08_model.md, cell 81
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
@@ -852,7 +892,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     return pin(KVCache(k, v, none, *empty(near, few)))
 
 
-# %% book/chapters/08_model.md, cell 81
+# %% book/chapters/08_model.md, cell 82
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     params: Params,
@@ -860,6 +900,7 @@ def prefill(
     lengths: Int[Array, " B"],
     cache: KVCache,
     config: ModelConfig,
+    seen: Seen | None = None,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Read prompts, padded on the right: each row's last logits.
 
@@ -872,14 +913,14 @@ def prefill(
         )
     length = cache.length + lengths
     job = params, tokens, config, cache
-    h, grown, _ = forward(*job, lengths=lengths)
+    h, grown, _ = forward(*job, lengths=lengths, seen=seen)
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)
     logits = unembed(params, last, config)[:, 0]
     new = replace(cast(KVCache, grown), length=length)
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 82
+# %% book/chapters/08_model.md, cell 83
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -898,7 +939,7 @@ def decode_step(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 89
+# %% book/chapters/08_model.md, cell 90
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -913,7 +954,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 91
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -929,7 +970,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 95
+# %% book/chapters/08_model.md, cell 96
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -950,7 +991,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 98
+# %% book/chapters/08_model.md, cell 99
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -960,7 +1001,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 100
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -976,7 +1017,7 @@ def sample(
     return choose(logits, drawn, how.temperature, how.top_k, how.top_p)
 
 
-# %% book/chapters/08_model.md, cell 100
+# %% book/chapters/08_model.md, cell 101
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"], step: Any = 0, how: Any = None
@@ -985,7 +1026,7 @@ def greedy(
     return jnp.argmax(logits, axis=-1)
 
 
-# %% book/chapters/08_model.md, cell 101
+# %% book/chapters/08_model.md, cell 102
 def per_row(
     name: str, value: Any, rows: int, good: Any, need: str
 ) -> np.ndarray:
@@ -1001,7 +1042,7 @@ def per_row(
     return np.broadcast_to(a, (rows,))
 
 
-# %% book/chapters/08_model.md, cell 102
+# %% book/chapters/08_model.md, cell 103
 def sampling(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:
@@ -1030,13 +1071,13 @@ def sampling(
     )
 
 
-# %% book/chapters/08_model.md, cell 103
+# %% book/chapters/08_model.md, cell 104
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 104
+# %% book/chapters/08_model.md, cell 105
 def pad_rows(
     rows: list[list[int]], width: int, pad: int = 0
 ) -> np.ndarray:
@@ -1047,7 +1088,7 @@ def pad_rows(
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 105
+# %% book/chapters/08_model.md, cell 106
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -1069,7 +1110,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% book/chapters/08_model.md, cell 106
+# %% book/chapters/08_model.md, cell 107
 def check_rows(
     prompts: Any, new: Any, c: ModelConfig
 ) -> list[list[int]]:
@@ -1081,9 +1122,33 @@ def check_rows(
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% book/chapters/08_model.md, cell 108
+# %% book/chapters/08_model.md, cell 109
+def seen_by(
+    model: "Steps", rows: list[list[int]], images: Any, padded: np.ndarray
+) -> Seen | None:
+    """What the prompts have seen; ValueError if it fits them not."""
+    c, p = model.config, model.params
+    if c.vision is None:
+        if images is not None:
+            raise ValueError("this model sees nothing: leave out images")
+        return None
+    tiles = check_images(rows, images, c.vision)
+    if not len(tiles):
+        return None
+    eyes = {
+        m: {name: w if isinstance(w, jax.Array) else np.asarray(w)
+            for name, w in p[m].items()}
+        for m in p if m.startswith("vision/")
+    }
+    with model.on_mesh():
+        features = image_features(eyes, tiles, c.vision, c.dtype)
+    return Seen(features, places_of(padded, c.vision.image_id))
+
+
+# %% book/chapters/08_model.md, cell 110
 def token_steps(
-    model: "Steps", rows: list[list[int]], how: Sampling, count: int
+    model: "Steps", rows: list[list[int]], how: Sampling, count: int,
+    images: Any = None,
 ) -> Iterator[list[int]]:
     """The next token of every row, `count` times."""
     if not rows or not count:
@@ -1094,9 +1159,10 @@ def token_steps(
     slots = bucket(longest + count - 1, c.context)
     padded = pad_rows(rows, bucket(longest, c.context), c.pad_id)
     lengths = np.array([len(row) for row in rows], np.int32)
+    seen = seen_by(model, rows, images, padded)
     with model.on_mesh():
         cache = init_cache(c, len(rows), slots)
-        logits, cache = model.prefill(padded, lengths, cache)
+        logits, cache = model.prefill(padded, lengths, cache, seen)
         tokens = pick(logits, 0, how)
     yield np.asarray(tokens).tolist()
     for step in range(1, count):
@@ -1106,7 +1172,7 @@ def token_steps(
         yield np.asarray(tokens).tolist()
 
 
-# %% book/chapters/08_model.md, cell 109
+# %% book/chapters/08_model.md, cell 111
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
@@ -1122,7 +1188,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 110
+# %% book/chapters/08_model.md, cell 112
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -1133,7 +1199,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 111
+# %% book/chapters/08_model.md, cell 113
 @dataclass(frozen=True)
 class Runnable:
     """A configuration, its weights, and where and with what to run."""
@@ -1162,21 +1228,27 @@ class Runnable:
         return self.tokenizer
 
 
-# %% book/chapters/08_model.md, cell 112
+# %% book/chapters/08_model.md, cell 114
 class Steps(Runnable):
     """The compiled programs, on these weights."""
 
-    def all_logits(self, tokens: Any, lengths: Any) -> Any:
-        return all_logits(self.params, tokens, self.config)
+    def all_logits(
+        self, tokens: Any, lengths: Any, seen: Seen | None = None
+    ) -> Any:
+        return all_logits(self.params, tokens, self.config, seen)
 
-    def prefill(self, tokens: Any, lengths: Any, cache: KVCache) -> Any:
-        return prefill(self.params, tokens, lengths, cache, self.config)
+    def prefill(
+        self, tokens: Any, lengths: Any, cache: KVCache,
+        seen: Seen | None = None,
+    ) -> Any:
+        job = self.params, tokens, lengths, cache, self.config
+        return prefill(*job, seen)
 
     def decode_step(self, tokens: Any, cache: KVCache) -> Any:
         return decode_step(self.params, tokens, cache, self.config)
 
 
-# %% book/chapters/08_model.md, cell 113
+# %% book/chapters/08_model.md, cell 115
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
@@ -1194,7 +1266,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 114
+# %% book/chapters/08_model.md, cell 116
 def check_mask(
     tokens: np.ndarray, lengths: Any, mask: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -1214,9 +1286,10 @@ def check_mask(
     return first, count
 
 
-# %% book/chapters/08_model.md, cell 115
+# %% book/chapters/08_model.md, cell 117
 def masked_logits(
-    model: "IdModel", tokens: Any, lengths: Any, mask: Any
+    model: "IdModel", tokens: Any, lengths: Any, mask: Any,
+    images: Any = None,
 ) -> Float32[Array, "B T V"]:
     """Logits of rows that begin anywhere; zero where `mask` is not."""
     tokens = np.asarray(tokens)
@@ -1224,49 +1297,54 @@ def masked_logits(
     t = np.arange(tokens.shape[1])                          # [T]
     ahead, back = (t + first[:, None]), (t - first[:, None])
     rows = np.take_along_axis(tokens, ahead % len(t), axis=1)
-    y = model.logits(rows, count)
+    y = model.logits(rows, count, images=images)
     y = jnp.take_along_axis(y, back[..., None] % len(t), axis=1)
     return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
 
 
-# %% book/chapters/08_model.md, cell 116
+# %% book/chapters/08_model.md, cell 118
 class IdModel(Steps):
     """What a model does with token ids."""
 
     def logits(
-        self, tokens: Any, lengths: Any = None, mask: Any = None
+        self, tokens: Any, lengths: Any = None, mask: Any = None,
+        images: Any = None,
     ) -> Float32[Array, "B T V"]:
         """Logits of int [B, T]; past a row's length without meaning.
 
         A `mask` [B, T] is true at tokens and false at padding, on the
-        left or on the right, where the logits are then zero.
+        left or on the right, where the logits are then zero. `images`,
+        for a model that sees: as for `generate_ids`.
         """
         if mask is not None:
-            return masked_logits(self, tokens, lengths, mask)
+            return masked_logits(self, tokens, lengths, mask, images)
         rows, t = check_tokens(tokens, lengths, self.config)
         width = bucket(t, self.config.context)
         padded = pad_rows(rows, width, self.config.pad_id)
+        seen = seen_by(self, rows, images, padded)
         with self.on_mesh():
             lengths = np.array([len(row) for row in rows], np.int32)
-            return self.all_logits(padded, lengths)[:, :t]
+            return self.all_logits(padded, lengths, seen)[:, :t]
 
     def generate_ids(
         self, prompts: Any, max_new_tokens: int = 32,
         temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
         seed: Any = 0, stop_ids: Collection[int] = (),
+        images: Any = None,
     ) -> list[list[int]]:
         """New ids for each list of ids; a stop id ends a row, unseen.
 
         Each option is one number, or one a prompt; a single seed counts
-        up. TypeError or ValueError for what cannot be run.
+        up. `images` holds float tiles [I, C, Y, X] for each prompt, or
+        None. TypeError or ValueError for what cannot be run.
         """
         rows = check_rows(prompts, max_new_tokens, self.config)
         how = sampling(len(rows), temperature, top_p, top_k, seed)
-        steps = token_steps(self, rows, how, max_new_tokens)
+        steps = token_steps(self, rows, how, max_new_tokens, images)
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 117
+# %% book/chapters/08_model.md, cell 119
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -1274,16 +1352,18 @@ class StreamModel(IdModel):
         self, prompt: Any, max_new_tokens: int = 32,
         temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
         seed: Any = 0, stop_ids: Collection[int] = (),
+        image: Any = None,
     ) -> Iterator[int]:
         """The new ids of one list of ids, each as it comes."""
         rows = check_rows([prompt], max_new_tokens, self.config)
         how = sampling(1, temperature, top_p, top_k, seed)
-        steps = token_steps(self, rows, how, max_new_tokens)
+        images = None if image is None else [image]
+        steps = token_steps(self, rows, how, max_new_tokens, images)
         ids = (token for (token,) in steps)
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 118
+# %% book/chapters/08_model.md, cell 120
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -1316,5 +1396,5 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 124
+# %% book/chapters/08_model.md, cell 126
 PRESETS = {"grok-1": ModelConfig()}

@@ -73,6 +73,7 @@ FAMILY_RULES: tuple[tuple[str, P], ...] = (
     (r"shared/linear(_v)?/w", P("data", "model")),
     (r"shared/linear_1/w", P("model", "data")),
     (r"lm_head/embeddings", P(None, ("data", "model"))),
+    (r"vision/.+", P()),
 )
 
 

@@ -29,17 +29,28 @@ from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt
 
 from annotated_moe import quantization
 from annotated_moe.attention import KVCache
+from annotated_moe.mixtral import PAST
 from annotated_moe.model import (
+    Kind,
     Model,
     ModelConfig,
     Params,
+    Place,
+    Shared,
     attention_half,
     embed,
+    kinds,
     layer_function,
+    modules_of,
+    place_of,
+    router_of,
+    stack_of,
+    style_of,
     tied_logits,
 )
-from annotated_moe.moe import Experts, Router, expert
+from annotated_moe.moe import Experts, Style, expert
 from annotated_moe.rms_norm import rms_norm
+from annotated_moe.vision import Seen, merge
 
 
 # %% book/chapters/11_streaming.md, cell 8
@@ -80,8 +91,9 @@ class Mapped(quantization.OwnProduct):
     """A matrix [D, F] that begins `skip` bytes into `raw`.
 
     `raw` is memory that a file is mapped to, as unsigned integers of
-    the width of `dtype`, which is what the file holds. int8 comes
-    with bfloat16 `scales` [G, F].
+    the width of `dtype`, which is what the file holds: the matrix, or
+    if `transposed` its transpose. int8 comes with bfloat16 `scales`
+    [G, F].
     """
 
     raw: Any
@@ -89,17 +101,22 @@ class Mapped(quantization.OwnProduct):
     scales: Any
     shape: tuple[int, int] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+    transposed: bool = field(default=False, metadata={"static": True})
 
     def times(self, x: Float[Array, "N D"]) -> Float32[Array, "N F"]:
         """x times the matrix, a tile of rows at a time."""
-        product = float_product if self.scales is None else int8_product
+        as_is, turned = float_product, float_transposed
+        if self.scales is not None:
+            as_is, turned = int8_product, int8_transposed
+        product = turned if self.transposed else as_is
         return in_chunks(partial(product, w=self), x)
 
 
 # %% book/chapters/11_streaming.md, cell 15
 def read_tile(w: Mapped, start: Any, rows: int) -> Any:
-    """Rows start : start + rows, as they stand in the file."""
-    f, size = w.shape[1], w.raw.dtype.itemsize
+    """Rows start : start + rows of what stands in the file."""
+    f = w.shape[0 if w.transposed else 1]
+    size = w.raw.dtype.itemsize
     at, shift = w.skip // size + start * f, w.skip % size * 8
     raw = jax.lax.dynamic_slice(w.raw, (at,), (rows * f,))
     if size > 1:
@@ -163,10 +180,62 @@ def float_product(
 
 
 # %% book/chapters/11_streaming.md, cell 19
-MOST_ROWS = 512
+def int8_transposed(
+    x: Float[Array, "N D"], w: Mapped
+) -> Float32[Array, "N F"]:
+    """`int8_product` with a file that holds the transpose."""
+    (groups, f), n = w.scales.shape, len(x)
+    rows = quantization.tile_rows(f, 64)
+    digits, step = to_digits(x)
+    runs = jnp.split(digits, groups, axis=2)            # [3, N, D/G]
+
+    def put_tile(t, y):
+        tile = read_tile(w, t * rows, rows)                 # [rows, D]
+        at, size = (0, t * rows), (groups, rows)
+        s = jax.lax.dynamic_slice(w.scales, at, size)
+        cut = jnp.split(tile, groups, axis=1)
+        sums = [digits_dot(a, b.T) for a, b in zip(runs, cut)]
+        part = sum(y * by for y, by in zip(sums, s.astype(jnp.float32)))
+        return jax.lax.dynamic_update_slice(y, part, (0, t * rows))
+
+    zero = jnp.zeros((n, f), jnp.float32)
+    return step * jax.lax.fori_loop(0, f // rows, put_tile, zero)
 
 
 # %% book/chapters/11_streaming.md, cell 20
+def few_logits(
+    h: Float[Array, "N D"], words: Float[Array, "V D"]
+) -> Float32[Array, "N V"]:
+    """`tied_logits`, faster for few rows: in float32, row by row."""
+    words = words.astype(jnp.float32)
+    if h.dtype == jnp.bfloat16:
+        words = jax.lax.reduce_precision(words, 8, 7)
+    h = h.astype(jnp.float32)
+    return jnp.stack([jnp.sum(row * words, axis=1) for row in h])
+
+
+# %% book/chapters/11_streaming.md, cell 21
+def float_transposed(
+    x: Float[Array, "N D"], w: Mapped
+) -> Float32[Array, "N F"]:
+    """`float_product` with a file that holds the transpose."""
+    n, f = len(x), w.shape[1]
+    rows = quantization.tile_rows(f, 32 if n <= 8 else 512)
+    product = few_logits if n <= 8 else tied_logits
+
+    def put_tile(t, y):
+        part = product(x, read_tile(w, t * rows, rows))
+        return jax.lax.dynamic_update_slice(y, part, (0, t * rows))
+
+    y = jnp.zeros((n, f), jnp.float32)
+    return jax.lax.fori_loop(0, f // rows, put_tile, y)
+
+
+# %% book/chapters/11_streaming.md, cell 22
+MOST_ROWS = 512
+
+
+# %% book/chapters/11_streaming.md, cell 23
 def in_chunks(
     product: Callable[[Array], Array], x: Float[Array, "N D"]
 ) -> Float32[Array, "N F"]:
@@ -179,7 +248,7 @@ def in_chunks(
     return y.reshape(len(x), -1)[:n]
 
 
-# %% book/chapters/11_streaming.md, cell 21
+# %% book/chapters/11_streaming.md, cell 24
 def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
@@ -194,17 +263,17 @@ def file_of(view: np.ndarray) -> tuple[Any, str | None]:
     return base, None if name is None else str(name)
 
 
-# %% book/chapters/11_streaming.md, cell 22
+# %% book/chapters/11_streaming.md, cell 25
 def address(a: np.ndarray) -> int:
     return a.__array_interface__["data"][0]
 
 
-# %% book/chapters/11_streaming.md, cell 23
+# %% book/chapters/11_streaming.md, cell 26
 ALIGNED = 64                                    # bytes, JAX wants it
 MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
 
 
-# %% book/chapters/11_streaming.md, cell 24
+# %% book/chapters/11_streaming.md, cell 27
 def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     """The bytes of `view` without a copy, and where in them it starts.
 
@@ -227,7 +296,7 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     return jax.device_put(words), np.int32(skip)
 
 
-# %% book/chapters/11_streaming.md, cell 25
+# %% book/chapters/11_streaming.md, cell 28
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     """A matrix of a checkpoint, ready to be multiplied by."""
     if weight.nbytes > MOST_BYTES:
@@ -235,19 +304,27 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
             f"cannot stream a matrix of {weight.nbytes:,} bytes: the "
             f"most is {MOST_BYTES:,}; load it without stream=True"
         )
-    raw, skip = to_jax(weight)
     small = None if scales is None else jnp.asarray(scales)
-    d, f = weight.shape
-    return Mapped(raw, skip, small, (d, f), str(weight.dtype))
+    turned = not weight.flags.c_contiguous
+    turned = turned and weight.T.flags.c_contiguous
+    raw, skip = to_jax(weight.T if turned else weight)
+    dtype = str(weight.dtype)
+    return Mapped(raw, skip, small, weight.shape, dtype, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 29
-def layer_of(w: Any, layer: int) -> np.ndarray:
-    """One layer of a stack, or of a list of layers, not copied."""
-    return getattr(w, "parts", w)[layer]
+# %% book/chapters/11_streaming.md, cell 34
+def layer_of(w: Any, layer: int, *index: int) -> Any:
+    """One layer of a stack, or of a list of layers, not copied.
+
+    With `index`, an expert of it. What is no array is not made yet
+    where that can be avoided.
+    """
+    for i in (layer, *index):
+        w = getattr(w, "parts", w)[i]
+    return w
 
 
-# %% book/chapters/11_streaming.md, cell 30
+# %% book/chapters/11_streaming.md, cell 35
 @dataclass
 class Reading:
     """What has been read so far; grows as the model runs."""
@@ -260,11 +337,11 @@ class Reading:
         self.matrices[name] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 31
+# %% book/chapters/11_streaming.md, cell 36
 Views = list[np.ndarray]
 
 
-# %% book/chapters/11_streaming.md, cell 32
+# %% book/chapters/11_streaming.md, cell 37
 class Labels:
     """Which file each weight is in, and where. Nothing is read."""
 
@@ -277,13 +354,13 @@ class Labels:
 
     def views(self, module: str, layer: int, *index: int) -> Any:
         """A matrix, or that of expert `index`, and its scales."""
-        w = self.params[module]["w"]
+        w, at = self.params[module]["w"], (layer, *index)
         if not isinstance(w, quantization.QuantizedTensor):
-            return layer_of(w, layer)[index], None
-        return layer_of(w.weight, layer)[index], w.scales[layer][index]
+            return layer_of(w, *at), None
+        return layer_of(w.weight, *at), layer_of(w.scales, *at)
 
 
-# %% book/chapters/11_streaming.md, cell 33
+# %% book/chapters/11_streaming.md, cell 38
 class Shelf(Labels):
     """Weights that stay on disk, fetched a matrix at a time."""
 
@@ -291,31 +368,39 @@ class Shelf(Labels):
         """Matrix `w` of a module, or of expert `index` in it."""
         weight, scales = self.views(module, layer, *index)
         check_unchanged(weight, self.opened)
+        weight = np.asarray(weight)
         self.reading.count((module, layer, *index), weight.nbytes)
         return mapped(weight, scales)
 
     def vector(self, module: str, name: str, layer: int) -> jax.Array:
-        """A norm's gain or a router: small, and float32."""
+        """A norm's gain, a router, a bias: small, and float32."""
         w = layer_of(self.params[module][name], layer)
         check_unchanged(w, self.opened)
+        w = np.asarray(w)
         self.reading.count((module, layer), w.nbytes)
         return jnp.asarray(w, jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 34
+# %% book/chapters/11_streaming.md, cell 39
+def arrays_of(w: Any) -> Iterator[Any]:
+    """The arrays that a weight is made of: of layers, of experts."""
+    w = getattr(w, "weight", w)
+    parts = getattr(w, "parts", None)
+    if parts is None:
+        yield w
+    for part in parts or ():
+        yield from arrays_of(part)
+
+
+# %% book/chapters/11_streaming.md, cell 40
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
-    names: set[str] = set()
-    for leaves in params.values():
-        for w in leaves.values():
-            w = getattr(w, "weight", w)
-            for view in getattr(w, "parts", [w]):
-                name = file_of(view)[1]
-                names |= {name} if name else set()
-    return names
+    leaves = [w for module in params.values() for w in module.values()]
+    views = [view for w in leaves for view in arrays_of(w)]
+    return {name for view in views if (name := file_of(view)[1])}
 
 
-# %% book/chapters/11_streaming.md, cell 35
+# %% book/chapters/11_streaming.md, cell 41
 def state_of(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode. ValueError if there is none."""
     try:
@@ -327,7 +412,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 36
+# %% book/chapters/11_streaming.md, cell 42
 def check_unchanged(view: np.ndarray, opened: dict) -> None:
     """ValueError if the file of `view` is no longer what it was.
 
@@ -335,68 +420,82 @@ def check_unchanged(view: np.ndarray, opened: dict) -> None:
     the process.
     """
     _, name = file_of(view)
-    if name is not None and state_of(name) != opened[name]:
+    state = state_of(name) if name else None
+    if name and state != opened.setdefault(name, state):
         raise ValueError(
             f"{name} has changed since the model was loaded from it: "
             "load the model again"
         )
 
 
-# %% book/chapters/11_streaming.md, cell 37
+# %% book/chapters/11_streaming.md, cell 43
 def read_ahead(views: Views) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in views:
         mapping, _ = file_of(view)
         if mapping is None or not hasattr(mmap, "MADV_WILLNEED"):
             continue
+        view = view if view.flags.c_contiguous else view.T
         base = address(np.frombuffer(mapping, np.int8))
         start = (address(view) - base) // mmap.PAGESIZE * mmap.PAGESIZE
         size = address(view) + view.nbytes - base - start
         mapping.madvise(mmap.MADV_WILLNEED, start, size)
 
 
-# %% book/chapters/11_streaming.md, cell 38
+# %% book/chapters/11_streaming.md, cell 44
 LAYER = "decoder_layer/"
 BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
 
 
-# %% book/chapters/11_streaming.md, cell 39
-def layer_modules(params: Params) -> list[str]:
-    """The modules of a layer that every token needs."""
-    return [module for module in params
+# %% book/chapters/11_streaming.md, cell 45
+def layer_modules(params: Params, kind: Kind) -> list[str]:
+    """The modules of such a layer that every token needs."""
+    return [module for module in modules_of(params, kind)
             if module.startswith(LAYER) and "/moe/" not in module]
 
 
-# %% book/chapters/11_streaming.md, cell 40
+# %% book/chapters/11_streaming.md, cell 46
 def is_matrix(module: str, name: str) -> bool:
     return name == "w" and not module.endswith("/router")
 
 
-# %% book/chapters/11_streaming.md, cell 41
-def layer_weights(shelf: Shelf, layer: int) -> Params:
-    """A layer's parameters except its experts'."""
+# %% book/chapters/11_streaming.md, cell 47
+def layer_weights(
+    shelf: Shelf, at: Place, kind: Kind, dtype: str
+) -> Params:
+    """A layer's parameters except its experts'; biases in `dtype`."""
     found: dict[str, dict[str, Any]] = {}
-    for module in layer_modules(shelf.params):
+    for module in layer_modules(shelf.params, kind):
         leaves = found[module.removeprefix(LAYER)] = {}
+        row = getattr(at, stack_of(module))
         for name in shelf.params[module]:
             if is_matrix(module, name):
-                leaves[name] = shelf.matrix(module, layer)
-            else:
-                leaves[name] = shelf.vector(module, name, layer)
+                leaves[name] = shelf.matrix(module, row)
+                continue
+            w = shelf.vector(module, name, row)
+            leaves[name] = w.astype(dtype) if name == "b" else w
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 42
-def layer_ahead(shelf: Shelf, layer: int) -> None:
+# %% book/chapters/11_streaming.md, cell 48
+def layer_ahead(shelf: Shelf, c: ModelConfig, layer: int) -> None:
     """Have the matrices that `layer_weights` will return read."""
-    modules = [m for m in layer_modules(shelf.params)
+    at, kind = place_of(c, layer), kinds(c)[layer]
+    modules = [m for m in layer_modules(shelf.params, kind)
                if "w" in shelf.params[m] and is_matrix(m, "w")]
-    views = [shelf.views(m, layer)[0] for m in modules]
+    views = [shelf.views(m, getattr(at, stack_of(m)))[0]
+             for m in modules]
     shelf.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 43
-@partial(jax.jit, static_argnames="c", donate_argnames="cache")
+# %% book/chapters/11_streaming.md, cell 49
+ONE_LAYER = partial(
+    jax.jit, static_argnames=("c", "kind"), donate_argnames="cache"
+)
+
+
+# %% book/chapters/11_streaming.md, cell 50
+@ONE_LAYER
 def attend_and_route(
     weights: Params,
     h: Float32[Array, "B T D"],
@@ -404,27 +503,31 @@ def attend_and_route(
     cache: KVCache | None,
     layer: Int32[Array, ""],
     c: ModelConfig,
+    kind: Kind,
 ) -> Any:
-    """h after attention; what experts read; gates; experts; cache."""
+    """h after attention; what experts read; gates; experts; what a
+    shared expert says, or None; cache.
+    """
     def run(h, cache):
-        h, x, cache = attention_half(h, positions, cache, layer, c)
+        job = h, positions, cache, layer, c, kind
+        h, x, cache = attention_half(*job)
         x = x.reshape(-1, c.d_model)                        # [N, D]
-        routed = Router(c.num_experts, c.top_k)(x)
-        x = x.astype(c.dtype)
-        return h, x, routed.gates, routed.experts, cache
+        routed, x = router_of(c)(x), x.astype(c.dtype)
+        said = Shared(c)(x) if c.shared_expert else None
+        return h, x, routed.gates, routed.experts, said, cache
 
     return applied(run, weights, h, cache)
 
 
-# %% book/chapters/11_streaming.md, cell 44
+# %% book/chapters/11_streaming.md, cell 51
 def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
     """`run`, a function of Haiku modules, on these weights."""
     transformed: Any = hk.without_apply_rng(hk.transform(run))
     return transformed.apply(weights, *inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 45
-@partial(jax.jit, static_argnames="c", donate_argnames="cache")
+# %% book/chapters/11_streaming.md, cell 52
+@ONE_LAYER
 def whole_layer(
     weights: Params,
     h: Float32[Array, "B T D"],
@@ -432,22 +535,24 @@ def whole_layer(
     cache: KVCache | None,
     layer: Int32[Array, ""],
     c: ModelConfig,
+    kind: Kind,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
     """A layer without experts, where nothing has to be chosen."""
     weights = {LAYER + module: w for module, w in weights.items()}
-    run = layer_function(c).apply
+    run = layer_function(c, kind).apply
     h, cache, _ = run(weights, h, positions, cache, layer)
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 46
-@partial(jax.jit, donate_argnames="y")
+# %% book/chapters/11_streaming.md, cell 53
+@partial(jax.jit, static_argnames="style", donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     choices: Int32[Array, " C"],
     w: Experts,
+    style: Style,
 ) -> Float32[Array, "N D"]:
     """Add to y what one expert says to the `choices` that are its.
 
@@ -456,15 +561,16 @@ def add_expert(
     token = choices // gates.shape[1]
     xs = x.at[token].get(mode="fill", fill_value=0)         # [C, D]
     gate = gates.ravel().at[choices].get(mode="fill", fill_value=0)
-    out = expert(xs, w) * gate[:, None]
+    xs, gate = style.weigh(xs, gate, gate)
+    out = expert(xs, w, style=style) * gate[:, None]
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 47
+# %% book/chapters/11_streaming.md, cell 54
 MOST_CHOICES = 1024
 
 
-# %% book/chapters/11_streaming.md, cell 48
+# %% book/chapters/11_streaming.md, cell 55
 def in_batches(
     choices: np.ndarray, nobody: int
 ) -> Iterator[np.ndarray]:
@@ -478,15 +584,19 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 49
+# %% book/chapters/11_streaming.md, cell 56
 def stream_experts(
     shelf: Shelf,
     layer: int,
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     experts: Int[np.ndarray, "N A"],
+    style: Style,
 ) -> Float32[Array, "N D"]:
-    """What the chosen experts add; -1 in `experts` is none."""
+    """What the chosen experts add; -1 in `experts` is none.
+
+    `layer` counts only layers that have experts.
+    """
     flat = experts.reshape(-1)
     chosen = [int(e) for e in np.unique(flat) if e >= 0]
     modules = [f"{LAYER}moe/{block}" for block in BLOCKS]
@@ -499,22 +609,25 @@ def stream_experts(
         w = Experts(*(shelf.matrix(m, layer, e) for m in modules))
         mine = np.flatnonzero(flat == e)
         for choices in in_batches(mine, flat.size):
-            y = add_expert(y, x, gates, choices, w)
+            y = add_expert(y, x, gates, choices, w, style)
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 50
+# %% book/chapters/11_streaming.md, cell 57
 @partial(jax.jit, donate_argnames="h")
 def add_normed(
     h: Float32[Array, "B T D"],
     y: Float32[Array, "N D"],
-    scale: Float32[Array, " D"],
+    said: Float32[Array, "N D"] | None = None,
+    scale: Float32[Array, " D"] | None = None,
+    eps: float = 1e-5,
 ) -> Float32[Array, "B T D"]:
-    """h plus what the experts said, normed."""
-    return h + rms_norm(y.reshape(h.shape), scale)
+    """h plus what the experts and the shared one said, maybe normed."""
+    y = (y if said is None else y + said).reshape(h.shape)
+    return h + (y if scale is None else rms_norm(y, scale, eps))
 
 
-# %% book/chapters/11_streaming.md, cell 51
+# %% book/chapters/11_streaming.md, cell 58
 def stream_layer(
     shelf: Shelf,
     layer: int,
@@ -525,54 +638,50 @@ def stream_layer(
     c: ModelConfig,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
     """One layer; tokens that are not `real` choose no expert."""
-    w = layer_weights(shelf, layer)
-    job = w, h, positions, cache, np.int32(layer), c
-    if c.num_experts == 1:
+    at, kind = place_of(c, layer), kinds(c)[layer]
+    w = layer_weights(shelf, at, kind, c.dtype)
+    job = w, h, positions, cache, np.int32(at.cache), c, kind
+    if not kind.experts:
         return whole_layer(*job)
-    h, x, gates, experts, cache = attend_and_route(*job)
+    h, x, gates, experts, said, cache = attend_and_route(*job)
     known = np.where(real.reshape(-1, 1), np.asarray(experts), -1)
-    y = stream_experts(shelf, layer, x, gates, known)
-    return add_normed(h, y, w["rms_norm_3"]["scale"]), cache
+    style, norm = style_of(c), w.get("rms_norm_3", {})
+    y = stream_experts(shelf, at.experts, x, gates, known, style)
+    h = add_normed(h, y, said, norm.get("scale"), c.norm_eps)
+    return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 52
-def few_logits(
-    h: Float[Array, "N D"], words: Float[Array, "V D"]
-) -> Float32[Array, "N V"]:
-    """`tied_logits`, faster for few rows: in float32, row by row."""
-    words = words.astype(jnp.float32)
-    if h.dtype == jnp.bfloat16:
-        words = jax.lax.reduce_precision(words, 8, 7)
-    h = h.astype(jnp.float32)
-    return jnp.stack([jnp.sum(row * words, axis=1) for row in h])
+# %% book/chapters/11_streaming.md, cell 59
+def rows_of(table: Any, rows: np.ndarray) -> np.ndarray:
+    """Some rows of a table that is an array, or something like it."""
+    if isinstance(table, np.ndarray):
+        return table[rows]
+    return np.concatenate([table[int(i) : int(i) + 1] for i in rows])
 
 
-# %% book/chapters/11_streaming.md, cell 53
+# %% book/chapters/11_streaming.md, cell 60
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
 ) -> Float32[Array, "N V"]:
     """`tied_logits`, with a table of which a tile is ever cast."""
-    n, v = len(h), table.shape[0]
-    tile = quantization.tile_rows(v, 32 if n <= 8 else 512)
-    product = few_logits if n <= 8 else tied_logits
-
-    def add_tile(t, y):
-        part = product(h, read_tile(table, t * tile, tile))
-        return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
-
-    y = jnp.zeros((n, v), jnp.float32)
-    return jax.lax.fori_loop(0, v // tile, add_tile, y)
+    shape = table.shape[::-1]                               # (D, V)
+    turned = replace(table, shape=shape, transposed=True)
+    return float_transposed(h, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 54
-def pieces(table: np.ndarray) -> list[np.ndarray]:
-    """The table cut into runs of words of at most 256 MiB each."""
-    count = 1 << (-(-table.nbytes // 2**28) - 1).bit_length()
-    return np.array_split(table, count)
+# %% book/chapters/11_streaming.md, cell 61
+def pieces(table: Any) -> Iterator[np.ndarray]:
+    """The table in runs of words of at most 256 MiB each."""
+    words, width = table.shape
+    size = words * width * np.dtype(table.dtype).itemsize
+    count = 1 << (-(-size // 2**28) - 1).bit_length()
+    run = -(-words // count)
+    for start in range(0, words, run):
+        yield np.ascontiguousarray(table[start : start + run])
 
 
-# %% book/chapters/11_streaming.md, cell 55
+# %% book/chapters/11_streaming.md, cell 62
 @dataclass(frozen=True)
 class LayerByLayer(Model):
     """A model whose `params` are arrays in files, one layer a time."""
@@ -582,48 +691,50 @@ class LayerByLayer(Model):
     def __post_init__(self) -> None:
         object.__setattr__(self, "shelf", Shelf(self.params))
 
-    def table(self) -> np.ndarray:
-        """The embedding, in its file."""
-        table = self.params["in_out_embed"]["embeddings"]
+    def table(self, module: str = "in_out_embed") -> Any:
+        """The embedding, or another table of words, in its file."""
+        table = self.params[module]["embeddings"]
         check_unchanged(table, self.shelf.opened)
         return table
 
 
-# %% book/chapters/11_streaming.md, cell 56
+# %% book/chapters/11_streaming.md, cell 63
 class Embedding(LayerByLayer):
     """From tokens to h."""
 
     def embed(self, tokens: np.ndarray) -> Float32[Array, "B T D"]:
         """Only these tokens' rows are read."""
-        rows = jnp.asarray(self.table()[tokens.reshape(-1)])
+        rows = jnp.asarray(rows_of(self.table(), tokens.reshape(-1)))
         self.shelf.reading.bytes += rows.nbytes
         own = {"in_out_embed": {"embeddings": rows}}
         at = jnp.arange(tokens.size).reshape(tokens.shape)
         return embed(own, at, self.config)
 
 
-# %% book/chapters/11_streaming.md, cell 57
+# %% book/chapters/11_streaming.md, cell 64
 class Layers(Embedding):
     """All of them, one at a time."""
 
     def forward(
-        self, tokens: Any, positions: Any, cache: Any, real: np.ndarray
+        self, tokens: Any, positions: Any, cache: Any,
+        real: np.ndarray, seen: Seen | None = None,
     ) -> tuple[Float32[Array, "B T D"], Any]:
         """All layers; the next one's attention is read ahead."""
         h = self.embed(np.asarray(tokens))
-        depth = self.config.num_layers
+        h = h if seen is None else merge(h, seen)
+        depth, shelf = self.config.num_layers, self.shelf
         positions = jnp.asarray(positions, jnp.int32)
         for layer in range(depth):
             if layer + 1 < depth:
-                layer_ahead(self.shelf, layer + 1)
-            job = self.shelf, layer, h, positions, cache, real
+                layer_ahead(shelf, self.config, layer + 1)
+            job = shelf, layer, h, positions, cache, real
             h, cache = stream_layer(*job, self.config)
-            if self.shelf.report:
-                self.shelf.report(layer + 1)
+            if shelf.report:
+                shelf.report(layer + 1)
         return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 58
+# %% book/chapters/11_streaming.md, cell 65
 class Halves(Layers):
     """From h to logits."""
 
@@ -631,17 +742,20 @@ class Halves(Layers):
         self, h: Float32[Array, "N D"]
     ) -> Float32[Array, "N V"]:
         """Logits; the table is read once, whatever N is."""
-        c, table = self.config, self.table()
-        last = self.params["rms_norm"]["scale"]
-        check_unchanged(last, self.shelf.opened)
-        h = rms_norm(h, jnp.asarray(last, jnp.float32)).astype(c.dtype)
-        y = [word_logits(h, mapped(piece)) for piece in pieces(table)]
-        self.shelf.reading.count(("in_out_embed",), table.nbytes)
+        c, shelf = self.config, self.shelf
+        head = "in_out_embed" if c.tied else "lm_head"
+        table, last = self.table(head), self.params["rms_norm"]["scale"]
+        check_unchanged(last, shelf.opened)
+        gain = jnp.asarray(np.asarray(last), jnp.float32)
+        h, y = rms_norm(h, gain, c.norm_eps).astype(c.dtype), []
+        for words in pieces(table):
+            y.append(word_logits(h, mapped(words)))
+            shelf.reading.count((head,), words.nbytes)
         by = jnp.asarray(c.output_multiplier, c.dtype)
         return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% book/chapters/11_streaming.md, cell 66
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -653,15 +767,22 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 60
+# %% book/chapters/11_streaming.md, cell 67
 MOST_TOKENS = 4096
 
 
-# %% book/chapters/11_streaming.md, cell 61
+def part_of(seen: Seen | None, index: Any) -> Seen | None:
+    """What a part of the batch's tokens has seen of its images."""
+    return seen and Seen(seen.features, seen.places[index])
+
+
+# %% book/chapters/11_streaming.md, cell 68
 class AllLogits(Halves):
     """Logits of whole texts."""
 
-    def all_logits(self, tokens: Any, lengths: Any) -> Any:
+    def all_logits(
+        self, tokens: Any, lengths: Any, seen: Seen | None = None
+    ) -> Any:
         """Logits at every token, so many rows at a time as fit."""
         b, t = tokens.shape
         rows, parts = max(1, MOST_TOKENS // t), []
@@ -669,17 +790,21 @@ class AllLogits(Halves):
             some = tokens[i : i + rows]
             positions = np.broadcast_to(np.arange(t), some.shape)
             real = positions < lengths[i : i + rows, None]
-            h, _ = self.forward(some, positions, None, real)
+            own = part_of(seen, slice(i, i + rows))
+            h, _ = self.forward(some, positions, None, real, own)
             y = self.unembed(h.reshape(-1, h.shape[-1]))
             parts.append(y.reshape(*some.shape, -1))
         return jnp.concatenate(parts)
 
 
-# %% book/chapters/11_streaming.md, cell 62
+# %% book/chapters/11_streaming.md, cell 69
 class Prefill(AllLogits):
     """Prompts."""
 
-    def prefill(self, tokens: Any, lengths: Any, cache: KVCache) -> Any:
+    def prefill(
+        self, tokens: Any, lengths: Any, cache: KVCache,
+        seen: Seen | None = None,
+    ) -> Any:
         """Each prompt's last logits, and its cache; in runs of tokens
         if they are many. ValueError if they are more than the slots.
         """
@@ -691,16 +816,18 @@ class Prefill(AllLogits):
         for start in range(0, int(lengths.max()), step):
             at = np.arange(start, min(start + step, t))
             real = at < lengths[:, None]
-            positions = before[:, None] + at
-            h, cache = self.forward(
-                tokens[:, at], positions, cache, real
-            )
+            positions = np.where(real, before[:, None] + at, PAST)
+            job = tokens[:, at], positions, cache, real
+            own = part_of(seen, (slice(None), at))
+            h, cache = self.forward(*job, own)
             last = keep_last(last, h, lengths - 1 - start)
-        length = jnp.asarray(before + lengths, jnp.int32)
-        return self.unembed(last), replace(cache, length=length)
+            there = before + np.minimum(lengths, at[-1] + 1)
+            there = jnp.asarray(there, jnp.int32)
+            cache = replace(cache, length=there)
+        return self.unembed(last), cache
 
 
-# %% book/chapters/11_streaming.md, cell 63
+# %% book/chapters/11_streaming.md, cell 70
 class StreamedModel(Prefill):
     """A model that runs from its files. See `Model` for its use."""
 
@@ -713,12 +840,12 @@ class StreamedModel(Prefill):
         return self.unembed(h[:, 0]), replace(grown, length=length)
 
 
-# %% book/chapters/11_streaming.md, cell 72
+# %% book/chapters/11_streaming.md, cell 79
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
 
-# %% book/chapters/11_streaming.md, cell 73
+# %% book/chapters/11_streaming.md, cell 80
 def status(text: str) -> None:
     """A line on stderr: on a terminal, below the text and rewritten."""
     if sys.stderr.isatty():
@@ -727,7 +854,7 @@ def status(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/11_streaming.md, cell 74
+# %% book/chapters/11_streaming.md, cell 81
 class Progress:
     """Says which layer a streamed model is at, and seconds a token."""
 
@@ -754,7 +881,7 @@ class Progress:
                f"{spent:.1f} s")
 
 
-# %% book/chapters/11_streaming.md, cell 75
+# %% book/chapters/11_streaming.md, cell 82
 def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
     """`ids` as they come, with a `status` for each."""
     progress = Progress(model)

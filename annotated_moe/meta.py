@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +23,7 @@ import numpy as np
 from annotated_moe import checkpoints as ck
 from annotated_moe.checkpoints import CheckpointError, Machine, Node
 from annotated_moe.model import ModelConfig, kinds
+from annotated_moe.vision import VISION_META, VisionConfig, vision_names
 
 
 # %% book/chapters/14_meta.md, cell 5
@@ -793,6 +794,38 @@ def check_heads(where: Path, config: ModelConfig, files: int) -> None:
 
 
 # %% book/chapters/14_meta.md, cell 80
+BY_ROWS = ("attn.wo.weight", "mlp.c_proj.weight")
+BY_COLUMNS = tuple(
+    f"{name}.{kind}" for kind in ("weight", "bias")
+    for name in ("attn.wq", "attn.wk", "attn.wv", "mlp.c_fc",
+                 "conv1._linear", "vision_projection")
+)
+
+
+# %% book/chapters/14_meta.md, cell 81
+def image_weights(
+    where: Path, arrays: dict, used: set, path: str, c: ModelConfig
+) -> Any:
+    """A parameter of the encoder of images, from all files."""
+    theirs, _, way = next(r for r in VISION_META if r[1] == path)
+    change, stacked = ck.CHANGES[way][0], "{i}" in theirs
+    shape, parts = ck.expected(c)[path], []
+    for name in vision_names(theirs, cast(VisionConfig, c.vision)):
+        if name not in arrays:
+            raise CheckpointError(f"{where} lacks {name}")
+        used.add(name)
+        if name.endswith(BY_ROWS + BY_COLUMNS):
+            axis = int(name.endswith(BY_ROWS))
+            w = Assembled(arrays[name], axis)
+        else:
+            w = copies(arrays[name], c)
+        parts.append(change(w, c))
+        check = f"{name} as {path}"
+        ck.check_tensor(where, check, parts[-1], shape[stacked:])
+    return ck.stack_layers(where, path, parts) if stacked else parts[0]
+
+
+# %% book/chapters/14_meta.md, cell 82
 def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of Meta's layout, mapped from disk, lazily joined.
 
@@ -812,6 +845,8 @@ def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
         return w
 
     def all_of(path: str, shape: tuple) -> Any:
+        if path.startswith("vision/"):
+            return image_weights(folder, arrays, used, path, config)
         if not path.startswith(f"{LAYER}/"):
             return one(path, "", shape)
         layers = layers_with(path, config)
@@ -824,7 +859,7 @@ def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/14_meta.md, cell 81
+# %% book/chapters/14_meta.md, cell 83
 def refuse_rest(folder: Path, names: set[str]) -> None:
     """CheckpointError for tensors that nothing asked for."""
     if names:
@@ -834,7 +869,7 @@ def refuse_rest(folder: Path, names: set[str]) -> None:
         )
 
 
-# %% book/chapters/14_meta.md, cell 82
+# %% book/chapters/14_meta.md, cell 84
 WHOLE_NUMBERS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim",
     "vocab_size", "multiple_of", "attention_chunk_size",
@@ -854,7 +889,8 @@ MOE_FIELDS = {
     "num_experts", "top_k", "interleave_moe_layer_step",
     "capacity_factor", "auto_scale_F",
 }
-FIELDS = (WHOLE_NUMBERS | REALS | SWITCHES | {"moe_args"}) - MOE_FIELDS
+OBJECTS = {"moe_args", "vision_args"}
+FIELDS = (WHOLE_NUMBERS | REALS | SWITCHES | OBJECTS) - MOE_FIELDS
 LLAMA4 = {
     "head_dim", "ffn_exp", "attention_chunk_size", "use_qk_norm",
     "rope_scaling_factor", "rope_high_freq_factor", "moe_args",
@@ -863,7 +899,7 @@ LLAMA4 = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 83
+# %% book/chapters/14_meta.md, cell 85
 def good_value(name: str, value: Any) -> bool:
     """Whether a field of params.json holds what it should."""
     if name in SWITCHES:
@@ -875,7 +911,7 @@ def good_value(name: str, value: Any) -> bool:
     return number and 0 < value < 2**31
 
 
-# %% book/chapters/14_meta.md, cell 84
+# %% book/chapters/14_meta.md, cell 86
 def check_params(path: Path, raw: Any, known: set[str]) -> dict:
     """The fields that are set; CheckpointError for a wrong one."""
     if not isinstance(raw, dict):
@@ -883,7 +919,7 @@ def check_params(path: Path, raw: Any, known: set[str]) -> dict:
     values = {n: v for n, v in raw.items() if v is not None}
     ck.refuse_unknown(path, values, known)
     for name, value in values.items():
-        if name != "moe_args" and not good_value(name, value):
+        if name not in OBJECTS and not good_value(name, value):
             switch = name in SWITCHES
             kind = "true or false" if switch else "a number above 0"
             raise CheckpointError(
@@ -892,14 +928,14 @@ def check_params(path: Path, raw: Any, known: set[str]) -> dict:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 85
+# %% book/chapters/14_meta.md, cell 87
 def need(path: Path, values: dict, name: str) -> Any:
     if name not in values:
         raise CheckpointError(f"{path} lacks the field {name!r}")
     return values[name]
 
 
-# %% book/chapters/14_meta.md, cell 86
+# %% book/chapters/14_meta.md, cell 88
 def ffn_width(
     hidden: int,
     multiplier: int | float,
@@ -914,7 +950,7 @@ def ffn_width(
     return -(-int(hidden / share) // multiple) * multiple
 
 
-# %% book/chapters/14_meta.md, cell 87
+# %% book/chapters/14_meta.md, cell 89
 def widths(path: Path, raw: dict, moe: dict) -> dict[str, int]:
     """d_ff and dense_ff, as the release computes them."""
     dim, multiple = raw["dim"], raw.get("multiple_of", 256)
@@ -930,7 +966,7 @@ def widths(path: Path, raw: dict, moe: dict) -> dict[str, int]:
     return {"d_ff": wide, "dense_ff": dense}
 
 
-# %% book/chapters/14_meta.md, cell 90
+# %% book/chapters/14_meta.md, cell 92
 def vocabulary(folder: Path, raw: dict) -> int:
     """V of params.json; where it is -1 or missing, of the embedding."""
     said = raw.get("vocab_size", -1)
@@ -943,7 +979,7 @@ def vocabulary(folder: Path, raw: dict) -> int:
     return rows * len(pieces) if width == raw["dim"] else rows
 
 
-# %% book/chapters/14_meta.md, cell 91
+# %% book/chapters/14_meta.md, cell 93
 def positions(raw: dict) -> dict[str, Any]:
     """RoPE's base and scaling, and the context each generation has."""
     llama4, scaled = LLAMA4 & set(raw), raw.get("use_scaled_rope")
@@ -964,7 +1000,7 @@ def positions(raw: dict) -> dict[str, Any]:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 92
+# %% book/chapters/14_meta.md, cell 94
 def llama4_values(raw: dict) -> dict[str, Any]:
     """What only Llama 4 has, except its experts."""
     values: dict[str, Any] = {}
@@ -979,7 +1015,7 @@ def llama4_values(raw: dict) -> dict[str, Any]:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 93
+# %% book/chapters/14_meta.md, cell 95
 def expert_values(path: Path, moe: dict) -> dict[str, Any]:
     """Llama 4's experts, or a dense model."""
     if not moe:
@@ -995,7 +1031,53 @@ def expert_values(path: Path, moe: dict) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/14_meta.md, cell 94
+# %% book/chapters/14_meta.md, cell 96
+EYES = {
+    "dim": "width", "n_layers": "layers", "n_heads": "heads",
+    "output_dim": "features",
+}
+EYE_FIELDS = {
+    *EYES, "image_size", "patch_size", "mlp_ratio", "pixel_shuffle_ratio",
+}
+
+
+# %% book/chapters/14_meta.md, cell 97
+def side(path: Path, eyes: dict, name: str) -> Any:
+    """The side of a square; CheckpointError for another shape."""
+    size = eyes[name]
+    square = isinstance(size, dict) and size == dict.fromkeys(
+        ("height", "width"), size.get("height")
+    )
+    if not square:
+        raise CheckpointError(f"{path}: {name} must be a square")
+    return size["height"]
+
+
+# %% book/chapters/14_meta.md, cell 98
+def vision_values(path: Path, eyes: Any, d: int, v: int) -> Any:
+    """`vision_args` as a VisionConfig; None where there are none."""
+    if eyes is None:
+        return None
+    if not isinstance(eyes, dict):
+        raise CheckpointError(f"{path}: vision_args must be an object")
+    ck.refuse_unknown(path, eyes, EYE_FIELDS)
+    for name in sorted(EYE_FIELDS):
+        need(path, eyes, name)
+    try:
+        return VisionConfig(
+            **{ours: eyes[name] for name, ours in EYES.items()},
+            image_size=side(path, eyes, "image_size"),
+            patch_size=side(path, eyes, "patch_size"),
+            d_ff=int(eyes["dim"] * eyes["mlp_ratio"]), d_model=d,
+            shuffle=round(1 / eyes["pixel_shuffle_ratio"]),
+            image_id=min(200092, v - 1),
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:
+        why = f"{path}: vision_args: {error}"
+        raise CheckpointError(why) from None
+
+
+# %% book/chapters/14_meta.md, cell 99
 STOPS = {
     128256: (128001, 128008, 128009),           # Llama 3
     202048: (200001, 200007, 200008),           # Llama 4
@@ -1007,7 +1089,7 @@ ALL_LLAMAS = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 95
+# %% book/chapters/14_meta.md, cell 100
 def meta_config(folder: Path) -> ModelConfig:
     """`params.json` as a configuration.
 
@@ -1032,10 +1114,13 @@ def meta_config(folder: Path) -> ModelConfig:
         "head_size": size, "attn_multiplier": size**-0.5,
         "norm_eps": raw.get("norm_eps", 1e-5),
         "vocab_size": words, "eos_id": STOPS.get(words, 2),
+        "vision": vision_values(
+            path, raw.get("vision_args"), dim, words
+        ),
     })
 
 
-# %% book/chapters/14_meta.md, cell 96
+# %% book/chapters/14_meta.md, cell 101
 def find_meta(folder: Path, names: set[str]) -> ck.Layout | None:
     """Meta's layout, if these are the names of its files."""
     if not {"params.json", "consolidated.00.pth"} <= names:

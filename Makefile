@@ -18,12 +18,13 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test env sync check lint unit notebooks wheel-notebooks \
+.PHONY: help run test env parity-env sync check lint unit notebooks wheel-notebooks \
 	book book-html train clean
 
 help:
 	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
 	@echo 'make test              drift, lint, unit tests, every notebook'
+	@echo 'make parity-env        torch and transformers, for more tests'
 	@echo 'make sync              write notebooks and package from the chapters'
 	@echo 'make check             fail if they differ from the chapters'
 	@echo 'make book              build the book, serve it, open it'
@@ -47,6 +48,10 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
+
+# torch and transformers, for tests/test_parity.py; hundreds of megabytes.
+parity-env: env
+	$(PIP) install -c requirements.txt -r requirements-parity.txt
 
 # As a file and not as a module: it then runs even when a chapter has just
 # broken the package. `-P` keeps the package's folder off `sys.path`.

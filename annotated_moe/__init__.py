@@ -7,9 +7,10 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 143
-from importlib.metadata import version
+# %% book/chapters/09_checkpoints.md, cell 146
+from typing import Any
 
+from annotated_moe import meta  # noqa: F401, `load` learns its layout
 from annotated_moe.checkpoints import (
     CheckpointError,
     load,
@@ -21,7 +22,6 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.sharding import make_mesh
 from annotated_moe.tokenizer import Tokenizer
 
-__version__ = version("annotated-moe")
 __all__ = [
     "PRESETS",
     "CheckpointError",
@@ -34,3 +34,12 @@ __all__ = [
     "save",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, looked up when asked for: that takes a while."""
+    if name != "__version__":
+        raise AttributeError(f"annotated_moe has no {name!r}")
+    from importlib.metadata import version
+
+    return version("annotated-moe")

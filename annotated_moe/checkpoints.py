@@ -48,6 +48,7 @@ from annotated_moe.vision import (
     vision_config,
     vision_names,
 )
+from annotated_moe.vocabularies import BESIDE, TOKENIZERS
 
 
 # %% book/chapters/09_checkpoints.md, cell 6
@@ -253,18 +254,18 @@ OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 
 
 # %% book/chapters/09_checkpoints.md, cell 20
-def step(machine: Machine) -> bool:
+def step(machine: Machine, push: dict = PUSH, do: dict = DO) -> bool:
     """Carry out one instruction; False when it was STOP."""
     code = machine.number(1)
-    name = OPCODES.get(code, f"{code:#04x}")
-    if name in PUSH:
-        machine.stack.append(PUSH[name](machine))
-    elif name in DO:
-        DO[name](machine)
+    name = OPCODES.get(code)
+    if name in push:
+        machine.stack.append(push[name](machine))
+    elif name in do:
+        do[name](machine)
     elif name != "STOP":
         raise CheckpointError(
-            f"uses the pickle instruction {name}, which no tensor "
-            "needs; it was refused and nothing was run"
+            f"uses the pickle instruction {name or hex(code)}, which "
+            "no tensor needs; it was refused and nothing was run"
         )
     return name != "STOP"
 
@@ -274,15 +275,20 @@ MOST_STEPS = 1000
 
 
 # %% book/chapters/09_checkpoints.md, cell 22
-def parse(data: memoryview) -> Any:
+def parse(
+    data: memoryview,
+    push: dict = PUSH,
+    do: dict = DO,
+    most: int = MOST_STEPS,
+) -> Any:
     """What a pickle describes. Runs nothing, imports nothing."""
     machine = Machine(data)
-    for _ in range(MOST_STEPS):
-        if not step(machine):
+    for _ in range(most):
+        if not step(machine, push, do):
             break
     else:
         raise CheckpointError(
-            f"has more than {MOST_STEPS} pickle instructions, which no "
+            f"has more than {most} pickle instructions, which no "
             "tensor needs; it was refused and nothing was run"
         )
     if len(machine.stack) != 1 or machine.at != len(data):
@@ -362,7 +368,7 @@ def read_pickled(path: Path) -> Tensor:
     Raises CheckpointError, naming the file. Nothing in it is run.
     """
     try:
-        data = np.memmap(path, np.uint8, "r").data
+        data = np.memmap(str(path), np.uint8, "r").data
     except (OSError, ValueError) as error:
         message = f"{path} is not readable: {error}"
         raise CheckpointError(message) from None
@@ -540,8 +546,8 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
 # %% book/chapters/09_checkpoints.md, cell 58
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
-    whole = "/router/" in path or path.startswith("vision/")
-    return path.endswith("/w") and not whole
+    ours = path.startswith("decoder_layer/") and path.endswith("/w")
+    return ours and "/router/" not in path
 
 
 # %% book/chapters/09_checkpoints.md, cell 59
@@ -890,6 +896,31 @@ BLOCK = 2**24
 
 
 # %% book/chapters/09_checkpoints.md, cell 81
+class Lazy:
+    """An array-like with shape and dtype that reads on indexing."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self[:], dtype)
+
+
+# %% book/chapters/09_checkpoints.md, cell 82
 @dataclass(frozen=True, eq=False)
 class Joined:
     """Arrays behind one another along the last axis, not copied."""
@@ -914,7 +945,7 @@ class Joined:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 83
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
@@ -925,20 +956,20 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
         for i in range(w.shape[0]):
             yield from pieces(w[i])
         return
-    w = np.asarray(w)
+    w = w if isinstance(w, Lazy) else np.asarray(w)
     if w.nbytes <= BLOCK:
-        yield w
+        yield np.asarray(w)
         return
     rows = BLOCK * len(w) // w.nbytes
     if rows:
         for at in range(0, len(w), rows):
             yield w[at : at + rows]
     else:
-        for row in w:
-            yield from pieces(row)
+        for i in range(len(w)):
+            yield from pieces(w[i])
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 84
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -952,7 +983,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 84
+# %% book/chapters/09_checkpoints.md, cell 85
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -975,7 +1006,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 85
+# %% book/chapters/09_checkpoints.md, cell 86
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -985,7 +1016,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 87
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -1000,7 +1031,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 88
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -1013,11 +1044,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 89
 TILE = 128
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 90
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -1030,13 +1061,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 90
+# %% book/chapters/09_checkpoints.md, cell 91
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 93
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -1052,7 +1083,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 94
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -1070,7 +1101,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 95
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1083,20 +1114,21 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 96
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 97
 PARTS = {
     "config.json",
     "model.safetensors",
     "checksums.json",
-    "tokenizer.model",
+    *TOKENIZERS,
+    *BESIDE,
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 98
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1104,12 +1136,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 99
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 100
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1122,10 +1154,10 @@ def write_parts(model: Model, folder: Path) -> None:
     write_json(folder / "checksums.json", {"sha256": watcher.sums})
     write_json(folder / "config.json", our_settings(model.config))
     if model.tokenizer is not None:
-        model.tokenizer.save(folder / "tokenizer.model")
+        model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 101
 def refuse_streamed(model: Model) -> None:
     if isinstance(model, StreamedModel):
         raise CheckpointError(
@@ -1134,7 +1166,7 @@ def refuse_streamed(model: Model) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 102
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1161,7 +1193,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 103
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1181,7 +1213,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 104
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1189,7 +1221,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 105
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1197,7 +1229,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 106
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1220,7 +1252,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 107
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1241,7 +1273,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 108
 Change = Callable[[Any, ModelConfig], Any]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w, c: w, lambda w, c: w),
@@ -1260,14 +1292,14 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 109
 def split(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two halves of the last axis."""
     half = w.shape[-1] // 2
     return w[..., :half], w[..., half:]
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 110
 @dataclass(frozen=True, eq=False)
 class Halves:
     """[D, heads * size], each head's halves from neighbours' rows.
@@ -1302,7 +1334,7 @@ class Halves:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 111
 class Neighbours(Halves):
     """The way back: `source` is [D, heads * size], or a bias."""
 
@@ -1312,7 +1344,7 @@ class Neighbours(Halves):
         return pairs.swapaxes(1, 2).reshape(part.shape)[index]
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 112
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1335,7 +1367,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 113
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1360,7 +1392,7 @@ class Family:
     text: str = ""                  # the object with most of the fields
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 114
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1372,7 +1404,7 @@ def fields_named(words: str) -> frozenset[str]:
     return frozenset(f"{HOUSEKEEPING} {words}".split())
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 115
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
@@ -1387,7 +1419,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 116
 def relative(
     weights: Any, fields: dict, defaults: dict, read: Any, write: Any,
     ignored: str = llama.HUB_IGNORED, special: str = "",
@@ -1402,7 +1434,7 @@ def relative(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 117
 NORM = "norm_topk_prob"
 FAMILIES["LlamaForCausalLM"] = relative(
     llama.WEIGHTS, llama.FIELDS, llama.HUB_DEFAULTS,
@@ -1438,7 +1470,7 @@ FAMILIES["Llama4ForConditionalGeneration"] = replace(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 118
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1452,7 +1484,7 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 119
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
@@ -1508,7 +1540,7 @@ def config_of(
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 120
 def check_fields(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> None:
@@ -1541,12 +1573,12 @@ def check_scheme(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 121
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 122
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1564,7 +1596,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 123
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1589,7 +1621,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 124
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1599,7 +1631,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 125
 @dataclass(frozen=True)
 class Theirs:
     """What a folder holds in a family's layout, and what was taken."""
@@ -1617,7 +1649,7 @@ class Theirs:
         return self.arrays[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 126
 def take(
     t: Theirs, name: str, row: tuple[str, str, str], shape: tuple
 ) -> Any:
@@ -1632,7 +1664,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 127
 def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     """One of our stacks, from a tensor a layer, or one an expert."""
     theirs, path, _ = row
@@ -1666,7 +1698,7 @@ def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts) if stacked else parts[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 128
 def layers_of(path: str, config: ModelConfig) -> list[int]:
     """The layers that have a parameter, in the order of its stack."""
     of = stack_of(path.rsplit("/", 1)[0])
@@ -1677,7 +1709,7 @@ def layers_of(path: str, config: ModelConfig) -> list[int]:
     return [layer for layer, kind in every if kind.experts == wanted]
 
 
-# %% book/chapters/09_checkpoints.md, cell 128
+# %% book/chapters/09_checkpoints.md, cell 129
 def check_head(t: Theirs, table: np.ndarray) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     name = f"{t.family.prefix}lm_head.weight"
@@ -1693,7 +1725,7 @@ def check_head(t: Theirs, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 129
+# %% book/chapters/09_checkpoints.md, cell 130
 NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files list angles
 
 
@@ -1720,24 +1752,35 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 130
-def quantize_params(params: dict, groups: int = 8) -> dict:
-    """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
-    split = ("linear_1", "multi_head_attention/linear")
+# %% book/chapters/09_checkpoints.md, cell 131
+def groups_for(path: str, inputs: int, most: int = 8) -> int:
+    """Groups of scales: several where `model` cuts the inputs."""
+    cut = ("/linear_1/w", "/multi_head_attention/linear/w")
+    return math.gcd(inputs, most) if path.endswith(cut) else 1
 
-    def one(module: str, name: str, w: Any) -> Any:
-        if not may_be_quantized(f"{module}/{name}"):
+
+# %% book/chapters/09_checkpoints.md, cell 132
+def quantize_params(params: dict, groups: int = 8) -> dict:
+    """Every matrix of the kinds that Grok-1 quantizes, in 8 bits."""
+    def one(path: str, w: Any) -> Any:
+        known = isinstance(w, QuantizedTensor)
+        if known or not may_be_quantized(path):
             return w
-        return quantize(w, groups if module.endswith(split) else 1)
+        return quantize(w, groups_for(path, w.shape[-2], groups))
 
     return {
-        module: {name: one(module, name, w) for name, w in ws.items()}
+        module: {n: one(f"{module}/{n}", w) for n, w in ws.items()}
         for module, ws in params.items()
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 131
-def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
+# %% book/chapters/09_checkpoints.md, cell 133
+Layout = tuple[ModelConfig, Callable, Path]
+DETECTORS: list[Callable[[Path, set[str]], Layout | None]] = []
+
+
+# %% book/chapters/09_checkpoints.md, cell 134
+def find_layout(folder: Path) -> Layout:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
     names, settings = names_in(folder), folder / "config.json"
@@ -1748,13 +1791,17 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
         return our_config(settings), read_ours, folder
     if "architectures" in raw:
         return hf_config(settings), read_hf, folder
+    for detect in DETECTORS:
+        if found := detect(folder, names):
+            return found
     raise CheckpointError(
         f"{folder} holds neither ckpt-0/ (Grok-1) nor a config.json of "
-        f"format {OUR_FORMAT!r} or with 'architectures' (Hugging Face)"
+        f"format {OUR_FORMAT!r} or with 'architectures' (Hugging Face), "
+        "nor params.json and consolidated.00.pth (Meta)"
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 135
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1762,13 +1809,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 136
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 134
+# %% book/chapters/09_checkpoints.md, cell 137
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1778,7 +1825,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 135
+# %% book/chapters/09_checkpoints.md, cell 138
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1793,7 +1840,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 136
+# %% book/chapters/09_checkpoints.md, cell 139
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1802,7 +1849,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     """
     folder = small_model() if path is None else Path(path)
     where = find_layout(folder)[2]
-    arrays, sums = stored(where), checksums(beside(where))
+    sums, arrays = checksums(beside(where)), stored(where)
     for name in sorted(set(arrays) ^ set(sums)):
         lacks = "checksum" if name in arrays else "tensor"
         raise CheckpointError(f"{where}: {name[:80]!r} has no {lacks}")
@@ -1818,13 +1865,18 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 137
+# %% book/chapters/09_checkpoints.md, cell 140
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
-    """`tokenizer.model`, if there; its ids must fit the model."""
-    path = folder / "tokenizer.model"
-    if not os.path.lexists(path):
+    """The tokenizer, if there is one; its ids must fit the model.
+
+    `tokenizer.json` goes first: where both are, it has tokens that
+    were added later.
+    """
+    paths = [folder / name for name in TOKENIZERS]
+    path = next((p for p in paths if os.path.lexists(p)), None)
+    if path is None:
         return None
     try:
         tokenizer = Tokenizer(path)
@@ -1838,19 +1890,20 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 138
+# %% book/chapters/09_checkpoints.md, cell 141
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 139
+# %% book/chapters/09_checkpoints.md, cell 142
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
     wanted = [
         ("d_model", c.d_model, "data * model", data * model),
         ("d_ff", c.d_ff, "model", model),
+        ("dense_ff", c.dense_ff, "model", model),
         ("q_heads", c.q_heads, "model", model),
         ("kv_heads * head_size", kv, "model", model),
     ]
@@ -1860,7 +1913,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 140
+# %% book/chapters/09_checkpoints.md, cell 143
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1882,14 +1935,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 141
+# %% book/chapters/09_checkpoints.md, cell 144
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 142
+# %% book/chapters/09_checkpoints.md, cell 145
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

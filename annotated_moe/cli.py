@@ -7,8 +7,10 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 158
+# %% book/chapters/09_checkpoints.md, cell 161
 import argparse
+import atexit
+import gc
 import os
 import sys
 import time
@@ -21,19 +23,19 @@ import jax
 from jax.sharding import Mesh
 
 from annotated_moe import checkpoints, hosts, scale
-from annotated_moe.convert import add_convert
+from annotated_moe.convert import add_convert, add_quantize
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
 from annotated_moe.streaming import StreamedModel, watched
 
 
-# %% book/chapters/09_checkpoints.md, cell 159
+# %% book/chapters/09_checkpoints.md, cell 162
 def say(text: str) -> None:
     """Status goes to stderr: stdout holds the text and nothing else."""
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 160
+# %% book/chapters/09_checkpoints.md, cell 163
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
@@ -46,7 +48,7 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
-# %% book/chapters/09_checkpoints.md, cell 161
+# %% book/chapters/09_checkpoints.md, cell 164
 def open_model(
     path: str | None, devices: int, dtype: str, stream: bool = False
 ) -> tuple[Model, str]:
@@ -67,14 +69,14 @@ def open_model(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 162
-def room(model: Model, prompt: str) -> int:
+# %% book/chapters/09_checkpoints.md, cell 165
+def room(model: Model, prompt: list[int]) -> int:
     """At most 128 new tokens, and never more than the context holds."""
-    left = model.config.context - len(model.text_ids(prompt)) + 1
+    left = model.config.context - len(prompt) + 1
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 163
+# %% book/chapters/09_checkpoints.md, cell 166
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
@@ -87,28 +89,44 @@ def read_on(
     yield text.flush()
 
 
-# %% book/chapters/09_checkpoints.md, cell 164
+# %% book/chapters/09_checkpoints.md, cell 167
+def prompt_ids(model: Model, args: argparse.Namespace) -> list[int]:
+    """Ids of the prompt, or of the conversation that it opens."""
+    if not args.chat:
+        return model.text_ids(args.prompt)
+    message = {"role": "user", "content": args.prompt}
+    return model.words().chat([message])
+
+
+def ends(model: Model, chat: bool) -> tuple[int, ...]:
+    """The ids that end a text; in a chat, a turn as well."""
+    ids = model.config.stop_ids
+    return ids + model.words().turn_ids if chat else ids
+
+
+# %% book/chapters/09_checkpoints.md, cell 168
 def run_generate(args: argparse.Namespace) -> None:
     model, status = open_model(
         args.model, args.devices, args.dtype, args.stream
     )
-    prompt, new = model.text_ids(args.prompt), args.max_new_tokens
+    prompt, new = prompt_ids(model, args), args.max_new_tokens
     ids = model.stream_ids(
         prompt,
-        max_new_tokens=room(model, args.prompt) if new is None else new,
+        max_new_tokens=room(model, prompt) if new is None else new,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
         seed=args.seed,
-        stop_ids=model.config.stop_ids,
+        stop_ids=ends(model, args.chat),
     )
     say(f"{status}\nCompiling, which takes some seconds ...\n")
     if isinstance(model, StreamedModel):
         ids = watched(model, ids)
-    say("\n" + rate(show(args.prompt, read_on(model, prompt, ids))))
+    start = "" if args.chat else args.prompt
+    say("\n" + rate(show(start, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/09_checkpoints.md, cell 165
+# %% book/chapters/09_checkpoints.md, cell 169
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -120,7 +138,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
-# %% book/chapters/09_checkpoints.md, cell 166
+# %% book/chapters/09_checkpoints.md, cell 170
 def rate(times: list[float]) -> str:
     """The first two tokens waited for a compiler and do not count."""
     text = f"{len(times)} new tokens"
@@ -132,7 +150,7 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/09_checkpoints.md, cell 167
+# %% book/chapters/09_checkpoints.md, cell 171
 def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
@@ -142,7 +160,7 @@ def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-# %% book/chapters/09_checkpoints.md, cell 168
+# %% book/chapters/09_checkpoints.md, cell 172
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or args.model or checkpoints.small_model())
     config, read, where = checkpoints.find_layout(folder)
@@ -161,11 +179,11 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 169
+# %% book/chapters/09_checkpoints.md, cell 173
 FOLDER = "checkpoint folder [the small model]"
 
 
-# %% book/chapters/09_checkpoints.md, cell 170
+# %% book/chapters/09_checkpoints.md, cell 174
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
@@ -174,6 +192,8 @@ def add_generate(commands: Any) -> None:
     add, number, real = sub.add_argument, {"type": int}, {"type": float}
     add("--model", help=FOLDER)
     add("--prompt", required=True, help="text to go on from")
+    text = "the prompt is a user's message to an instruct model"
+    add("--chat", action="store_true", help=text)
     add("--max-new-tokens", **number, help="[128, or what fits]")
     add("--temperature", **real, default=0.8, help="0 is greedy [0.8]")
     add("--top-p", **real, default=0.95, help="nucleus [0.95]")
@@ -186,7 +206,7 @@ def add_generate(commands: Any) -> None:
     add("--stream", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 171
+# %% book/chapters/09_checkpoints.md, cell 175
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -197,7 +217,7 @@ def add_info(commands: Any) -> None:
     sub.add_argument("--verify", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 172
+# %% book/chapters/09_checkpoints.md, cell 176
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -205,21 +225,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
-# %% book/chapters/09_checkpoints.md, cell 173
+# %% book/chapters/09_checkpoints.md, cell 177
 def make_parser() -> argparse.ArgumentParser:
     text = "Run the mixture-of-experts model that the book builds."
     parser = Parser("annotated-moe", description=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_convert(commands)
+    add_quantize(commands)
     add_info(commands)
     scale.add_plan(commands)
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 174
+# %% book/chapters/09_checkpoints.md, cell 178
+def spare_collector() -> None:
+    """Look for no garbage in what was imported, nor at the exit.
+
+    Of a short command, such as `info`, that takes a fifth of the time.
+    """
+    gc.freeze()
+    atexit.register(gc.disable)
+
+
+# %% book/chapters/09_checkpoints.md, cell 179
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
+    if argv is None:
+        spare_collector()
     args = make_parser().parse_args(argv)
     try:
         args.run(args)

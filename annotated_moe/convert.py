@@ -19,17 +19,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from annotated_moe import checkpoints as ck
 from annotated_moe.checkpoints import CheckpointError, Part
 from annotated_moe.model import ModelConfig, Variations
-from annotated_moe.quantization import QuantizedTensor
+from annotated_moe.quantization import QuantizedTensor, quantize
 from annotated_moe.vision import vision_names, write_vision
 
 
@@ -441,13 +442,17 @@ def check_room(target: Path, needed: int) -> None:
 
 
 # %% book/chapters/10_convert.md, cell 37
-WEIGHTS = {"config.json", "checksums.json", ck.INDEX, "ckpt-0"}
+WEIGHTS = {
+    "config.json", "checksums.json", ck.INDEX, "ckpt-0",
+    "params.json", "checklist.chk",             # Meta's
+}
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
     names = ck.names_in(folder) - WEIGHTS
     files = [folder / n for n in sorted(names) if n[0] != "."]
-    other = [p for p in files if p.suffix != ".safetensors"]
+    weights = {".safetensors", ".pth"}
+    other = [p for p in files if p.suffix not in weights]
     return [path for path in other if path.is_file()]
 
 
@@ -657,3 +662,104 @@ def add_convert(commands: Any) -> None:
     add("--to", choices=list(TARGETS), default="ours", help="[ours]")
     size = "of a file, such as 500MB; with --to hf [5GB]"
     add("--max-shard-size", metavar="SIZE", help=size)
+
+
+# %% book/chapters/10_convert.md, cell 62
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
+
+    Made when its values are asked for, a block of columns at a time.
+    """
+
+    source: Any
+    path: str
+    what: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        d, f = self.source.shape
+        whole = self.what == "weight"
+        return (d if whole else ck.groups_for(self.path, d), f)
+
+    @property
+    def dtype(self) -> np.dtype:
+        eight = np.dtype(np.int8)
+        return eight if self.what == "weight" else BFLOAT16
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return rounded(np.asarray(self.source), self)
+
+
+# %% book/chapters/10_convert.md, cell 63
+BFLOAT16 = ck.CODES["BF16"]
+
+
+# %% book/chapters/10_convert.md, cell 64
+def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
+    """`w` as `r` says. CheckpointError if it is not finite."""
+    out, groups = np.empty(r.shape, r.dtype), ck.groups_for(r.path, len(w))
+    step = max(1, ck.BLOCK // (4 * len(w)))
+    for start in range(0, w.shape[1], step):
+        some = slice(start, start + step)
+        try:
+            q = quantize(jnp.asarray(w[:, some]), groups)
+        except ValueError as error:
+            raise CheckpointError(f"{r.path}: {error}") from None
+        out[:, some] = getattr(q, r.what)
+    return out
+
+
+# %% book/chapters/10_convert.md, cell 65
+def to_round(w: Any, path: str, what: str) -> Any:
+    """`Rounded` for every matrix of a stack of them."""
+    if len(w.shape) == 2:
+        return Rounded(w, path, what)
+    matrices = (w[i] for i in range(w.shape[0]))
+    return ck.Stack([to_round(m, path, what) for m in matrices])
+
+
+# %% book/chapters/10_convert.md, cell 66
+def in_8_bits(path: str, w: Any) -> Any:
+    """A tensor as it will be written; nothing is rounded yet."""
+    if isinstance(w, QuantizedTensor) or not ck.may_be_quantized(path):
+        return w
+    weight, scales = (to_round(w, path, n) for n in ("weight", "scales"))
+    return QuantizedTensor(weight, scales)
+
+
+# %% book/chapters/10_convert.md, cell 67
+def quantize_files(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    tell: Callable[[int, int], None] = silent,
+) -> None:
+    """Write the checkpoint `source` in 8 bits, in our layout.
+
+    What is quantized already is copied. Errors, and what is left
+    behind by them: as of `convert`.
+    """
+    target = Path(target).absolute()
+    config, read, where = ck.find_layout(Path(source))
+    folder = ck.beside(where)
+    check_target(folder, target)
+    found = read(where, config)
+    tensors = {path: in_8_bits(path, w) for path, w in found.items()}
+    plan = plan_ours(tensors, config, 0)
+    settings = ck.our_settings(config)
+    job = partial(job_of, folder, "8 bits", 0)
+    carry_out(folder, target, plan, settings, job, tell)
+
+
+# %% book/chapters/10_convert.md, cell 68
+def run_quantize(args: argparse.Namespace) -> None:
+    quantize_files(args.source, args.target, Bar())
+
+
+def add_quantize(commands: Any) -> None:
+    """The subcommand `quantize`, for `annotated-moe`'s parser."""
+    text = "write a checkpoint with matrices of 8-bit integers"
+    sub = commands.add_parser("quantize", help=text, description=text)
+    sub.set_defaults(run=run_quantize)
+    sub.add_argument("source", metavar="SRC", help="checkpoint folder")
+    sub.add_argument("target", metavar="DST", help="new folder")

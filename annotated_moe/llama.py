@@ -1,5 +1,15 @@
 # Generated from book/chapters/15_llama.md by `make sync`; edit the chapter.
-"""The chapter on Llama.
+"""Give the small model of this book, which learned on 256 tokens at a
+time, a text of 1,024, and it reads the second half worse, by three
+quarters of a nat a token, than if it forgot everything every 256
+tokens. Llama 3.1 went from 8,192 tokens to 131,072, and its file says
+how in four numbers. This chapter is about Llama, of which most open
+models are a variation: what it leaves out of Grok-1, what each of its
+generations changed, and how those four numbers work. By its end you
+will have fifteen Llamas, from 1 to 405 billion parameters, as a page of
+plain data, a proof that the complex numbers in which they were
+published compute what this book computes, and the small model reading
+its 1,024 tokens, mended in a line and without training.
 """
 
 # %% book/chapters/15_llama.md, cell 1
@@ -10,8 +20,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+Scaling = tuple[float, float, float, int]       # see slow_down
 
-# %% book/chapters/15_llama.md, cell 2
+
+# %% book/chapters/15_llama.md, cell 8
+EVERY_LLAMA: dict[str, Any] = {
+    # In what all Llamas differ from Grok-1, as ModelConfig's fields.
+    "num_experts": 1,               # one dense block, no router
+    "top_k": 1,
+    "post_norm": False,             # norms before sublayers only
+    "activation": "silu",           # `swiglu`
+    "tied": False,                  # an output matrix of its own
+    "attn_softcap": None,
+    "embedding_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+
+
+# %% book/chapters/15_llama.md, cell 14
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -19,22 +45,21 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 3
-Scaling = tuple[float, float, float, int]
-
-
-# %% book/chapters/15_llama.md, cell 4
+# %% book/chapters/15_llama.md, cell 33
 def slow_down(
     rates: Float32[Array, " pairs"], scaling: Scaling
 ) -> Float32[Array, " pairs"]:
     """RoPE's rates for a context longer than a model was trained on.
 
-    `scaling` is (factor, low, high, old context). Pairs that turn less
-    than `low` times in the old context turn `factor` times slower,
-    those that turn more than `high` times stay, between is a blend.
-    Source: Llama 3.1, `apply_scaling`.
+    `rates` are radians a token, `scaling` is (factor, low, high, old
+    context in tokens). Pairs that turn less than `low` times in the
+    old context turn `factor` times slower, those that turn more than
+    `high` times stay, between is a blend. ValueError if high < low.
+    Source: Llama 3.1, `apply_scaling`; Peng et al. (2023), 3.2.
     """
     factor, low, high, context = scaling
+    if high < low:
+        raise ValueError(f"rope_scaling: high {high} below low {low}")
     turns = context * rates / (2 * math.pi)                 # [H/2]
     if high == low:
         return jnp.where(turns < low, rates / factor, rates)
@@ -42,7 +67,74 @@ def slow_down(
     return (1 - keep) * rates / factor + keep * rates
 
 
-# %% book/chapters/15_llama.md, cell 5
+# %% book/chapters/15_llama.md, cell 41
+def sized(
+    layers: int, q_heads: int, kv_heads: int, d_ff: int,
+    head_size: int = 128,
+) -> dict[str, Any]:
+    """The fields in which the members of one generation differ."""
+    return {
+        "num_layers": layers,
+        "q_heads": q_heads,
+        "kv_heads": kv_heads,
+        "d_ff": d_ff,
+        "head_size": head_size,
+        "d_model": q_heads * head_size,
+        "attn_multiplier": head_size**-0.5,
+    }
+
+
+# %% book/chapters/15_llama.md, cell 42
+LLAMA_1 = EVERY_LLAMA | {
+    "vocab_size": 32000,
+    "context": 2048,
+    "norm_eps": 1e-6,
+    "rope_base": 10000.0,
+    "eos_id": 2,
+}
+LLAMA_2 = LLAMA_1 | {"context": 4096, "norm_eps": 1e-5}
+
+
+# %% book/chapters/15_llama.md, cell 43
+LLAMA_3 = LLAMA_2 | {
+    "vocab_size": 128256,
+    "context": 8192,
+    "rope_base": 500000.0,
+    "eos_id": (128001, 128009),
+}
+LLAMA_3_1 = LLAMA_3 | {
+    "context": 131072,
+    "rope_scaling": (8.0, 1.0, 4.0, 8192),
+    "eos_id": (128001, 128008, 128009),
+}
+LLAMA_3_2 = LLAMA_3_1 | {
+    "rope_scaling": (32.0, 1.0, 4.0, 8192),
+    "tied": True,
+}
+
+
+# %% book/chapters/15_llama.md, cell 44
+# Source: the params.json or config.json beside each model's weights.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-1-7b": LLAMA_1 | sized(32, 32, 32, 11008),
+    "llama-1-13b": LLAMA_1 | sized(40, 40, 40, 13824),
+    "llama-1-33b": LLAMA_1 | sized(60, 52, 52, 17920),
+    "llama-1-65b": LLAMA_1 | sized(80, 64, 64, 22016),
+    "llama-2-7b": LLAMA_2 | sized(32, 32, 32, 11008),
+    "llama-2-13b": LLAMA_2 | sized(40, 40, 40, 13824),
+    "llama-2-70b": LLAMA_2 | sized(80, 64, 8, 28672),
+    "llama-3-8b": LLAMA_3 | sized(32, 32, 8, 14336),
+    "llama-3-70b": LLAMA_3 | sized(80, 64, 8, 28672),
+    "llama-3.1-8b": LLAMA_3_1 | sized(32, 32, 8, 14336),
+    "llama-3.1-70b": LLAMA_3_1 | sized(80, 64, 8, 28672),
+    "llama-3.1-405b": LLAMA_3_1 | sized(126, 128, 8, 53248),
+    "llama-3.2-1b": LLAMA_3_2 | sized(16, 32, 8, 8192, 64),
+    "llama-3.2-3b": LLAMA_3_2 | sized(28, 24, 8, 8192),
+    "llama-3.3-70b": LLAMA_3_1 | sized(80, 64, 8, 28672),
+}
+
+
+# %% book/chapters/15_llama.md, cell 50
 ATTENTION = "decoder_layer/multi_head_attention"
 HUB_ENDS = (
     ("model.embed_tokens.weight", "in_out_embed/embeddings", "as is"),
@@ -56,7 +148,7 @@ HUB_NORMS = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 6
+# %% book/chapters/15_llama.md, cell 51
 HUB_ATTENTION = (
     ("self_attn.q_proj.weight", f"{ATTENTION}/query/w", "transpose"),
     ("self_attn.k_proj.weight", f"{ATTENTION}/key/w", "transpose"),
@@ -69,7 +161,7 @@ HUB_ATTENTION = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 7
+# %% book/chapters/15_llama.md, cell 52
 HUB_MLP = (
     ("mlp.gate_proj.weight", "decoder_layer/linear/w", "transpose"),
     ("mlp.up_proj.weight", "decoder_layer/linear_v/w", "transpose"),
@@ -81,7 +173,7 @@ HUB_MLP = (
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP
 
 
-# %% book/chapters/15_llama.md, cell 8
+# %% book/chapters/15_llama.md, cell 53
 HUB_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -103,7 +195,7 @@ HUB_DEFAULTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 9
+# %% book/chapters/15_llama.md, cell 54
 HUB_SPECIAL = (
     "head_dim rope_theta rope_scaling rope_parameters pad_token_id "
     "eos_token_id dtype torch_dtype"
@@ -115,7 +207,7 @@ HUB_CONSTANTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 10
+# %% book/chapters/15_llama.md, cell 55
 def size_in(raw: dict[str, Any], name: str) -> int:
     """A field that must be a size; ValueError, naming it, if not."""
     value = raw.get(name)
@@ -124,7 +216,7 @@ def size_in(raw: dict[str, Any], name: str) -> int:
     return value
 
 
-# %% book/chapters/15_llama.md, cell 11
+# %% book/chapters/15_llama.md, cell 56
 def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """Base and scaling, in the newer spelling or the older."""
     rope = raw.get("rope_parameters")
@@ -151,7 +243,7 @@ ROPE_SCALING = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 12
+# %% book/chapters/15_llama.md, cell 57
 def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     """What Llama's relatives have in common, as our settings.
 
@@ -176,7 +268,7 @@ def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/15_llama.md, cell 13
+# %% book/chapters/15_llama.md, cell 58
 def read_llama(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"num_experts": 1, "top_k": 1}
 
@@ -187,7 +279,7 @@ def read_dtype(raw: dict[str, Any]) -> str:
     return "float32" if name == "float32" else "bfloat16"
 
 
-# %% book/chapters/15_llama.md, cell 14
+# %% book/chapters/15_llama.md, cell 59
 def write_hub(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that `read_hub` reads, from our settings."""
     rope = {"rope_type": "default"}

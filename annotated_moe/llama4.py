@@ -1,5 +1,16 @@
 # Generated from book/chapters/18_llama4.md by `make sync`; edit the chapter.
-"""The chapter on Llama 4.
+"""Llama 4 Scout was published with a context of 10,485,760 tokens. Keep
+the keys and values of its 48 layers for that many and they fill 1,920
+GiB, nine times what its weights fill. And memory is the smaller
+trouble: at such distances RoPE turns by angles that no training text
+was long enough to show, and a softmax over ten million keys has next to
+nothing left for the one that matters. This chapter builds the answers,
+each a few lines long: layers that look no further than their chunk,
+layers without rotation whose queries grow hotter with distance, and a
+router that picks one expert and turns down what it hears. By its end
+you will have both published models as presets, a cache a quarter the
+size, and a test for a mistake that Meta's own code makes from the
+second chunk on.
 """
 
 # %% book/chapters/18_llama4.md, cell 1
@@ -26,42 +37,57 @@ from annotated_moe.llama import (
 from annotated_moe.moe import Route
 from annotated_moe.rms_norm import rms_norm
 
-
-# %% book/chapters/18_llama4.md, cell 2
-def route_sigmoid(
-    x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
-) -> Route:
-    """The `top_k` largest logits; each gate is a sigmoid by itself.
-
-    Float32 inside. The gate scales what the expert reads.
-    Source: Llama 4's release.
-    """
-    logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32))
-    best, experts = jax.lax.top_k(logits, top_k)            # [N, A]
-    probs, gates = jax.nn.softmax(logits), jax.nn.sigmoid(best)
-    return Route(probs, gates, experts, logits)
-
-
-# %% book/chapters/18_llama4.md, cell 3
-def within_chunk(
-    chunk: int, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
-) -> Bool[Array, "B T S"]:
-    """True where positions `q` and `k` lie in the same chunk."""
-    return q // chunk == k // chunk
-
-
-# %% book/chapters/18_llama4.md, cell 4
-def turn_and_norm(
-    q: Float[Array, "B T Q H"], k: Float[Array, "B T K H"],
-    positions: Int32[Array, "B T"], turn: Callable, eps: float,
-) -> Any:
-    """Queries and keys turned, then rescaled to unit length a feature."""
-    one = jnp.ones(q.shape[-1])
-    q, k = turn(q, positions), turn(k, positions)
-    return rms_norm(q, one, eps), rms_norm(k, one, eps)
+Settings = dict[str, Any]                       # of a ModelConfig
 
 
 # %% book/chapters/18_llama4.md, cell 5
+PLAIN: Settings = {
+    "vocab_size": 202048, "d_model": 5120, "num_layers": 48,
+    "q_heads": 40, "kv_heads": 8, "head_size": 128,
+    "attn_multiplier": 128**-0.5, "attn_softcap": None,
+    "rope_base": 500000.0, "post_norm": False, "activation": "silu",
+    "embedding_multiplier": 1.0, "output_multiplier": 1.0,
+    "tied": False, "pad_id": 200018,
+    "eos_id": (200001, 200007, 200008),
+}
+
+
+# %% book/chapters/18_llama4.md, cell 6
+NEW: Settings = {
+    "attn_chunk": 8192,                 # where a layer has RoPE
+    "nope_every": 4,                    # every fourth has none
+    "attn_temperature": (8192, 0.1),    # ... and grows hotter
+    "router": "sigmoid_input", "top_k": 1, "shared_expert": True,
+    "d_ff": 8192,                       # of an expert
+    "dense_ff": 16384,                  # of a layer without experts
+}
+
+
+# %% book/chapters/18_llama4.md, cell 7
+PRESETS: dict[str, Settings] = {
+    "llama-4-scout": PLAIN | NEW | {
+        "context": 10485760, "num_experts": 16,
+        "rope_scaling": (16.0, 1.0, 1.0, 8192), "qk_norm": "after_rope",
+    },
+    "llama-4-maverick": PLAIN | NEW | {
+        "context": 1048576, "num_experts": 128, "moe_every": 2,
+    },
+}
+
+
+# %% book/chapters/18_llama4.md, cell 13
+def within_chunk(
+    chunk: int, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+) -> Bool[Array, "B T S"]:
+    """True where positions `q` and `k` lie in the same chunk.
+
+    Chunks are counted from position 0 of each row, `chunk` tokens
+    each. What lies ahead is not hidden here. Source: Llama 4's release.
+    """
+    return q // chunk == k // chunk
+
+
+# %% book/chapters/18_llama4.md, cell 37
 def heat_queries(
     q: Float[Array, "B T Q H"], k: Float[Array, "B T K H"],
     positions: Int32[Array, "B T"], turn: Callable,
@@ -69,6 +95,9 @@ def heat_queries(
 ) -> Any:
     """No rotation; queries grow with the logarithm of their position.
 
+    `temperature` is (floor, scale): nothing changes for the first
+    `floor` - 1 tokens. None: never. `turn` is not called. Positions
+    are those of a row's own tokens. Returns q in float32, and k.
     Source: Llama 4's release; Nakanishi (2025).
     """
     if temperature is None:
@@ -79,7 +108,38 @@ def heat_queries(
     return q * heat[..., None, None], k
 
 
-# %% book/chapters/18_llama4.md, cell 6
+# %% book/chapters/18_llama4.md, cell 47
+def turn_and_norm(
+    q: Float[Array, "B T Q H"], k: Float[Array, "B T K H"],
+    positions: Int32[Array, "B T"], turn: Callable, eps: float,
+) -> Any:
+    """Queries and keys turned, then each head's rescaled to unit RMS.
+
+    No learned gains. Norms in float32; returns q and k in their dtypes.
+    Source: Llama 4's release.
+    """
+    one = jnp.ones(q.shape[-1])
+    q, k = turn(q, positions), turn(k, positions)
+    return rms_norm(q, one, eps), rms_norm(k, one, eps)
+
+
+# %% book/chapters/18_llama4.md, cell 51
+def route_sigmoid(
+    x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
+) -> Route:
+    """The `top_k` largest logits; each gate is a sigmoid by itself.
+
+    Float32 inside. The gate scales what the expert reads; `probs`, for
+    the losses of training, is a softmax over all.
+    Source: Llama 4's release.
+    """
+    logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32))
+    best, experts = jax.lax.top_k(logits, top_k)            # [N, A]
+    probs, gates = jax.nn.softmax(logits), jax.nn.sigmoid(best)
+    return Route(probs, gates, experts, logits)
+
+
+# %% book/chapters/18_llama4.md, cell 63
 WEIGHTS = HUB_ENDS + HUB_NORMS + (
     ("self_attn.q_proj.weight", f"{ATTENTION}/query/w", "halves"),
     ("self_attn.k_proj.weight", f"{ATTENTION}/key/w", "halves"),
@@ -108,7 +168,7 @@ WEIGHTS = HUB_ENDS + HUB_NORMS + (
 )
 
 
-# %% book/chapters/18_llama4.md, cell 7
+# %% book/chapters/18_llama4.md, cell 64
 FIELDS = HUB_FIELDS | {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -126,7 +186,7 @@ IGNORED = HUB_IGNORED + (
 )
 
 
-# %% book/chapters/18_llama4.md, cell 8
+# %% book/chapters/18_llama4.md, cell 65
 def layers_in(raw: dict[str, Any], name: str, default: Any) -> list[int]:
     """A list of numbers that a configuration may leave out."""
     found = raw.get(name)
@@ -136,7 +196,7 @@ def layers_in(raw: dict[str, Any], name: str, default: Any) -> list[int]:
     return found
 
 
-# %% book/chapters/18_llama4.md, cell 9
+# %% book/chapters/18_llama4.md, cell 66
 def read_places(raw: dict[str, Any]) -> dict[str, Any]:
     """Which layers have no RoPE, and which have experts."""
     n = min(size_in(raw, "num_hidden_layers"), 10000)
@@ -159,7 +219,7 @@ def read_places(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/18_llama4.md, cell 10
+# %% book/chapters/18_llama4.md, cell 67
 def check_types(raw: dict[str, Any], turns: list[int]) -> None:
     """ValueError unless exactly the layers with RoPE are chunked."""
     if len(turns) != raw["num_hidden_layers"]:
@@ -173,7 +233,7 @@ def check_types(raw: dict[str, Any], turns: list[int]) -> None:
         )
 
 
-# %% book/chapters/18_llama4.md, cell 11
+# %% book/chapters/18_llama4.md, cell 68
 def read_llama4(raw: dict[str, Any]) -> dict[str, Any]:
     heat = raw.get("attn_temperature_tuning", True)
     pair = raw.get("floor_scale", 8192), raw.get("attn_scale", 0.1)
@@ -187,7 +247,7 @@ def read_llama4(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/18_llama4.md, cell 12
+# %% book/chapters/18_llama4.md, cell 69
 def write_llama4(values: dict[str, Any]) -> dict[str, Any]:
     n, nth = values["num_layers"], values["nope_every"]
     bare = {i for i in range(n) if nth and (i + 1) % nth == 0}

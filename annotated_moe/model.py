@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
-from annotated_moe import llama4, mixtral, quantization, sharding
+from annotated_moe import llama, llama4, mixtral, quantization, sharding
 from annotated_moe.attention import (
     KVCache,
     Linear,
@@ -507,7 +507,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     size = (config.vocab_size, config.d_model)
     table = jax.random.normal(k0, size) / config.d_model**0.5
     norm = norm_function().init(k0, h)
-    ends = {"in_out_embed": {"embeddings": table}}
+    ends: dict[str, Any] = {"in_out_embed": {"embeddings": table}}
     if config.vision:
         ends |= vision_params(jax.random.fold_in(k0, 2), config.vision)
     if not config.tied:
@@ -1391,4 +1391,8 @@ class Model(StreamModel):
 
 
 # %% book/chapters/08_model.md, cell 126
-PRESETS = {"grok-1": ModelConfig()}
+PRESETS = {"grok-1": ModelConfig()} | {
+    name: ModelConfig(**settings)
+    for family in (llama, mixtral, llama4)
+    for name, settings in family.PRESETS.items()
+}

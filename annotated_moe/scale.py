@@ -81,13 +81,15 @@ def abstract(tree: Any) -> Any:
 
 
 # %% book/chapters/13_scale.md, cell 11
-def published(config: ModelConfig) -> Params:
+def published(config: ModelConfig, eight_bits: bool = True) -> Params:
     """Shapes of a preset's weights, in 8 bits as Grok-1's are."""
-    return jax.eval_shape(
-        lambda: checkpoints.quantize_params(
-            dict(network.init_params(jax.random.key(0), config))
-        )
-    )
+    def made() -> Any:
+        params = dict(network.init_params(jax.random.key(0), config))
+        if not eight_bits:
+            return params
+        return checkpoints.quantize_params(params)
+
+    return jax.eval_shape(made)
 
 
 # %% book/chapters/13_scale.md, cell 12
@@ -106,6 +108,7 @@ def as_loaded(path: str, w: Any, mesh: Any, dtype: str) -> Any:
         w = QuantizedTensor(w.weight, scales)
         return abstract(sharding.fit_groups(w, rule(path), mesh))
     kept = path.endswith("/scale") or "/router/" in path
+    kept = kept or path.startswith("vision/")
     return jax.ShapeDtypeStruct(w.shape, "float32" if kept else dtype)
 
 
@@ -162,13 +165,18 @@ def device_bytes(tree: Any) -> int:
 
 
 # %% book/chapters/13_scale.md, cell 17
+IN_8_BITS = ("grok-1",)
+
+
+# %% book/chapters/13_scale.md, cell 18
 def model_named(name: str) -> tuple[ModelConfig, Params]:
     """Configuration and weights' shapes of a preset or checkpoint.
 
     To compute in bfloat16, as `load` does unless told otherwise.
     """
     if name in PRESETS:
-        return PRESETS[name], published(PRESETS[name])
+        config = replace(PRESETS[name], dtype="bfloat16")
+        return config, published(config, name in IN_8_BITS)
     if not Path(name).exists():
         raise ValueError(
             f"{name!r} is neither a folder nor a preset; presets are"
@@ -182,7 +190,7 @@ def model_named(name: str) -> tuple[ModelConfig, Params]:
     return replace(config, dtype="bfloat16"), params
 
 
-# %% book/chapters/13_scale.md, cell 18
+# %% book/chapters/13_scale.md, cell 19
 def shape_of(w: Any) -> Any:
     """A tensor on disk as a shape; float ones are cast when loaded."""
     if not isinstance(w, QuantizedTensor):
@@ -192,7 +200,7 @@ def shape_of(w: Any) -> Any:
     return QuantizedTensor(weight, scales)
 
 
-# %% book/chapters/13_scale.md, cell 23
+# %% book/chapters/13_scale.md, cell 24
 def empty_cache(
     config: ModelConfig, mesh: Mesh, batch: int, context: int
 ) -> KVCache:
@@ -208,7 +216,7 @@ def empty_cache(
     return with_shardings(shapes, program.output_shardings)
 
 
-# %% book/chapters/13_scale.md, cell 24
+# %% book/chapters/13_scale.md, cell 25
 def busy_experts(config: ModelConfig, batch: int) -> float:
     """How many experts of a layer are asked by `batch` tokens.
 
@@ -220,12 +228,14 @@ def busy_experts(config: ModelConfig, batch: int) -> float:
     return config.num_experts * (1 - skipped)
 
 
-# %% book/chapters/13_scale.md, cell 25
+# %% book/chapters/13_scale.md, cell 26
 KINDS = (
-    ("experts", r"moe/|decoder_layer/linear"),
-    ("attention", r"multi_head_attention/"),
-    ("embedding", r"in_out_embed/"),
-    ("router and norms", r"router/|rms_norm"),
+    ("experts", r"^decoder_layer/moe/"),
+    ("attention", r"^decoder_layer/multi_head_attention/"),
+    ("embedding", r"^(in_out_embed|lm_head)/"),
+    ("router and norms", r"^(decoder_layer/)?(router/|rms_norm)"),
+    ("dense blocks", r"^decoder_layer/(linear|shared)"),
+    ("vision", r"^vision/"),
 )
 
 
@@ -234,7 +244,33 @@ def kind_of(path: str) -> str:
     return next(kind for kind, words in KINDS if re.search(words, path))
 
 
-# %% book/chapters/13_scale.md, cell 26
+# %% book/chapters/13_scale.md, cell 27
+def weights_by_kind(params: Params) -> dict[str, float]:
+    """Bytes a device holds; the first four kinds, and what else is."""
+    sizes = dict.fromkeys([kind for kind, _ in KINDS[:4]], 0.0)
+    for module, leaves in params.items():
+        for name, w in leaves.items():
+            kind = kind_of(f"{module}/{name}")
+            sizes[kind] = sizes.get(kind, 0.0) + device_bytes(w)
+    return sizes
+
+
+# %% book/chapters/13_scale.md, cell 28
+def unread(params: Params, config: ModelConfig, batch: int) -> float:
+    """Bytes of a table of which a step reads no more than its rows."""
+    if config.tied:
+        return 0.0
+    table = device_bytes(params["in_out_embed"]["embeddings"])
+    return table * max(0.0, 1 - batch / config.vocab_size)
+
+
+# %% book/chapters/13_scale.md, cell 29
+def cache_bytes(cache: KVCache) -> int:
+    """Keys and values, those of layers that look less far included."""
+    return device_bytes(replace(cache, length=None))
+
+
+# %% book/chapters/13_scale.md, cell 30
 def step_needs(
     params: Params, cache: KVCache, config: ModelConfig, batch: int
 ) -> dict[str, float]:
@@ -242,27 +278,34 @@ def step_needs(
 
     Each weight in use once, and every slot of the cache.
     """
-    needs = dict.fromkeys([kind for kind, _ in KINDS], 0.0)
-    for module, leaves in params.items():
-        for name, w in leaves.items():
-            needs[kind_of(f"{module}/{name}")] += device_bytes(w)
+    needs = weights_by_kind(params)
     share = busy_experts(config, batch) / config.num_experts
     needs["experts"] *= share
-    return {**needs, "cache": float(device_bytes((cache.k, cache.v)))}
+    needs["embedding"] -= unread(params, config, batch)
+    needs.pop("vision", None)                   # for images only
+    return {**needs, "cache": float(cache_bytes(cache))}
 
 
-# %% book/chapters/13_scale.md, cell 27
+# %% book/chapters/13_scale.md, cell 31
 def step_flops(config: ModelConfig, batch: int, context: int) -> float:
     """Operations of one decode step on all devices together.
 
-    Two for each weight a token uses, and attention over every slot.
+    Two for each weight a token is multiplied by, and attention over
+    every slot that a layer keeps.
     """
     _, active = checkpoints.parameter_counts(config)
-    heads = config.num_layers * config.q_heads * config.head_size
-    return batch * (2.0 * active + 4.0 * context * heads)
+    shapes = checkpoints.expected(config)
+    idle = [n for n in shapes if kind_of(n) == "vision"]
+    idle += [] if config.tied else ["in_out_embed/embeddings"]
+    active -= sum(math.prod(shapes[name]) for name in idle)
+    few = min(network.near_slots(config) or context, context)
+    slots = sum(few if kind.near else context
+                for kind in network.kinds(config))
+    heads = config.q_heads * config.head_size
+    return batch * (2.0 * active + 4.0 * slots * heads)
 
 
-# %% book/chapters/13_scale.md, cell 28
+# %% book/chapters/13_scale.md, cell 32
 UNITS = (
     (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"),
 )
@@ -276,7 +319,7 @@ def amount(size: Number) -> str:
     return f"{value:.{digits}f} {name}"
 
 
-# %% book/chapters/13_scale.md, cell 32
+# %% book/chapters/13_scale.md, cell 36
 class Op(NamedTuple):
     """One line of a compiled program."""
 
@@ -292,7 +335,7 @@ class Op(NamedTuple):
 Program = dict[str, dict[str, Op]]          # computation -> name -> Op
 
 
-# %% book/chapters/13_scale.md, cell 33
+# %% book/chapters/13_scale.md, cell 37
 def closing(text: str) -> int:
     """Where the parenthesis that opens `text` is closed."""
     depth = 0
@@ -303,7 +346,7 @@ def closing(text: str) -> int:
     raise ValueError(f"no closing parenthesis in {text[:60]!r}")
 
 
-# %% book/chapters/13_scale.md, cell 34
+# %% book/chapters/13_scale.md, cell 38
 def parse_op(line: str) -> Op | None:
     """`ROOT %name = shape kind(operands), attributes`, or None."""
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
@@ -320,7 +363,7 @@ def parse_op(line: str) -> Op | None:
     return Op(head[2], shape, kind, operands, inside, after, root)
 
 
-# %% book/chapters/13_scale.md, cell 35
+# %% book/chapters/13_scale.md, cell 39
 def parse_program(text: str) -> tuple[Program, str]:
     """The computations of `compiled.as_text()`, and which is first."""
     program: Program = {}
@@ -337,7 +380,7 @@ def parse_program(text: str) -> tuple[Program, str]:
     return program, entry
 
 
-# %% book/chapters/13_scale.md, cell 36
+# %% book/chapters/13_scale.md, cell 40
 def called(op: Op, role: str = "calls") -> str:
     """The computation that `op` names in that role."""
     found = re.search(rf"\b{role}=%?([\w.\-]+)", op.after)
@@ -346,13 +389,13 @@ def called(op: Op, role: str = "calls") -> str:
     return found[1]
 
 
-# %% book/chapters/13_scale.md, cell 37
+# %% book/chapters/13_scale.md, cell 41
 def root_of(ops: dict[str, Op]) -> Op:
     """The line whose value a computation returns."""
     return next(op for op in ops.values() if op.root)
 
 
-# %% book/chapters/13_scale.md, cell 38
+# %% book/chapters/13_scale.md, cell 42
 def times_around(program: Program, loop: Op, unknown: Number) -> float:
     """How often a loop runs; `unknown` where the data decides."""
     told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.after)
@@ -365,11 +408,11 @@ def times_around(program: Program, loop: Op, unknown: Number) -> float:
     return float(unknown)
 
 
-# %% book/chapters/13_scale.md, cell 39
+# %% book/chapters/13_scale.md, cell 43
 Line = tuple[float, dict[str, Op], Op]
 
 
-# %% book/chapters/13_scale.md, cell 40
+# %% book/chapters/13_scale.md, cell 44
 def lines_run(
     program: Program, start: str, unknown: Number, times: Number = 1.0
 ) -> Iterator[Line]:
@@ -395,7 +438,7 @@ def lines_run(
             yield times, ops, op
 
 
-# %% book/chapters/13_scale.md, cell 41
+# %% book/chapters/13_scale.md, cell 45
 WIDTHS = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
@@ -408,7 +451,7 @@ def integers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-# %% book/chapters/13_scale.md, cell 42
+# %% book/chapters/13_scale.md, cell 46
 def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     """Bytes of one array in main memory, its tile's padding included.
 
@@ -426,13 +469,13 @@ def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     return math.prod(shape) * WIDTHS.get(kind, 0)
 
 
-# %% book/chapters/13_scale.md, cell 43
+# %% book/chapters/13_scale.md, cell 47
 def value_bytes(shape: str) -> int:
     """Bytes of a printed shape, which may be a tuple of arrays."""
     return sum(array_bytes(*found) for found in ARRAY.findall(shape))
 
 
-# %% book/chapters/13_scale.md, cell 44
+# %% book/chapters/13_scale.md, cell 48
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
@@ -452,7 +495,7 @@ def bytes_read(program: Program, ops: dict[str, Op], name: str) -> int:
     return min(total, whole)
 
 
-# %% book/chapters/13_scale.md, cell 45
+# %% book/chapters/13_scale.md, cell 49
 def read_by(
     program: Program, ops: dict[str, Op], op: Op, name: str, whole: int
 ) -> int:
@@ -473,7 +516,7 @@ def read_by(
     return asked
 
 
-# %% book/chapters/13_scale.md, cell 46
+# %% book/chapters/13_scale.md, cell 50
 def argument(ops: dict[str, Op], place: int) -> str:
     """The name of a computation's parameter number `place`."""
     return next(
@@ -482,7 +525,7 @@ def argument(ops: dict[str, Op], place: int) -> str:
     )
 
 
-# %% book/chapters/13_scale.md, cell 47
+# %% book/chapters/13_scale.md, cell 51
 def bytes_written(program: Program, ops: dict[str, Op], op: Op) -> int:
     """What a fused computation with this root writes."""
     if op.kind == "tuple":
@@ -499,7 +542,7 @@ def bytes_written(program: Program, ops: dict[str, Op], op: Op) -> int:
     return value_bytes(op.shape)
 
 
-# %% book/chapters/13_scale.md, cell 48
+# %% book/chapters/13_scale.md, cell 52
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast",
     "after-all", "partition-id", "replica-id", "copy-done",
@@ -507,7 +550,7 @@ FREE = {
 }
 
 
-# %% book/chapters/13_scale.md, cell 49
+# %% book/chapters/13_scale.md, cell 53
 def line_bytes(program: Program, ops: dict[str, Op], op: Op) -> int:
     """Bytes to and from main memory of one line that is run."""
     if op.kind in FREE:
@@ -527,7 +570,7 @@ def line_bytes(program: Program, ops: dict[str, Op], op: Op) -> int:
     return sum(whole) + value_bytes(op.shape)
 
 
-# %% book/chapters/13_scale.md, cell 50
+# %% book/chapters/13_scale.md, cell 54
 def fusion_bytes(
     program: Program, ops: dict[str, Op], op: Op
 ) -> int:
@@ -540,7 +583,7 @@ def fusion_bytes(
     return total + min(written, value_bytes(op.shape))
 
 
-# %% book/chapters/13_scale.md, cell 51
+# %% book/chapters/13_scale.md, cell 55
 def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     """Bytes one device reads and writes in a run of the program.
 
@@ -553,7 +596,7 @@ def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     return float(sum(sizes))
 
 
-# %% book/chapters/13_scale.md, cell 52
+# %% book/chapters/13_scale.md, cell 56
 def largest_movers(
     text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
@@ -565,7 +608,7 @@ def largest_movers(
     return sorted(found, reverse=True)[:most]
 
 
-# %% book/chapters/13_scale.md, cell 55
+# %% book/chapters/13_scale.md, cell 59
 class Exchange(NamedTuple):
     """A collective, what a device puts in, and how often it is run."""
 
@@ -586,7 +629,7 @@ class Exchange(NamedTuple):
         return self.times * self.bytes * hops[self.kind]
 
 
-# %% book/chapters/13_scale.md, cell 56
+# %% book/chapters/13_scale.md, cell 60
 def group_size(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
@@ -604,7 +647,7 @@ def group_size(after: str, devices: int) -> int:
     return devices
 
 
-# %% book/chapters/13_scale.md, cell 57
+# %% book/chapters/13_scale.md, cell 61
 EXCHANGES = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?$"
@@ -630,7 +673,7 @@ def exchanges(
                 yield Exchange(found[1], n, size, times)
 
 
-# %% book/chapters/13_scale.md, cell 58
+# %% book/chapters/13_scale.md, cell 62
 def plain_bytes(shape: str) -> int:
     """Bytes of a printed shape wherever it lies, without padding."""
     return sum(
@@ -639,7 +682,7 @@ def plain_bytes(shape: str) -> int:
     )
 
 
-# %% book/chapters/13_scale.md, cell 59
+# %% book/chapters/13_scale.md, cell 63
 def compile_decode(
     config: ModelConfig, params: Params, cache: KVCache, mesh: Mesh
 ) -> Any:
@@ -652,7 +695,7 @@ def compile_decode(
         return job.compile()
 
 
-# %% book/chapters/13_scale.md, cell 60
+# %% book/chapters/13_scale.md, cell 64
 def grid(devices: Any, data: int, model: int) -> Mesh:
     """`sharding.make_mesh` for devices that JAX does not list."""
     if data * model != len(devices):
@@ -665,7 +708,7 @@ def grid(devices: Any, data: int, model: int) -> Mesh:
     return Mesh(array, ("data", "model"), axis_types=auto)
 
 
-# %% book/chapters/13_scale.md, cell 61
+# %% book/chapters/13_scale.md, cell 65
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
@@ -685,7 +728,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return describe(topology)
 
 
-# %% book/chapters/13_scale.md, cell 62
+# %% book/chapters/13_scale.md, cell 66
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",              # ask no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # nor guess what is here
@@ -694,7 +737,7 @@ QUIET = {
 }
 
 
-# %% book/chapters/13_scale.md, cell 63
+# %% book/chapters/13_scale.md, cell 67
 def describe(topology: str) -> list[Any]:
     """Ask libtpu for a slice's devices, without its messages."""
     from jax.experimental import topologies
@@ -712,7 +755,7 @@ def describe(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-# %% book/chapters/13_scale.md, cell 67
+# %% book/chapters/13_scale.md, cell 71
 @dataclass(frozen=True)
 class Plan:
     """What running a model would take; bytes and seconds a device."""
@@ -734,9 +777,10 @@ class Plan:
     exchanges: list[list[Any]]              # kind, times, bytes sent
     moved: float | None = None              # by the TPU's program
     compile_seconds: float = 0.0
+    unread: float = 0.0                     # of weights, in any step
 
 
-# %% book/chapters/13_scale.md, cell 68
+# %% book/chapters/13_scale.md, cell 72
 def knows(plan: Plan) -> bool:
     """Whether it was compiled for its hardware: a CPU, or a slice."""
     return plan.compiler != "CPU" or not HARDWARE[plan.hardware].link
@@ -751,13 +795,13 @@ def held(plan: Plan) -> int:
     return both + plan.temporaries if knows(plan) else both
 
 
-# %% book/chapters/13_scale.md, cell 69
+# %% book/chapters/13_scale.md, cell 73
 def fits(plan: Plan) -> bool:
     """Whether a device's memory holds all of it."""
     return held(plan) <= HARDWARE[plan.hardware].memory
 
 
-# %% book/chapters/13_scale.md, cell 70
+# %% book/chapters/13_scale.md, cell 74
 def disk_bytes(plan: Plan) -> float:
     """Bytes a step must read from disk, memory being kept full.
 
@@ -771,11 +815,11 @@ def disk_bytes(plan: Plan) -> float:
     spare -= plan.cache + plan.temporaries
     if spare < 0:
         return experts - spare
-    idle = plan.weights - always
+    idle = plan.weights - always - plan.unread
     return experts * max(0.0, 1 - spare / idle)
 
 
-# %% book/chapters/13_scale.md, cell 71
+# %% book/chapters/13_scale.md, cell 75
 def step_seconds(plan: Plan) -> dict[str, float]:
     """The least time of one step, by what it would wait for."""
     machine = HARDWARE[plan.hardware]
@@ -792,7 +836,7 @@ def step_seconds(plan: Plan) -> dict[str, float]:
     }
 
 
-# %% book/chapters/13_scale.md, cell 72
+# %% book/chapters/13_scale.md, cell 76
 def bound(plan: Plan) -> tuple[str, float]:
     """What binds, and the most tokens a second, all rows together.
 
@@ -803,7 +847,7 @@ def bound(plan: Plan) -> tuple[str, float]:
     return name, plan.batch / seconds[name]
 
 
-# %% book/chapters/13_scale.md, cell 73
+# %% book/chapters/13_scale.md, cell 77
 def make_plan(
     name: str, config: ModelConfig, params: Params, mesh: Mesh,
     hardware: str, batch: int, context: int, compiler: str = "CPU",
@@ -818,15 +862,16 @@ def make_plan(
     return Plan(
         name, hardware, tuple(mesh.shape.values()), batch, context,
         total, active, device_bytes(params),
-        device_bytes((cache.k, cache.v)),
+        cache_bytes(cache),
         needs=step_needs(params, cache, config, batch),
         flops=step_flops(config, batch, context) / mesh.size,
         **read_program(program, config, batch, mesh.size, compiler),
         compile_seconds=spent,
+        unread=unread(params, config, batch),
     )
 
 
-# %% book/chapters/13_scale.md, cell 74
+# %% book/chapters/13_scale.md, cell 78
 def read_program(
     program: Any, config: ModelConfig, batch: int, devices: int,
     compiler: str,
@@ -846,7 +891,7 @@ def read_program(
     return fields
 
 
-# %% book/chapters/13_scale.md, cell 75
+# %% book/chapters/13_scale.md, cell 79
 def add_up(found: Iterator[Exchange]) -> list[list[Any]]:
     """[kind, how often, bytes sent] for each kind of exchange."""
     kinds: dict[str, list[Exchange]] = {}
@@ -859,14 +904,14 @@ def add_up(found: Iterator[Exchange]) -> list[list[Any]]:
     ]
 
 
-# %% book/chapters/13_scale.md, cell 76
+# %% book/chapters/13_scale.md, cell 80
 def usual_mesh(devices: int, config: ModelConfig) -> tuple[int, int]:
     """(data, model): a key head for each model shard at most."""
     model = math.gcd(devices, config.kv_heads)
     return devices // model, model
 
 
-# %% book/chapters/13_scale.md, cell 77
+# %% book/chapters/13_scale.md, cell 81
 def fewest_devices(
     config: ModelConfig, params: Params, hardware: str, batch: int,
     context: int,
@@ -889,7 +934,7 @@ def fewest_devices(
     )
 
 
-# %% book/chapters/13_scale.md, cell 78
+# %% book/chapters/13_scale.md, cell 82
 def recorded(topology: str) -> Plan:
     """Grok-1's plan for a slice, as `plan --json` once wrote it.
 
@@ -904,11 +949,11 @@ def recorded(topology: str) -> Plan:
     return Plan(**fields, mesh=(data, model))
 
 
-# %% book/chapters/13_scale.md, cell 84
+# %% book/chapters/13_scale.md, cell 88
 MOST_DEVICES = 64
 
 
-# %% book/chapters/13_scale.md, cell 85
+# %% book/chapters/13_scale.md, cell 89
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
     if not 1 <= devices <= 512:
@@ -920,7 +965,7 @@ def simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-# %% book/chapters/13_scale.md, cell 86
+# %% book/chapters/13_scale.md, cell 90
 def mesh_sizes(text: str) -> tuple[int, int]:
     """"2x4" as (2, 4)."""
     found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
@@ -931,7 +976,7 @@ def mesh_sizes(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-# %% book/chapters/13_scale.md, cell 87
+# %% book/chapters/13_scale.md, cell 91
 def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     """The context to plan for; ValueError if the job makes no sense."""
     context = config.context if args.context is None else args.context
@@ -947,7 +992,7 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
-# %% book/chapters/13_scale.md, cell 88
+# %% book/chapters/13_scale.md, cell 92
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
     slices = args.topology and args.topology.split(":")[0]
@@ -959,7 +1004,7 @@ def hardware_of(args: argparse.Namespace) -> str:
     return slices or args.hardware or "h100"
 
 
-# %% book/chapters/13_scale.md, cell 89
+# %% book/chapters/13_scale.md, cell 93
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = model_named(args.model)
@@ -980,7 +1025,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return make_plan(args.model, config, params, mesh, *job, compiler)
 
 
-# %% book/chapters/13_scale.md, cell 90
+# %% book/chapters/13_scale.md, cell 94
 def memory_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a device holds, and whether it has room."""
     have = amount(HARDWARE[plan.hardware].memory)
@@ -995,13 +1040,15 @@ def memory_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-# %% book/chapters/13_scale.md, cell 91
+# %% book/chapters/13_scale.md, cell 95
 def step_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a device does in one step."""
     total = sum(plan.needs.values())
-    parts = [f"{kind} {amount(n)}" for kind, n in plan.needs.items()]
-    rows = [("must read", amount(total)), ("", ", ".join(parts[:2])),
-            ("", ", ".join(parts[2:4])), ("", ", ".join(parts[4:]))]
+    needs = {kind: n for kind, n in plan.needs.items() if n}
+    parts = [f"{kind} {amount(n)}" for kind, n in needs.items()]
+    pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+    rows = [("must read", amount(total))]
+    rows += [("", ", ".join(pair)) for pair in pairs]
     if plan.moved is not None:
         ratio = f"{plan.moved / total:.2f} times that"
         rows.append(("moves", f"{amount(plan.moved)}, {ratio}"))
@@ -1013,7 +1060,7 @@ def step_rows(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-# %% book/chapters/13_scale.md, cell 92
+# %% book/chapters/13_scale.md, cell 96
 def bound_rows(plan: Plan) -> list[tuple[str, str]]:
     """How long a step takes at least, and what it waits for."""
     seconds = step_seconds(plan)
@@ -1027,7 +1074,7 @@ def bound_rows(plan: Plan) -> list[tuple[str, str]]:
     return [*rows, ("at most", f"{rate} tokens a second; {name} binds")]
 
 
-# %% book/chapters/13_scale.md, cell 93
+# %% book/chapters/13_scale.md, cell 97
 def count(number: int) -> str:
     """A number of weights in words: 315.7 billion."""
     if number < 1e9:
@@ -1055,7 +1102,7 @@ def table(plan: Plan) -> str:
     )
 
 
-# %% book/chapters/13_scale.md, cell 94
+# %% book/chapters/13_scale.md, cell 98
 def run_plan(args: argparse.Namespace) -> None:
     """Print a plan as a table, or as JSON."""
     plan = plan_of(args)
@@ -1063,7 +1110,7 @@ def run_plan(args: argparse.Namespace) -> None:
     print(text if args.json else table(plan))
 
 
-# %% book/chapters/13_scale.md, cell 95
+# %% book/chapters/13_scale.md, cell 99
 def add_plan(commands: Any) -> None:
     """The subcommand `plan` of the command line."""
     text = "say what running a model takes, before any download"

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt
+from numpy.lib.array_utils import byte_bounds
+from numpy.lib.stride_tricks import as_strided
 
 from annotated_moe import quantization
 from annotated_moe.attention import KVCache
@@ -92,8 +94,8 @@ class Mapped(quantization.OwnProduct):
 
     `raw` is memory that a file is mapped to, as unsigned integers of
     the width of `dtype`, which is what the file holds: the matrix, or
-    if `transposed` its transpose. int8 comes with bfloat16 `scales`
-    [G, F].
+    if `transposed` its transpose; `pitch` elements from the start of
+    a row to that of the next. int8 comes with bfloat16 `scales` [G, F].
     """
 
     raw: Any
@@ -101,6 +103,7 @@ class Mapped(quantization.OwnProduct):
     scales: Any
     shape: tuple[int, int] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+    pitch: int = field(metadata={"static": True})
     transposed: bool = field(default=False, metadata={"static": True})
 
     def times(self, x: Float[Array, "N D"]) -> Float32[Array, "N F"]:
@@ -115,15 +118,16 @@ class Mapped(quantization.OwnProduct):
 # %% book/chapters/11_streaming.md, cell 15
 def read_tile(w: Mapped, start: Any, rows: int) -> Any:
     """Rows start : start + rows of what stands in the file."""
-    f = w.shape[0 if w.transposed else 1]
-    size = w.raw.dtype.itemsize
-    at, shift = w.skip // size + start * f, w.skip % size * 8
-    raw = jax.lax.dynamic_slice(w.raw, (at,), (rows * f,))
+    f, size = w.shape[0 if w.transposed else 1], w.raw.dtype.itemsize
+    at, shift = w.skip // size + start * w.pitch, w.skip % size * 8
+    count = (rows - 1) * w.pitch + f
+    raw = jax.lax.dynamic_slice(w.raw, (at,), (count,))
     if size > 1:
-        after = jax.lax.dynamic_slice(w.raw, (at + 1,), (rows * f,))
+        after = jax.lax.dynamic_slice(w.raw, (at + 1,), (count,))
         raw = straddling(raw, after, shift)
     raw = jax.lax.bitcast_convert_type(raw, jnp.dtype(w.dtype))
-    return raw.reshape(rows, f)
+    raw = jnp.pad(raw, (0, w.pitch - f))        # after the last row
+    return raw.reshape(rows, w.pitch)[:, :f]
 
 
 # %% book/chapters/11_streaming.md, cell 16
@@ -297,22 +301,35 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
 
 
 # %% book/chapters/11_streaming.md, cell 28
+def stretch(w: np.ndarray) -> tuple[np.ndarray, int, bool]:
+    """The stretch of memory that holds a matrix, the pitch of its
+    rows, and whether these are columns. A copy only of other layouts.
+    """
+    for turned, a in enumerate((w, w.T)):
+        (n, width), (step, one), size = a.shape, a.strides, a.itemsize
+        if one == size and step % size == 0 and step >= width * size:
+            pitch = step // size
+            count = (n - 1) * pitch + width
+            flat = as_strided(a, (count,), (size,), writeable=False)
+            return flat, pitch, bool(turned)
+    return stretch(w.copy())
+
+
+# %% book/chapters/11_streaming.md, cell 29
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     """A matrix of a checkpoint, ready to be multiplied by."""
-    if weight.nbytes > MOST_BYTES:
+    raw, pitch, turned = stretch(weight)
+    if raw.nbytes > MOST_BYTES:
         raise ValueError(
-            f"cannot stream a matrix of {weight.nbytes:,} bytes: the "
+            f"cannot stream a matrix of {raw.nbytes:,} bytes: the "
             f"most is {MOST_BYTES:,}; load it without stream=True"
         )
     small = None if scales is None else jnp.asarray(scales)
-    turned = not weight.flags.c_contiguous
-    turned = turned and weight.T.flags.c_contiguous
-    raw, skip = to_jax(weight.T if turned else weight)
-    dtype = str(weight.dtype)
-    return Mapped(raw, skip, small, weight.shape, dtype, turned)
+    where, kind = to_jax(raw), str(weight.dtype)
+    return Mapped(*where, small, weight.shape, kind, pitch, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 34
+# %% book/chapters/11_streaming.md, cell 35
 def layer_of(w: Any, layer: int, *index: int) -> Any:
     """One layer of a stack, or of a list of layers, not copied.
 
@@ -320,11 +337,11 @@ def layer_of(w: Any, layer: int, *index: int) -> Any:
     where that can be avoided.
     """
     for i in (layer, *index):
-        w = getattr(w, "parts", w)[i]
+        w = w[i]
     return w
 
 
-# %% book/chapters/11_streaming.md, cell 35
+# %% book/chapters/11_streaming.md, cell 36
 @dataclass
 class Reading:
     """What has been read so far; grows as the model runs."""
@@ -337,11 +354,11 @@ class Reading:
         self.matrices[name] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 36
-Views = list[np.ndarray]
-
-
 # %% book/chapters/11_streaming.md, cell 37
+Views = list[Any]
+
+
+# %% book/chapters/11_streaming.md, cell 38
 class Labels:
     """Which file each weight is in, and where. Nothing is read."""
 
@@ -360,7 +377,7 @@ class Labels:
         return layer_of(w.weight, *at), layer_of(w.scales, *at)
 
 
-# %% book/chapters/11_streaming.md, cell 38
+# %% book/chapters/11_streaming.md, cell 39
 class Shelf(Labels):
     """Weights that stay on disk, fetched a matrix at a time."""
 
@@ -381,10 +398,11 @@ class Shelf(Labels):
         return jnp.asarray(w, jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 39
+# %% book/chapters/11_streaming.md, cell 40
 def arrays_of(w: Any) -> Iterator[Any]:
     """The arrays that a weight is made of: of layers, of experts."""
     w = getattr(w, "weight", w)
+    w = getattr(w, "source", w)
     parts = getattr(w, "parts", None)
     if parts is None:
         yield w
@@ -392,7 +410,7 @@ def arrays_of(w: Any) -> Iterator[Any]:
         yield from arrays_of(part)
 
 
-# %% book/chapters/11_streaming.md, cell 40
+# %% book/chapters/11_streaming.md, cell 41
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     leaves = [w for module in params.values() for w in module.values()]
@@ -400,7 +418,7 @@ def files_of(params: Params) -> set[str]:
     return {name for view in views if (name := file_of(view)[1])}
 
 
-# %% book/chapters/11_streaming.md, cell 41
+# %% book/chapters/11_streaming.md, cell 42
 def state_of(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode. ValueError if there is none."""
     try:
@@ -412,54 +430,53 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 42
-def check_unchanged(view: np.ndarray, opened: dict) -> None:
-    """ValueError if the file of `view` is no longer what it was.
+# %% book/chapters/11_streaming.md, cell 43
+def check_unchanged(w: Any, opened: dict) -> None:
+    """ValueError if a file that `w` is in is no longer what it was.
 
     Reading beyond the end of a mapped file that has shrunk would kill
     the process.
     """
-    _, name = file_of(view)
-    state = state_of(name) if name else None
-    if name and state != opened.setdefault(name, state):
-        raise ValueError(
-            f"{name} has changed since the model was loaded from it: "
-            "load the model again"
-        )
-
-
-# %% book/chapters/11_streaming.md, cell 43
-def read_ahead(views: Views) -> None:
-    """Ask the system to read what is not in its page cache yet."""
-    for view in views:
-        mapping, _ = file_of(view)
-        if mapping is None or not hasattr(mmap, "MADV_WILLNEED"):
-            continue
-        view = view if view.flags.c_contiguous else view.T
-        base = address(np.frombuffer(mapping, np.int8))
-        start = (address(view) - base) // mmap.PAGESIZE * mmap.PAGESIZE
-        size = address(view) + view.nbytes - base - start
-        mapping.madvise(mmap.MADV_WILLNEED, start, size)
+    for name in {file_of(view)[1] for view in arrays_of(w)} - {None}:
+        state = state_of(str(name))
+        if state != opened.setdefault(name, state):
+            raise ValueError(
+                f"{name} has changed since the model was loaded from "
+                "it: load the model again"
+            )
 
 
 # %% book/chapters/11_streaming.md, cell 44
+def read_ahead(views: Views) -> None:
+    """Ask the system to read what is not in its page cache yet."""
+    for view in (part for w in views for part in arrays_of(w)):
+        mapping, _ = file_of(view)
+        if mapping is None or not hasattr(mmap, "MADV_WILLNEED"):
+            continue
+        base = address(np.frombuffer(mapping, np.int8))
+        first, last = (at - base for at in byte_bounds(view))
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_WILLNEED, start, last - start)
+
+
+# %% book/chapters/11_streaming.md, cell 45
 LAYER = "decoder_layer/"
 BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
 
 
-# %% book/chapters/11_streaming.md, cell 45
+# %% book/chapters/11_streaming.md, cell 46
 def layer_modules(params: Params, kind: Kind) -> list[str]:
     """The modules of such a layer that every token needs."""
     return [module for module in modules_of(params, kind)
             if module.startswith(LAYER) and "/moe/" not in module]
 
 
-# %% book/chapters/11_streaming.md, cell 46
+# %% book/chapters/11_streaming.md, cell 47
 def is_matrix(module: str, name: str) -> bool:
     return name == "w" and not module.endswith("/router")
 
 
-# %% book/chapters/11_streaming.md, cell 47
+# %% book/chapters/11_streaming.md, cell 48
 def layer_weights(
     shelf: Shelf, at: Place, kind: Kind, dtype: str
 ) -> Params:
@@ -477,7 +494,7 @@ def layer_weights(
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 48
+# %% book/chapters/11_streaming.md, cell 49
 def layer_ahead(shelf: Shelf, c: ModelConfig, layer: int) -> None:
     """Have the matrices that `layer_weights` will return read."""
     at, kind = place_of(c, layer), kinds(c)[layer]
@@ -488,13 +505,13 @@ def layer_ahead(shelf: Shelf, c: ModelConfig, layer: int) -> None:
     shelf.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 49
+# %% book/chapters/11_streaming.md, cell 50
 ONE_LAYER = partial(
     jax.jit, static_argnames=("c", "kind"), donate_argnames="cache"
 )
 
 
-# %% book/chapters/11_streaming.md, cell 50
+# %% book/chapters/11_streaming.md, cell 51
 @ONE_LAYER
 def attend_and_route(
     weights: Params,
@@ -519,14 +536,14 @@ def attend_and_route(
     return applied(run, weights, h, cache)
 
 
-# %% book/chapters/11_streaming.md, cell 51
+# %% book/chapters/11_streaming.md, cell 52
 def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
     """`run`, a function of Haiku modules, on these weights."""
     transformed: Any = hk.without_apply_rng(hk.transform(run))
     return transformed.apply(weights, *inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 52
+# %% book/chapters/11_streaming.md, cell 53
 @ONE_LAYER
 def whole_layer(
     weights: Params,
@@ -544,7 +561,7 @@ def whole_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 53
+# %% book/chapters/11_streaming.md, cell 54
 @partial(jax.jit, static_argnames="style", donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -566,11 +583,11 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 54
+# %% book/chapters/11_streaming.md, cell 55
 MOST_CHOICES = 1024
 
 
-# %% book/chapters/11_streaming.md, cell 55
+# %% book/chapters/11_streaming.md, cell 56
 def in_batches(
     choices: np.ndarray, nobody: int
 ) -> Iterator[np.ndarray]:
@@ -584,7 +601,7 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 56
+# %% book/chapters/11_streaming.md, cell 57
 def stream_experts(
     shelf: Shelf,
     layer: int,
@@ -613,8 +630,8 @@ def stream_experts(
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 57
-@partial(jax.jit, donate_argnames="h")
+# %% book/chapters/11_streaming.md, cell 58
+@partial(jax.jit, static_argnames="eps", donate_argnames="h")
 def add_normed(
     h: Float32[Array, "B T D"],
     y: Float32[Array, "N D"],
@@ -627,7 +644,7 @@ def add_normed(
     return h + (y if scale is None else rms_norm(y, scale, eps))
 
 
-# %% book/chapters/11_streaming.md, cell 58
+# %% book/chapters/11_streaming.md, cell 59
 def stream_layer(
     shelf: Shelf,
     layer: int,
@@ -651,7 +668,7 @@ def stream_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% book/chapters/11_streaming.md, cell 60
 def rows_of(table: Any, rows: np.ndarray) -> np.ndarray:
     """Some rows of a table that is an array, or something like it."""
     if isinstance(table, np.ndarray):
@@ -659,18 +676,18 @@ def rows_of(table: Any, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([table[int(i) : int(i) + 1] for i in rows])
 
 
-# %% book/chapters/11_streaming.md, cell 60
+# %% book/chapters/11_streaming.md, cell 61
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
 ) -> Float32[Array, "N V"]:
     """`tied_logits`, with a table of which a tile is ever cast."""
-    shape = table.shape[::-1]                               # (D, V)
+    shape = table.shape[::-1]                               # [D, V]
     turned = replace(table, shape=shape, transposed=True)
     return float_transposed(h, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 61
+# %% book/chapters/11_streaming.md, cell 62
 def pieces(table: Any) -> Iterator[np.ndarray]:
     """The table in runs of words of at most 256 MiB each."""
     words, width = table.shape
@@ -681,7 +698,7 @@ def pieces(table: Any) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(table[start : start + run])
 
 
-# %% book/chapters/11_streaming.md, cell 62
+# %% book/chapters/11_streaming.md, cell 63
 @dataclass(frozen=True)
 class LayerByLayer(Model):
     """A model whose `params` are arrays in files, one layer a time."""
@@ -698,7 +715,7 @@ class LayerByLayer(Model):
         return table
 
 
-# %% book/chapters/11_streaming.md, cell 63
+# %% book/chapters/11_streaming.md, cell 64
 class Embedding(LayerByLayer):
     """From tokens to h."""
 
@@ -711,7 +728,7 @@ class Embedding(LayerByLayer):
         return embed(own, at, self.config)
 
 
-# %% book/chapters/11_streaming.md, cell 64
+# %% book/chapters/11_streaming.md, cell 65
 class Layers(Embedding):
     """All of them, one at a time."""
 
@@ -734,7 +751,7 @@ class Layers(Embedding):
         return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 65
+# %% book/chapters/11_streaming.md, cell 66
 class Halves(Layers):
     """From h to logits."""
 
@@ -755,7 +772,7 @@ class Halves(Layers):
         return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 66
+# %% book/chapters/11_streaming.md, cell 67
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -767,7 +784,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 67
+# %% book/chapters/11_streaming.md, cell 68
 MOST_TOKENS = 4096
 
 
@@ -776,7 +793,7 @@ def part_of(seen: Seen | None, index: Any) -> Seen | None:
     return seen and Seen(seen.features, seen.places[index])
 
 
-# %% book/chapters/11_streaming.md, cell 68
+# %% book/chapters/11_streaming.md, cell 69
 class AllLogits(Halves):
     """Logits of whole texts."""
 
@@ -797,7 +814,7 @@ class AllLogits(Halves):
         return jnp.concatenate(parts)
 
 
-# %% book/chapters/11_streaming.md, cell 69
+# %% book/chapters/11_streaming.md, cell 70
 class Prefill(AllLogits):
     """Prompts."""
 
@@ -827,7 +844,7 @@ class Prefill(AllLogits):
         return self.unembed(last), cache
 
 
-# %% book/chapters/11_streaming.md, cell 70
+# %% book/chapters/11_streaming.md, cell 71
 class StreamedModel(Prefill):
     """A model that runs from its files. See `Model` for its use."""
 
@@ -840,12 +857,12 @@ class StreamedModel(Prefill):
         return self.unembed(h[:, 0]), replace(grown, length=length)
 
 
-# %% book/chapters/11_streaming.md, cell 79
+# %% book/chapters/11_streaming.md, cell 80
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
 
-# %% book/chapters/11_streaming.md, cell 80
+# %% book/chapters/11_streaming.md, cell 81
 def status(text: str) -> None:
     """A line on stderr: on a terminal, below the text and rewritten."""
     if sys.stderr.isatty():
@@ -854,7 +871,7 @@ def status(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/11_streaming.md, cell 81
+# %% book/chapters/11_streaming.md, cell 82
 class Progress:
     """Says which layer a streamed model is at, and seconds a token."""
 
@@ -881,7 +898,7 @@ class Progress:
                f"{spent:.1f} s")
 
 
-# %% book/chapters/11_streaming.md, cell 82
+# %% book/chapters/11_streaming.md, cell 83
 def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
     """`ids` as they come, with a `status` for each."""
     progress = Progress(model)

@@ -18,6 +18,8 @@ from typing import Any, SupportsIndex
 
 import sentencepiece as spm
 
+from annotated_moe import vocabularies
+
 
 # %% book/chapters/01_tokenizer.md, cell 19
 def training_bytes(texts: Iterable[str]) -> Iterable[bytes]:
@@ -93,7 +95,7 @@ def read_model(source: str | os.PathLike[str] | bytes) -> bytes:
         raise type(error)(
             f"cannot read the tokenizer {os.fspath(source)!r} "
             f"({error.strerror}); give the path of a SentencePiece "
-            "model, such as 'tokenizer.model'"
+            "model or of another tokenizer, such as 'tokenizer.model'"
         ) from error
 
 
@@ -130,23 +132,25 @@ def write_whole(path: Path, data: bytes) -> None:
 
 # %% book/chapters/01_tokenizer.md, cell 36
 class Vocabulary:
-    """The pieces of one SentencePiece model, numbered from 0.
+    """The pieces of one tokenizer file, numbered from 0.
 
-    Takes the path of a `.model` file, or its bytes, and keeps those
-    as `model_bytes`. `pad_id`, `bos_id`, `eos_id` and `unk_id` are
-    None where the model has no such piece.
+    Takes the path of a SentencePiece model or of another file that
+    `vocabularies` reads, or its bytes, and keeps those as
+    `model_bytes`. `pad_id`, `bos_id`, `eos_id` and `unk_id` are None
+    where the file names no such piece.
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
-        given = isinstance(source, bytes)
-        name = "the tokenizer" if given else repr(os.fspath(source))
         self.model_bytes = read_model(source)
-        self.processor = open_model(self.model_bytes, name)
+        self.beside = vocabularies.read_beside(source)
+        name = name_of(source)
+        self.processor = open_any(self.model_bytes, name, self.beside)
         self.vocab_size: int = self.processor.get_piece_size()
         self.pad_id = optional(self.processor.pad_id())
         self.bos_id = optional(self.processor.bos_id())
         self.eos_id = optional(self.processor.eos_id())
         self.unk_id = optional(self.processor.unk_id())
+        self.turn_ids = vocabularies.turn_ids(self.processor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to `path`, all of it or nothing."""
@@ -154,6 +158,19 @@ class Vocabulary:
 
 
 # %% book/chapters/01_tokenizer.md, cell 37
+def name_of(source: str | os.PathLike[str] | bytes) -> str:
+    """What an error message calls `source`."""
+    given = isinstance(source, bytes)
+    return "the tokenizer" if given else repr(os.fspath(source))
+
+
+def open_any(model: bytes, name: str, beside: dict[str, bytes]) -> Any:
+    """The vocabulary in `model`, whichever format it is in."""
+    other = vocabularies.open_table(model, name, beside)
+    return open_model(model, name) if other is None else other
+
+
+# %% book/chapters/01_tokenizer.md, cell 38
 def optional(token: int) -> int | None:
     """SentencePiece says -1 for a piece that does not exist."""
     return token if token >= 0 else None
@@ -175,7 +192,7 @@ def in_range(token: SupportsIndex, vocab_size: int) -> int:
     return token
 
 
-# %% book/chapters/01_tokenizer.md, cell 41
+# %% book/chapters/01_tokenizer.md, cell 42
 def take_characters(data: bytes, final: bool) -> tuple[str, bytes]:
     """Split UTF-8 `data` into text and the bytes still to wait for.
 
@@ -195,7 +212,7 @@ def take_characters(data: bytes, final: bool) -> tuple[str, bytes]:
     return text, data
 
 
-# %% book/chapters/01_tokenizer.md, cell 43
+# %% book/chapters/01_tokenizer.md, cell 44
 class TokenStream:
     """Ids to text as they come; joined, the text is `decode(ids)`.
 
@@ -228,26 +245,69 @@ class TokenStream:
         return text
 
 
-# %% book/chapters/01_tokenizer.md, cell 48
-class Tokenizer(Vocabulary):
-    """Text to token ids and back, by any SentencePiece model."""
+# %% book/chapters/01_tokenizer.md, cell 49
+class Encoder(Vocabulary):
+    """Text to token ids."""
 
     def encode(
-        self, text: str, add_bos: bool = False, add_eos: bool = False
+        self, text: str, add_bos: bool = False, add_eos: bool = False,
+        specials: bool = False,
     ) -> list[int]:
-        """Ids of `text`; like Grok-1, adds no [BOS] unless asked."""
+        """Ids of `text`; like Grok-1, adds no [BOS] unless asked.
+
+        `[EOS]` and its like in `text` are letters, as anything is that
+        somebody typed; with `specials` they are the ids they name.
+        """
         bos = [required(self.bos_id, "[BOS]")] if add_bos else []
         eos = [required(self.eos_id, "[EOS]")] if add_eos else []
-        return bos + self.processor.encode(text.encode()) + eos
+        data, table = text.encode(), self.processor
+        if specials:
+            return bos + vocabularies.encode_special(table, text) + eos
+        return bos + table.encode(data) + eos
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of `ids`; ValueError if one is out of range."""
+
+# %% book/chapters/01_tokenizer.md, cell 50
+class Decoder(Encoder):
+    """And token ids to text."""
+
+    def decode(
+        self, ids: Iterable[SupportsIndex], specials: bool = False
+    ) -> str:
+        """Text of `ids`; ValueError if one is out of range.
+
+        Shows nothing for [EOS] and its like, or with `specials` names.
+        """
         checked = [in_range(i, self.vocab_size) for i in ids]
+        if specials:
+            return vocabularies.decode_special(self.processor, checked)
         return self.processor.decode(checked)
 
     def stream(self) -> TokenStream:
         """A `TokenStream`: `push(id)` each id, then `flush()`."""
-        return TokenStream(self)
+        other = isinstance(self.processor, vocabularies.Table)
+        return OtherStream(self) if other else TokenStream(self)
+
+
+# %% book/chapters/01_tokenizer.md, cell 51
+class Tokenizer(Decoder):
+    """One tokenizer file: encode, decode, stream, save."""
+
+    def save_in(self, folder: str | os.PathLike[str]) -> None:
+        """Write it to `folder` by its usual name, with its settings."""
+        name = vocabularies.file_name(self.model_bytes)
+        self.save(Path(folder) / name)
+        for name, data in self.beside.items():
+            write_whole(Path(folder) / name, data)
+
+    def chat(self, messages: Any, **options: Any) -> list[int]:
+        """Ids of a conversation, by the template beside the file.
+
+        `messages` are tables such as {"role": "user", "content": "Hi"};
+        options are those of `vocabularies.chat_ids`.
+        """
+        return vocabularies.chat_ids(
+            self.processor, self.beside, messages, **options
+        )
 
     @classmethod
     def train(
@@ -255,3 +315,21 @@ class Tokenizer(Vocabulary):
     ) -> "Tokenizer":
         """Learn from `texts`; options are those of `train_model`."""
         return cls(train_model(texts, vocab_size, **options))
+
+
+# %% book/chapters/01_tokenizer.md, cell 59
+class OtherStream(TokenStream):
+    """The same for a table that is not SentencePiece's."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary)
+        self._inner = vocabulary.processor.stream()
+
+    def push(self, token: SupportsIndex) -> str:
+        """The text that `token` completes."""
+        token = in_range(token, self.vocabulary.vocab_size)
+        return self._inner.push(token)
+
+    def flush(self) -> str:
+        """The rest: U+FFFD for an unfinished character."""
+        return self._inner.flush()

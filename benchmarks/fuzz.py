@@ -1,8 +1,9 @@
-"""Mutated files for the two readers of untrusted bytes.
+"""Mutated files for the three readers of untrusted bytes.
 
     python benchmarks/fuzz.py [--count 100000] [--seed 0]
 
-Half of the files go to the pickle reader, half to the safetensors reader.
+A third of the files each go to the pickle reader, the safetensors reader and
+the reader of .pth files.
 Hypothesis draws where and how each is damaged. A reader may return arrays
 or raise CheckpointError. Anything else is a failure: another exception,
 more than two seconds, a gigabyte of memory, or a forbidden act (an import,
@@ -12,6 +13,7 @@ Python's audit hooks tell us.
 
 import argparse
 import contextlib
+import io
 import json
 import pickle
 import resource
@@ -19,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from annotated_moe.checkpoints import (
     safetensors_parts,
 )
 from annotated_moe.convert import named, pickle_parts
+from annotated_moe.meta import NAMES, name_of, open_pth, pth_bytes, pth_program
 from annotated_moe.quantization import QuantizedTensor
 
 SECONDS, MEMORY = 2, 2**30
@@ -159,10 +163,49 @@ def damaged(pair) -> bytes:
     return data
 
 
+# A .pth: damage to the zip, or to the program in a sound zip.
+SOME = {
+    "layers.0.w": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "norm": np.ones(3, np.float16),
+    "b": np.ones((2, 2), ml_dtypes.bfloat16),
+}
+PTH_WORDS = st.sampled_from([
+    *map(name_of, sorted(NAMES)), *(bytes([c]) for c in OPCODES), b"cos\nsystem\n",
+    b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"\xff" * 8,
+    b"x/data/0", b"x/data.pkl", b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
+    b"r\xff\xff\xff\x7f",
+])  # fmt: skip
+PTH_EDITS = st.tuples(
+    st.integers(0, 999),
+    st.sampled_from(["set", "set", "set", "put", "cut", "drop", "copy"]),
+    st.binary(min_size=1, max_size=2) | PTH_WORDS,
+    st.integers(1, 64),
+)
+
+
+def around(program: bytes) -> bytes:
+    """The .pth of SOME, with another program in it."""
+    new = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(pth_bytes(SOME))) as old,
+        zipfile.ZipFile(new, "w") as archive,
+    ):
+        for member in old.infolist():
+            inner = member.filename == "x/data.pkl"
+            archive.writestr(member.filename, program if inner else old.read(member))
+    return new.getvalue()
+
+
+FEW = st.lists(PTH_EDITS, min_size=1, max_size=4)
+PTH = st.tuples(st.just(pth_bytes(SOME)), FEW).map(damaged)
+PTH_PROGRAM = st.tuples(st.just(pth_program(SOME)), FEW).map(damaged).map(around)
+
 CASES = {
     "pickle": (read_pickled, PICKLE.map(damaged)),
+    "pth": (open_pth, PTH | PTH_PROGRAM),
     "safetensors": (open_arrays, TENSORS.map(damaged) | CLAIMED),
 }
+GOOD = {"pickle": pickles()[0], "pth": pth_bytes(SOME), "safetensors": tensors()[0]}
 
 
 class Guard:
@@ -231,16 +274,16 @@ def fuzz(count: int, start: int, folder: Path) -> Counter:
     path = folder / "file"
     outcomes: Counter = Counter()
     for kind, (reader, _) in CASES.items():         # import what a first use imports
-        good = pickles()[0] if kind == "pickle" else tensors()[0]
-        path.write_bytes(good)
+        path.write_bytes(GOOD[kind])
         reader(path)
         path.write_bytes(b"\x00" * 9)
         with contextlib.suppress(CheckpointError):
             reader(path)
+    b"x".decode("cp437")                            # a zip's old names
     guard = Guard(path)
     before = signal.signal(signal.SIGALRM, too_slow)
     for kind in CASES:
-        fuzz_one(kind, count // 2, start, path, guard, outcomes)
+        fuzz_one(kind, -(-count // len(CASES)), start, path, guard, outcomes)
     signal.signal(signal.SIGALRM, before)
     return outcomes
 

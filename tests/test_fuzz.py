@@ -16,7 +16,7 @@ def test_readers_of_damaged_files():
     counts = {(row[0], row[1]): int(row[2]) for row in rows[:-1]}
     assert set(counts) == {
         (kind, what)
-        for kind in ("pickle", "safetensors")
+        for kind in ("pickle", "pth", "safetensors")
         for what in ("read", "refused")
     }
     assert sum(counts.values()) >= 5000

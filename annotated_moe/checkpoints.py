@@ -485,7 +485,9 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
 
 # %% book/chapters/09_checkpoints.md, cell 53
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
-    pairs = {n: tuple(v) for n, v in values.items() if type(v) is list}
+    pairs: dict[str, Any] = {
+        n: tuple(v) for n, v in values.items() if type(v) is list
+    }
     try:
         if isinstance(values.get("vision"), dict):
             pairs["vision"] = vision_config(values["vision"])

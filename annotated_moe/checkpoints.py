@@ -45,6 +45,7 @@ from annotated_moe.vision import (
     VISION_HF,
     VisionConfig,
     read_vision,
+    vision_config,
     vision_names,
 )
 from annotated_moe.vocabularies import BESIDE, TOKENIZERS
@@ -484,8 +485,12 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
 
 # %% book/chapters/09_checkpoints.md, cell 53
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
-    pairs = {n: tuple(v) for n, v in values.items() if type(v) is list}
+    pairs: dict[str, Any] = {
+        n: tuple(v) for n, v in values.items() if type(v) is list
+    }
     try:
+        if isinstance(values.get("vision"), dict):
+            pairs["vision"] = vision_config(values["vision"])
         config = ModelConfig(**{**values, **pairs})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None

@@ -244,12 +244,6 @@ def check_pairs(c: ModelConfig) -> None:
 # %% book/chapters/08_model.md, cell 14
 def check_eyes(c: ModelConfig) -> None:
     """The encoder of images, if there is one, fits the model."""
-    if isinstance(c.vision, dict):              # as JSON has it
-        names = VisionConfig.__dataclass_fields__
-        unknown = sorted(set(c.vision) - set(names))
-        if unknown:
-            raise ValueError(f"vision has no field {unknown[0]!r:.40}")
-        object.__setattr__(c, "vision", VisionConfig(**c.vision))
     if c.vision is None:
         return
     if not isinstance(c.vision, VisionConfig):

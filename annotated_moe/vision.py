@@ -89,7 +89,16 @@ def check_vision(c: VisionConfig) -> None:
             )
 
 
-# %% book/chapters/17_vision.md, cell 10
+# %% book/chapters/17_vision.md, cell 5
+def vision_config(raw: dict[str, Any]) -> VisionConfig:
+    """The configuration that `dataclasses.asdict` made a dict of."""
+    unknown = sorted(set(raw) - {f.name for f in fields(VisionConfig)})
+    if unknown:
+        raise ValueError(f"vision has no field {unknown[0][:40]!r}")
+    return VisionConfig(**raw)
+
+
+# %% book/chapters/17_vision.md, cell 11
 def patches_of(
     tiles: Float[Array, "I C Y X"], size: int
 ) -> Float[Array, "I P {size*size}*C"]:
@@ -104,7 +113,7 @@ def patches_of(
     return patches.reshape(i, -1, c * size * size)
 
 
-# %% book/chapters/17_vision.md, cell 15
+# %% book/chapters/17_vision.md, cell 16
 Shape = tuple[int, ...]
 Params = Mapping[str, Mapping[str, Any]]
 
@@ -121,7 +130,7 @@ def layer_shapes(c: VisionConfig) -> dict[str, Shape]:
     return shapes | {"down/w": (c.d_ff, w), "down/b": (w,)}
 
 
-# %% book/chapters/17_vision.md, cell 16
+# %% book/chapters/17_vision.md, cell 17
 def vision_shapes(c: VisionConfig) -> dict[str, Shape]:
     """Path -> shape of every parameter; layers are stacked in front."""
     w, merged = c.width, c.shuffle**2 * c.width
@@ -140,7 +149,7 @@ def vision_shapes(c: VisionConfig) -> dict[str, Shape]:
     return {f"vision/{name}": shape for name, shape in shapes.items()}
 
 
-# %% book/chapters/17_vision.md, cell 17
+# %% book/chapters/17_vision.md, cell 18
 def first_value(
     key: Array, name: str, shape: Shape
 ) -> Float32[Array, "..."]:
@@ -164,7 +173,7 @@ def vision_params(key: Array, c: VisionConfig) -> Params:
     return params
 
 
-# %% book/chapters/17_vision.md, cell 20
+# %% book/chapters/17_vision.md, cell 21
 def layer_norm(
     x: Float[Array, "*B W"], w: Mapping[str, Any], eps: float
 ) -> Float32[Array, "*B W"]:
@@ -178,7 +187,7 @@ def layer_norm(
     return y * w["scale"] + w["offset"]
 
 
-# %% book/chapters/17_vision.md, cell 21
+# %% book/chapters/17_vision.md, cell 22
 def affine(
     x: Float[Array, "*B D"], w: Mapping[str, Any]
 ) -> Float32[Array, "*B F"]:
@@ -188,7 +197,7 @@ def affine(
     return y + w["b"] if "b" in w else y
 
 
-# %% book/chapters/17_vision.md, cell 22
+# %% book/chapters/17_vision.md, cell 23
 def embed_patches(
     params: Params,
     tiles: Float[Array, "I C Y X"],
@@ -204,7 +213,7 @@ def embed_patches(
     return layer_norm(x, params["vision/norm_before"], c.norm_eps)
 
 
-# %% book/chapters/17_vision.md, cell 24
+# %% book/chapters/17_vision.md, cell 25
 def angles_2d(c: VisionConfig) -> Float32[Array, "T half"]:
     """Angle of each feature pair of a head, at each patch, in radians.
 
@@ -219,7 +228,7 @@ def angles_2d(c: VisionConfig) -> Float32[Array, "T half"]:
     return jnp.concatenate([x, y], axis=-1)
 
 
-# %% book/chapters/17_vision.md, cell 27
+# %% book/chapters/17_vision.md, cell 28
 def turn(
     x: Float[Array, "I T heads H"], angles: Float32[Array, "T half"]
 ) -> Float32[Array, "I T heads H"]:
@@ -230,7 +239,7 @@ def turn(
     return jnp.concatenate(y, axis=-1)
 
 
-# %% book/chapters/17_vision.md, cell 32
+# %% book/chapters/17_vision.md, cell 33
 def see(
     x: Float[Array, "I T W"],
     w: Params,
@@ -252,7 +261,7 @@ def see(
     return affine(y.reshape(x.shape), w["linear"])
 
 
-# %% book/chapters/17_vision.md, cell 33
+# %% book/chapters/17_vision.md, cell 34
 gelu = partial(jax.nn.gelu, approximate=False)
 
 
@@ -271,7 +280,7 @@ def vision_layer(
     return h + affine(up, w["down"])
 
 
-# %% book/chapters/17_vision.md, cell 34
+# %% book/chapters/17_vision.md, cell 35
 LAYER = "vision/layer/"
 
 
@@ -284,7 +293,7 @@ def layer_stacks(params: Params) -> dict[str, Mapping[str, Any]]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 35
+# %% book/chapters/17_vision.md, cell 36
 def encode(
     params: Params,
     tiles: Float[Array, "I C Y X"],
@@ -306,7 +315,7 @@ def encode(
     return layer_norm(h, params["vision/norm_after"], c.norm_eps)
 
 
-# %% book/chapters/17_vision.md, cell 37
+# %% book/chapters/17_vision.md, cell 38
 def pixel_shuffle(
     x: Float[Array, "I P W"], side: int
 ) -> Float[Array, "I P/{side}**2 W*{side}**2"]:
@@ -321,7 +330,7 @@ def pixel_shuffle(
     return rows.reshape(i, n * n, side * side * w)
 
 
-# %% book/chapters/17_vision.md, cell 41
+# %% book/chapters/17_vision.md, cell 42
 def adapt(
     params: Params,
     x: Float32[Array, "I P W"],
@@ -334,7 +343,7 @@ def adapt(
     return gelu(affine(x, params["vision/adapter/linear_1"]))
 
 
-# %% book/chapters/17_vision.md, cell 42
+# %% book/chapters/17_vision.md, cell 43
 @partial(jax.jit, static_argnames=("c", "dtype"))
 def image_features(
     params: Params,
@@ -352,7 +361,7 @@ def image_features(
         -1, c.d_model)
 
 
-# %% book/chapters/17_vision.md, cell 44
+# %% book/chapters/17_vision.md, cell 45
 class Seen(NamedTuple):
     """What a batch of prompts has seen."""
 
@@ -369,7 +378,7 @@ def places_of(
     return np.where(here, order, -1).astype(np.int32)
 
 
-# %% book/chapters/17_vision.md, cell 45
+# %% book/chapters/17_vision.md, cell 46
 def merge(h: Float[Array, "B T D"], seen: Seen) -> Float[Array, "B T D"]:
     """`h` with the rows of images at their places.
 
@@ -380,7 +389,7 @@ def merge(h: Float[Array, "B T D"], seen: Seen) -> Float[Array, "B T D"]:
     return jnp.where(here, rows.astype(h.dtype), h)
 
 
-# %% book/chapters/17_vision.md, cell 48
+# %% book/chapters/17_vision.md, cell 49
 def check_tiles(i: int, tiles: Any, c: VisionConfig) -> np.ndarray:
     """The tiles of prompt `i`, float32; ValueError for another shape."""
     shape = (c.channels, c.image_size, c.image_size)
@@ -398,7 +407,7 @@ def check_tiles(i: int, tiles: Any, c: VisionConfig) -> np.ndarray:
     return tiles.astype(np.float32)
 
 
-# %% book/chapters/17_vision.md, cell 49
+# %% book/chapters/17_vision.md, cell 50
 def check_images(
     rows: Iterable[Any], images: Any, c: VisionConfig
 ) -> np.ndarray:
@@ -425,7 +434,7 @@ def check_images(
     return np.concatenate(tiles)
 
 
-# %% book/chapters/17_vision.md, cell 52
+# %% book/chapters/17_vision.md, cell 53
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -447,7 +456,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% book/chapters/17_vision.md, cell 53
+# %% book/chapters/17_vision.md, cell 54
 VISION_LAYER = (                                # {i}: the layer
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -466,7 +475,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% book/chapters/17_vision.md, cell 54
+# %% book/chapters/17_vision.md, cell 55
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -478,7 +487,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 55
+# %% book/chapters/17_vision.md, cell 56
 def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
     """(their name, our path, transform) of every parameter."""
     return tuple(
@@ -491,7 +500,7 @@ def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
 VISION_HF, VISION_META = vision_table(False), vision_table(True)
 
 
-# %% book/chapters/17_vision.md, cell 57
+# %% book/chapters/17_vision.md, cell 58
 def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     """The names that a row of the table stands for, layer by layer."""
     if "{i}" not in theirs:
@@ -499,7 +508,7 @@ def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     return [theirs.replace("{i}", str(i)) for i in range(c.layers)]
 
 
-# %% book/chapters/17_vision.md, cell 58
+# %% book/chapters/17_vision.md, cell 59
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -523,7 +532,7 @@ VISION_FIXED = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 59
+# %% book/chapters/17_vision.md, cell 60
 def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
     """A `vision_config` of Hugging Face; ValueError if unsupported."""
     raw = check_fields(raw)
@@ -548,7 +557,7 @@ def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
     return c
 
 
-# %% book/chapters/17_vision.md, cell 60
+# %% book/chapters/17_vision.md, cell 61
 def check_fields(raw: Any) -> dict[str, Any]:
     """`raw` without fields of no meaning; ValueError for unknown ones."""
     if not isinstance(raw, dict):
@@ -579,7 +588,7 @@ def rope_theta(raw: dict[str, Any]) -> Any:
     return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 
-# %% book/chapters/17_vision.md, cell 61
+# %% book/chapters/17_vision.md, cell 62
 def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     """What `read_vision` reads, from a VisionConfig as a dict."""
     named = {name: c[ours] for name, ours in VISION_FIELDS.items()}
@@ -595,7 +604,7 @@ def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 62
+# %% book/chapters/17_vision.md, cell 63
 def canvas(
     height: int, width: int, c: VisionConfig, most: int = 16
 ) -> tuple[int, int]:
@@ -613,7 +622,7 @@ def canvas(
     return min(fits, key=math.prod)
 
 
-# %% book/chapters/17_vision.md, cell 64
+# %% book/chapters/17_vision.md, cell 65
 def fitted(
     height: int, width: int, grid: tuple[int, int], size: int
 ) -> tuple[int, int]:
@@ -627,7 +636,7 @@ def fitted(
     return tall, max(min(math.floor(width * (tall / height)), wide), 1)
 
 
-# %% book/chapters/17_vision.md, cell 65
+# %% book/chapters/17_vision.md, cell 66
 def resized(
     pixels: np.ndarray, height: int, width: int
 ) -> np.ndarray:
@@ -642,7 +651,7 @@ def resized(
     return np.asarray(jnp.clip(jnp.round(y), 0, 255)).astype(np.uint8)
 
 
-# %% book/chapters/17_vision.md, cell 66
+# %% book/chapters/17_vision.md, cell 67
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -659,7 +668,7 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 67
+# %% book/chapters/17_vision.md, cell 68
 def image_tiles(
     pixels: Any, c: VisionConfig, most: int = 16
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -683,7 +692,7 @@ def image_tiles(
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
-# %% book/chapters/17_vision.md, cell 68
+# %% book/chapters/17_vision.md, cell 69
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 

@@ -224,7 +224,7 @@ def angles_2d(c: VisionConfig) -> Float32[Array, "T half"]:
     cell = jnp.arange(c.grid**2)
     places = jnp.stack([cell % c.grid, cell // c.grid]) + 1  # [2, P]
     places = jnp.pad(places, ((0, 0), (0, 1)))              # [2, T]
-    x, y = rope_angles(places, c.head_size // 2, c.rope_base)          # [T, H/4]
+    x, y = rope_angles(places, c.head_size // 2, c.rope_base)
     return jnp.concatenate([x, y], axis=-1)
 
 
@@ -379,7 +379,9 @@ def places_of(
 
 
 # %% book/chapters/17_vision.md, cell 46
-def merge(h: Float[Array, "B T D"], seen: Seen) -> Float[Array, "B T D"]:
+def merge(
+    h: Float[Array, "B T D"], seen: Seen
+) -> Float[Array, "B T D"]:
     """`h` with the rows of images at their places.
 
     Source: Llama 4, `masked_scatter` of the image features.
@@ -391,7 +393,7 @@ def merge(h: Float[Array, "B T D"], seen: Seen) -> Float[Array, "B T D"]:
 
 # %% book/chapters/17_vision.md, cell 49
 def check_tiles(i: int, tiles: Any, c: VisionConfig) -> np.ndarray:
-    """The tiles of prompt `i`, float32; ValueError for another shape."""
+    """The tiles of prompt `i`; ValueError for another shape."""
     shape = (c.channels, c.image_size, c.image_size)
     if tiles is None:
         return np.zeros((0, *shape), np.float32)
@@ -425,13 +427,21 @@ def check_images(
         )
     tiles = [check_tiles(i, image, c) for i, image in enumerate(images)]
     for i, (row, own) in enumerate(zip(rows, tiles)):
-        places, wanted = int((row == c.image_id).sum()), len(own) * c.rows
-        if places != wanted:
-            raise ValueError(
-                f"prompt {i} holds the image token {c.image_id} {places} "
-                f"times, but its {len(own)} tiles make {wanted} rows"
-            )
+        check_count(i, row, len(own), c)
     return np.concatenate(tiles)
+
+
+def check_count(
+    i: int, row: np.ndarray, tiles: int, c: VisionConfig
+) -> None:
+    """ValueError unless prompt `i` has a place for each row."""
+    places, wanted = int((row == c.image_id).sum()), tiles * c.rows
+    if places != wanted:
+        raise ValueError(
+            f"prompt {i} holds the image token {c.image_id} "
+            f"{places} times, but its {tiles} tiles make "
+            f"{wanted} rows"
+        )
 
 
 # %% book/chapters/17_vision.md, cell 53
@@ -481,7 +491,8 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "norm": ((".weight", "/scale", "as is"),
              (".bias", "/offset", "as is")),
     "matrix": ((".weight", "/w", "transpose"),),
-    "affine": ((".weight", "/w", "transpose"), (".bias", "/b", "as is")),
+    "affine": ((".weight", "/w", "transpose"),
+               (".bias", "/b", "as is")),
     "turned": ((".weight", "/w", "image halves"),
                (".bias", "/b", "image halves")),
 }
@@ -559,7 +570,7 @@ def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
 
 # %% book/chapters/17_vision.md, cell 61
 def check_fields(raw: Any) -> dict[str, Any]:
-    """`raw` without fields of no meaning; ValueError for unknown ones."""
+    """`raw` less what has no meaning; ValueError for the unknown."""
     if not isinstance(raw, dict):
         raise ValueError("vision_config must be an object")
     twins = {"projector_input_dim", "projector_output_dim",
@@ -569,7 +580,8 @@ def check_fields(raw: Any) -> dict[str, Any]:
             if k[:1] != "_" and k not in VISION_IGNORED}
     for name, value in kept.items():
         if name not in {*VISION_FIELDS, *VISION_FIXED, *twins}:
-            raise ValueError(f"vision_config has {name[:40]!r}, unknown")
+            raise ValueError(
+                f"vision_config has {name[:40]!r}, unknown")
         if VISION_FIXED.get(name, value) != value:
             raise ValueError(
                 f"vision_config: {name} is {value!r}; only "
@@ -632,8 +644,10 @@ def fitted(
         for side, n in zip((height, width), grid)
     )
     if wide / width < tall / height:
-        return max(min(math.floor(height * (wide / width)), tall), 1), wide
-    return tall, max(min(math.floor(width * (tall / height)), wide), 1)
+        fit = min(math.floor(height * (wide / width)), tall)
+        return max(fit, 1), wide
+    fit = min(math.floor(width * (tall / height)), wide)
+    return tall, max(fit, 1)
 
 
 # %% book/chapters/17_vision.md, cell 66

@@ -617,3 +617,78 @@ def test_configuration_of_llama_4(tmp_path):
     assert c.attn_temperature == (4, 0.1)
     assert c.rope_scaling == (16.0, 1.0, 1.0, 8192)
     assert not c.tied and not c.post_norm and c.activation == "silu"
+
+
+def test_streaming_from_several_files(tmp_path):
+    """Weights that stay in four .pth files, assembled as they are used."""
+    ranks = [fused(rank) for rank in pieces_of(llama4_weights(), 4)]
+    folder = write_folder(tmp_path / "m", ranks, LLAMA4_PARAMS)
+    ids = np.random.default_rng(1).integers(0, V, (2, 12)).astype(np.int32)
+    want = np.asarray(am.load(folder, dtype="float32").logits(ids))
+    got = np.asarray(am.load(folder, dtype="float32", stream=True).logits(ids))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+VISION_ARGS = {
+    "image_size": {"height": 8, "width": 8}, "patch_size": {"height": 2, "width": 2},
+    "dim": 16, "n_layers": 2, "n_heads": 2, "mlp_ratio": 2.0, "output_dim": 12,
+    "pixel_shuffle_ratio": 0.5,
+}  # fmt: skip
+
+
+def image_weights():
+    eyes = "vision_embeddings.vision_encoder"
+    shapes = {f"{eyes}.class_embedding": (16,), "vision_projection.weight": (D, 12),
+              f"{eyes}.positional_embedding_vlm": (17, 16),
+              f"{eyes}.conv1._linear.weight": (16, 12),
+              "vision_embeddings.vision_adapter.mlp.c_fc.weight": (12, 64),
+              "vision_embeddings.vision_adapter.mlp.c_proj.weight": (12, 12)}  # fmt: skip
+    norms = [f"{eyes}.ln_pre", f"{eyes}.ln_post"]
+    for i in range(2):
+        at = f"{eyes}.transformer.resblocks.{i}"
+        norms += [f"{at}.ln_1", f"{at}.ln_2"]
+        linear = {f"attn.{w}": (16, 16) for w in ("wq", "wk", "wv", "wo")}
+        linear |= {"mlp.c_fc": (32, 16), "mlp.c_proj": (16, 32)}
+        for name, shape in linear.items():
+            shapes |= {f"{at}.{name}.weight": shape, f"{at}.{name}.bias": shape[:1]}
+    for norm in norms:
+        shapes |= {f"{norm}.weight": (16,), f"{norm}.bias": (16,)}
+    return random_weights(shapes)
+
+
+def image_axis(name):
+    """As Meta's resharding program has it, but for what it copies."""
+    if name.endswith(("wo.weight", "c_proj.weight")):
+        return 1
+    cut = ("wq", "wk", "wv", "c_fc", "_linear", "vision_projection")
+    return 0 if name.rsplit(".", 1)[0].endswith(cut) else None
+
+
+def test_images_join_to_the_same_bits(tmp_path):
+    text, eyes = llama4_weights(), image_weights()
+    params = {**LLAMA4_PARAMS, "vision_args": VISION_ARGS}
+
+    def folder(files, params=params, eyes=eyes):
+        ranks = [fused(rank) for rank in pieces_of(text, files)]
+        for name, w in eyes.items():
+            axis = image_axis(name)
+            parts = [w] * files if axis is None else np.split(w, files, axis)
+            for rank, part in zip(ranks, parts):
+                rank[name] = part
+        where = tmp_path / f"{files}-{len(eyes)}-{len(params['vision_args'])}"
+        return write_folder(where, ranks, params)
+
+    one = read(folder(1))
+    same(one, read(folder(2)))
+    block = "vision_embeddings.vision_encoder.transformer.resblocks.1"
+    got = np.asarray(one["vision/layer/query/w"][1])
+    heads = eyes[f"{block}.attn.wq.weight"].reshape(2, 4, 2, 16)
+    np.testing.assert_array_equal(got, heads.swapaxes(1, 2).reshape(16, 16).T)
+    vision = meta.meta_config(folder(1)).vision
+    assert (vision.shuffle, vision.d_ff, vision.image_id) == (2, 32, V - 1)
+    few = {n: w for n, w in eyes.items() if n != "vision_projection.weight"}
+    complains(folder(2, eyes=few), "lacks vision_projection.weight")
+    odd = {**VISION_ARGS, "colour": 1}
+    complains(folder(1, {**params, "vision_args": odd}), "'colour'")
+    tall = {**VISION_ARGS, "patch_size": {"height": 2, "width": 4}}
+    complains(folder(1, {**params, "vision_args": tall}), "patch_size", "square")

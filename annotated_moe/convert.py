@@ -698,8 +698,9 @@ BFLOAT16 = ck.CODES["BF16"]
 # %% book/chapters/10_convert.md, cell 64
 def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
-    out, groups = np.empty(r.shape, r.dtype), ck.groups_for(r.path, len(w))
-    step = max(1, ck.BLOCK // (4 * len(w)))
+    out, inputs = np.empty(r.shape, r.dtype), len(w)
+    groups = ck.groups_for(r.path, inputs)
+    step = max(1, ck.BLOCK // (4 * inputs))
     for start in range(0, w.shape[1], step):
         some = slice(start, start + step)
         try:
@@ -724,8 +725,8 @@ def in_8_bits(path: str, w: Any) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not ck.may_be_quantized(path):
         return w
-    weight, scales = (to_round(w, path, n) for n in ("weight", "scales"))
-    return QuantizedTensor(weight, scales)
+    names = ("weight", "scales")
+    return QuantizedTensor(*(to_round(w, path, n) for n in names))
 
 
 # %% book/chapters/10_convert.md, cell 67

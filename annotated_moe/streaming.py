@@ -318,15 +318,16 @@ def stretch(w: np.ndarray) -> tuple[np.ndarray, int, bool]:
 # %% book/chapters/11_streaming.md, cell 29
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     """A matrix of a checkpoint, ready to be multiplied by."""
-    raw, pitch, turned = stretch(weight)
-    if raw.nbytes > MOST_BYTES:
+    flat, pitch, turned = stretch(weight)
+    if flat.nbytes > MOST_BYTES:
         raise ValueError(
-            f"cannot stream a matrix of {raw.nbytes:,} bytes: the "
+            f"cannot stream a matrix of {flat.nbytes:,} bytes: the "
             f"most is {MOST_BYTES:,}; load it without stream=True"
         )
     small = None if scales is None else jnp.asarray(scales)
-    where, kind = to_jax(raw), str(weight.dtype)
-    return Mapped(*where, small, weight.shape, kind, pitch, turned)
+    raw, skip = to_jax(flat)
+    (d, f), dtype = weight.shape, str(weight.dtype)
+    return Mapped(raw, skip, small, (d, f), dtype, pitch, turned)
 
 
 # %% book/chapters/11_streaming.md, cell 35

@@ -345,6 +345,116 @@ def test_operations_of_a_step():
     assert step_flops(GROK, 3, 100) == 3 * (2 * active + 100 * attention)
 
 
+# Families.
+
+LIKE = replace(
+    TINY, num_layers=4, embedding_multiplier=1.0, output_multiplier=1.0,
+    attn_softcap=None, post_norm=False, activation="silu", tied=False,
+)  # fmt: skip
+FAMILY = {
+    "llama": replace(LIKE, num_experts=1, top_k=1, attn_bias=True, mlp_bias=True),
+    "mixtral": replace(LIKE, router="top_k_softmax", attn_window=8),
+    "qwen": replace(LIKE, qk_norm="head", dense_layers=(1,), dense_ff=192, tied=True),
+    "llama4": replace(
+        LIKE, router="sigmoid_input", top_k=1, moe_every=2, dense_ff=192,
+        shared_expert=True, nope_every=4, attn_chunk=16, attn_temperature=(8, 0.1),
+    ),
+}  # fmt: skip
+
+
+def on_first(tree):
+    """Bytes of real arrays on the first device."""
+    first = jax.devices()[0]
+    return sum(shard.data.nbytes for a in jax.tree.leaves(tree)
+               for shard in a.addressable_shards if shard.device == first)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_a_step_of_every_family_against_real_arrays(name, eight_bits):
+    config, mesh = FAMILY[name], am.make_mesh(2, 4)
+    params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype),
+                          published(config, eight_bits))
+    plan = on_mesh(published(config, eight_bits), mesh, "bfloat16")
+    sizes = {}
+    for module, leaves in params.items():
+        for leaf, w in leaves.items():
+            path = f"{module}/{leaf}"
+            there = checkpoints.place(path, w, mesh, "bfloat16")
+            sizes[path] = on_first(there)
+            assert device_bytes(plan[module][leaf]) == sizes[path], path
+    with jax.set_mesh(mesh):
+        cache = init_cache(config, 2, 32)
+    abstract_cache = empty_cache(config, mesh, 2, 32)
+    needs = step_needs(plan, abstract_cache, config, 2)
+    held = on_first(replace(cache, length=None))
+    assert needs["cache"] == scale.cache_bytes(abstract_cache) == held
+    chosen = sum(n for path, n in sizes.items() if "/moe/" in path)
+    skipped = chosen * (1 - busy_experts(config, 2) / config.num_experts)
+    table = sizes["in_out_embed/embeddings"]
+    unread = 0 if config.tied else table * 62 / 64
+    assert math.isclose(
+        sum(needs.values()), sum(sizes.values()) - skipped - unread + held
+    )
+    assert (needs["experts"] == 0) == (name == "llama")
+    assert ("dense blocks" in needs) == (name != "mixtral")
+
+
+def test_caches_hold_what_layers_see():
+    """Of 32 slots: windows of 8 in all layers, chunks of 16 in three of four."""
+    mesh = am.make_mesh(1, 1)
+    slots = {name: scale.cache_bytes(empty_cache(c, mesh, 1, 32)) // (2 * 2 * 8 * 8)
+             for name, c in FAMILY.items()}
+    assert slots == {"llama": 128, "qwen": 128, "mixtral": 32, "llama4": 80}
+
+
+def test_operations_of_families():
+    """By hand: every matrix twice, attention over what is seen."""
+    d, f, wide, v, head = 64, 128, 192, 64, 8
+    attention = 4 * d * 64
+    at = 4 * 64                                         # a slot of a layer
+    small = {"llama": 9 * d + 4 * (3 * 64 + d + 2 * f + d),
+             "mixtral": 9 * d + 4 * 4 * d,
+             "qwen": 9 * d + 4 * 2 * head + 3 * 4 * d, "llama4": 9 * d + 2 * 4 * d}
+    layers = {"llama": 4 * 3 * d * f, "mixtral": 4 * 2 * 3 * d * f,
+              "qwen": 3 * 2 * 3 * d * f + 3 * d * wide,
+              "llama4": 2 * 2 * 3 * d * f + 2 * 3 * d * wide}
+    seen = {"llama": 128, "mixtral": 32, "qwen": 128, "llama4": 80}
+    for name, config in FAMILY.items():
+        used = 4 * attention + layers[name] + small[name] + v * d
+        assert step_flops(config, 3, 32) == 3 * (2 * used + seen[name] * at)
+
+
+def test_a_dense_model_on_a_laptop_reads_what_does_not_fit():
+    big = Plan(
+        model="m", hardware="laptop", mesh=(1, 1), batch=1, context=16, parameters=0,
+        active=0, weights=41 * 10**9, cache=10**9, temporaries=10**9, compiler="CPU",
+        arguments=0, needs={"experts": 0.0, "dense blocks": 40e9, "cache": 1e9},
+        flops=1e9, exchanges=[], unread=1e9,
+    )  # fmt: skip
+    assert disk_bytes(big) == 40e9 + 2e9 - 32e9
+    moe = replace(big, needs={"experts": 10e9, "attention": 5e9, "cache": 1e9})
+    # 32 - 5 - 2 = 25 GB hold some of 35: one table of 1 GB is no expert.
+    assert math.isclose(disk_bytes(moe), 10e9 * (1 - 25 / 35))
+
+
+def test_presets_come_as_they_were_published():
+    for name, config in PRESETS.items():
+        params = scale.model_named(name)[1]
+        w = params["decoder_layer/multi_head_attention/query"]["w"]
+        assert isinstance(w, am.QuantizedTensor) == (name == "grok-1")
+        total, _ = checkpoints.parameter_counts(config)
+        held = device_bytes(on_mesh(params, abstract(1, 1), "bfloat16"))
+        assert name == "grok-1" or 2 * total <= held < 2.01 * total
+
+
+def test_a_plan_for_a_family(capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny-4", FAMILY["llama4"])
+    text = said(capsys, "tiny-4", "--mesh", "2x4", "--batch", "2")
+    for words in ["dense blocks", "experts", "fits", "all-reduce", "binds"]:
+        assert words in text
+
+
 # Bounds.
 
 BASE = Plan(

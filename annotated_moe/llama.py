@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+Scaling = tuple[float, float, float, int]
+
 
 # %% book/chapters/15_llama.md, cell 8
 # In what all Llamas differ from Grok-1, as ModelConfig's fields.
@@ -35,7 +37,7 @@ EVERY_LLAMA: dict[str, Any] = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 12
+# %% book/chapters/15_llama.md, cell 14
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -43,14 +45,10 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 31
-Scaling = tuple[float, float, float, int]
-
-
-# %% book/chapters/15_llama.md, cell 32
+# %% book/chapters/15_llama.md, cell 33
 def slow_down(
-    rates: Float32[Array, " H/2"], scaling: Scaling
-) -> Float32[Array, " H/2"]:
+    rates: Float32[Array, " half"], scaling: Scaling
+) -> Float32[Array, " half"]:
     """RoPE's rates for a context longer than a model was trained on.
 
     `rates` are radians a token, `scaling` is (factor, low, high, old
@@ -69,7 +67,7 @@ def slow_down(
     return (1 - keep) * rates / factor + keep * rates
 
 
-# %% book/chapters/15_llama.md, cell 40
+# %% book/chapters/15_llama.md, cell 41
 def sized(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -86,7 +84,7 @@ def sized(
     }
 
 
-# %% book/chapters/15_llama.md, cell 41
+# %% book/chapters/15_llama.md, cell 42
 LLAMA_1 = EVERY_LLAMA | {
     "vocab_size": 32000,
     "context": 2048,
@@ -97,7 +95,7 @@ LLAMA_1 = EVERY_LLAMA | {
 LLAMA_2 = LLAMA_1 | {"context": 4096, "norm_eps": 1e-5}
 
 
-# %% book/chapters/15_llama.md, cell 42
+# %% book/chapters/15_llama.md, cell 43
 LLAMA_3 = LLAMA_2 | {
     "vocab_size": 128256,
     "context": 8192,
@@ -115,7 +113,7 @@ LLAMA_3_2 = LLAMA_3_1 | {
 }
 
 
-# %% book/chapters/15_llama.md, cell 43
+# %% book/chapters/15_llama.md, cell 44
 # Source: the params.json or config.json beside each model's weights.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-1-7b": LLAMA_1 | sized(32, 32, 32, 11008),

@@ -41,7 +41,10 @@ EVERY_LLAMA: dict[str, Any] = {
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
-    """silu(gate) * up in float32, then `dtype`. Source: Shazeer (2020)."""
+    """silu(gate) * up in float32, then `dtype`.
+
+    Source: Shazeer (2020), section 2.
+    """
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 

@@ -1,15 +1,15 @@
 # Generated from book/chapters/15_llama.md by `make sync`; edit the chapter.
 """Give the small model of this book, which learned on 256 tokens at a
-time, a text of 1,024, and it reads the second half worse, by three
-quarters of a nat a token, than if it forgot everything every 256
-tokens. Llama 3.1 went from 8,192 tokens to 131,072, and its file says
-how in four numbers. This chapter is about Llama, of which most open
-models are a variation: what it leaves out of Grok-1, what each of its
-generations changed, and how those four numbers work. By its end you
-will have fifteen Llamas, from 1 to 405 billion parameters, as a page of
-plain data, a proof that the complex numbers in which they were
-published compute what this book computes, and the small model reading
-its 1,024 tokens, mended in a line and without training.
+time, a text of 1,024, and it reads the second half worse, by more than
+half a nat a token, than if it forgot everything every 256 tokens. Llama
+3.1 went from 8,192 tokens to 131,072, and its file says how in four
+numbers. This chapter is about Llama, of which many open models are a
+variation: what it leaves out of Grok-1, what each of its generations
+changed, and how those four numbers work. By its end you will have
+fifteen Llamas, from 1 to 405 billion parameters, as a page of plain
+data, a proof that the complex numbers in which they were published
+compute what this book computes, and the small model reading its 1,024
+tokens, mended in a line and without training.
 """
 
 # %% book/chapters/15_llama.md, cell 1
@@ -50,8 +50,8 @@ def swiglu(
 
 # %% book/chapters/15_llama.md, cell 33
 def slow_down(
-    rates: Float32[Array, " half"], scaling: Scaling
-) -> Float32[Array, " half"]:
+    rates: Float32[Array, " pairs"], scaling: Scaling
+) -> Float32[Array, " pairs"]:
     """RoPE's rates for a context longer than a model was trained on.
 
     `rates` are radians a token, `scaling` is (factor, low, high, old

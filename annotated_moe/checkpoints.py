@@ -15,8 +15,8 @@ import os
 import pickletools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -29,8 +29,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from annotated_moe import sharding
-from annotated_moe.model import PRESETS, Model, ModelConfig, init_params
+from annotated_moe import llama, llama4, mixtral, sharding
+from annotated_moe.model import (
+    PRESETS,
+    Model,
+    ModelConfig,
+    init_params,
+    kinds,
+    stack_of,
+)
 from annotated_moe.quantization import QuantizedTensor, quantize
 from annotated_moe.streaming import StreamedModel
 from annotated_moe.tokenizer import Tokenizer
@@ -528,8 +535,11 @@ def may_be_quantized(path: str) -> bool:
 
 
 # %% book/chapters/09_checkpoints.md, cell 59
+FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
+
+
 def check_tensor(
-    where: Path, name: str, w: Tensor, shape: tuple[int, ...]
+    where: Path, name: str, w: Any, shape: tuple[int, ...]
 ) -> None:
     if tuple(w.shape) != shape:
         raise CheckpointError(
@@ -537,10 +547,10 @@ def check_tensor(
             f"configuration expects {shape}"
         )
     if not isinstance(w, QuantizedTensor):
-        if w.dtype not in (np.float32, ml_dtypes.bfloat16):
+        if w.dtype not in FLOATS:
             raise CheckpointError(
                 f"{where}: {name} is {w.dtype}; "
-                "expected float32 or bfloat16"
+                "expected float32, bfloat16 or float16"
             )
     elif may_be_quantized(name):
         check_scales(where, name, w)
@@ -759,6 +769,7 @@ class Repeated:
 # %% book/chapters/09_checkpoints.md, cell 73
 CODES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I8": np.dtype("i1"),
 }
@@ -869,11 +880,40 @@ BLOCK = 2**24
 
 
 # %% book/chapters/09_checkpoints.md, cell 81
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Arrays behind one another along the last axis, not copied."""
+
+    parts: list
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        width = sum(part.shape[-1] for part in self.parts)
+        return (*self.parts[0].shape[:-1], width)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A row, or some."""
+        rows = [np.asarray(part[index]) for part in self.parts]
+        return np.concatenate(rows, axis=-1)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self[:], dtype)
+
+
+# %% book/chapters/09_checkpoints.md, cell 82
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
         for part in w.parts:
             yield from pieces(part)
+        return
+    if isinstance(w, Joined):
+        for i in range(w.shape[0]):
+            yield from pieces(w[i])
         return
     w = np.asarray(w)
     if w.nbytes <= BLOCK:
@@ -888,7 +928,7 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
             yield from pieces(row)
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 83
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -902,7 +942,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 84
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -925,7 +965,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 84
+# %% book/chapters/09_checkpoints.md, cell 85
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -935,7 +975,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 85
+# %% book/chapters/09_checkpoints.md, cell 86
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -950,7 +990,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 87
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -963,11 +1003,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 88
 TILE = 128
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 89
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -980,13 +1020,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 90
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 92
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -1002,7 +1042,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 93
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -1020,7 +1060,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 94
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1033,11 +1073,11 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 95
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 96
 PARTS = {
     "config.json",
     "model.safetensors",
@@ -1046,7 +1086,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 97
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1054,12 +1094,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 98
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 99
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1075,7 +1115,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save(folder / "tokenizer.model")
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 100
 def refuse_streamed(model: Model) -> None:
     if isinstance(model, StreamedModel):
         raise CheckpointError(
@@ -1084,7 +1124,7 @@ def refuse_streamed(model: Model) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 101
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1111,7 +1151,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 102
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1131,7 +1171,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 103
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1139,7 +1179,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 104
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1147,7 +1187,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 105
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1170,7 +1210,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 106
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1191,15 +1231,73 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
-Change = Callable[[np.ndarray], np.ndarray]
+# %% book/chapters/09_checkpoints.md, cell 107
+Change = Callable[[Any, ModelConfig], Any]
 CHANGES: dict[str, tuple[Change, Change]] = {
-    "as is": (lambda w: w, lambda w: w),
-    "transpose": (lambda w: w.T, lambda w: w.T),
+    "as is": (lambda w, c: w, lambda w, c: w),
+    "transpose": (lambda w, c: w.T, lambda w, c: w.T),
+    "halves": (
+        lambda w, c: Halves(w, c.head_size),
+        lambda w, c: Neighbours(w, c.head_size),
+    ),
+    "first half": (lambda w, c: split(w)[0], lambda w, c: w),
+    "second half": (lambda w, c: split(w)[1], lambda w, c: w),
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 108
+def split(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two halves of the last axis."""
+    half = w.shape[-1] // 2
+    return w[..., :half], w[..., half:]
+
+
+# %% book/chapters/09_checkpoints.md, cell 109
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """[D, heads * size], each head's halves from neighbours' rows.
+
+    `source` is [heads * size, D], or a bias [heads * size]. What is
+    read is what an index names, in whole heads.
+    """
+
+    source: Any
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape[::-1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        *rows, columns = (*index, *[slice(None)] * 2)[: len(self.shape)]
+        start, stop, _ = columns.indices(self.shape[-1])
+        first = start // self.size * self.size
+        last = -(-stop // self.size) * self.size
+        part = np.asarray(self.source[(slice(first, last), *rows)])
+        pairs = part.reshape(-1, self.size // 2, 2, *part.shape[1:])
+        turned = pairs.swapaxes(1, 2).reshape(part.shape)
+        return turned[start - first : stop - first].T
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self[:], dtype)
+
+
+# %% book/chapters/09_checkpoints.md, cell 110
+class Neighbours(Halves):
+    """The way back: `source` is [D, heads * size], or a bias."""
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        part = np.asarray(self.source).T
+        pairs = part.reshape(-1, 2, self.size // 2, *part.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(part.shape)[index]
+
+
+# %% book/chapters/09_checkpoints.md, cell 111
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1222,13 +1320,15 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 112
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
 
     `fixed` are fields that have one value here, `ignored` those that
-    do not change what is computed.
+    do not change what is computed, `defaults` those that may be left
+    out. What no table can say, `read` turns into our settings and
+    `write` into theirs; `special` are the fields that they know.
     """
 
     weights: tuple[tuple[str, str, str], ...]
@@ -1237,9 +1337,15 @@ class Family:
     ignored: frozenset[str]
     layer: str = "model.layers.{i}."
     expert: str = "moe_block.experts.{i}"
+    prefix: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    special: frozenset[str] = frozenset()
+    read: Callable[[dict], dict] = lambda raw: {}
+    write: Callable[[dict], dict] = lambda values: {}
+    text: str = ""                  # the object with most of the fields
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 113
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1247,18 +1353,71 @@ HOUSEKEEPING = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+def fields_named(words: str) -> frozenset[str]:
+    return frozenset(f"{HOUSEKEEPING} {words}".split())
+
+
+# %% book/chapters/09_checkpoints.md, cell 114
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
         GROK_FIELDS,
         {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
-        frozenset(HOUSEKEEPING.split()),
+        fields_named(""),
+        defaults={
+            "head_dim": None, "rope_theta": 10000.0,
+            "torch_dtype": "bfloat16",
+        },
     ),
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 115
+def relative(
+    weights: Any, fields: dict, defaults: dict, read: Any, write: Any,
+    ignored: str = llama.HUB_IGNORED, special: str = "",
+    **names: str,
+) -> Family:
+    """A family whose files are made as Llama's are."""
+    return Family(
+        weights, fields, {"hidden_act": "silu"}, fields_named(ignored),
+        defaults={**defaults, "num_key_value_heads": None},
+        special=frozenset(f"{llama.HUB_SPECIAL} {special}".split()),
+        read=read, write=write, **names,
+    )
+
+
+# %% book/chapters/09_checkpoints.md, cell 116
+NORM = "norm_topk_prob"
+FAMILIES["LlamaForCausalLM"] = relative(
+    llama.WEIGHTS, llama.FIELDS, llama.HUB_DEFAULTS,
+    llama.read_llama, llama.write_hub,
+)
+FAMILIES["MixtralForCausalLM"] = relative(
+    mixtral.WEIGHTS, mixtral.FIELDS, mixtral.DEFAULTS,
+    mixtral.read_mixtral, mixtral.write_mixtral,
+    llama.HUB_IGNORED + " router_jitter_noise", expert=mixtral.EXPERT,
+)
+FAMILIES["OlmoeForCausalLM"] = relative(
+    mixtral.QWEN_WEIGHTS, mixtral.OLMOE_FIELDS, mixtral.DEFAULTS,
+    mixtral.read_olmoe, mixtral.write_renormalise, special=NORM,
+    expert=mixtral.QWEN_EXPERT,
+)
+FAMILIES["Qwen3MoeForCausalLM"] = relative(
+    mixtral.QWEN_WEIGHTS, mixtral.QWEN_FIELDS, mixtral.QWEN_DEFAULTS,
+    mixtral.read_qwen, mixtral.write_renormalise,
+    llama.HUB_IGNORED + " sliding_window max_window_layers",
+    f"{NORM} use_sliding_window num_local_experts",
+    expert=mixtral.QWEN_EXPERT,
+)
+FAMILIES["Llama4ForCausalLM"] = relative(
+    llama4.WEIGHTS, llama4.FIELDS, llama4.DEFAULTS,
+    llama4.read_llama4, llama4.write_llama4,
+    llama4.IGNORED, llama4.SPECIAL,
+)
+
+
+# %% book/chapters/09_checkpoints.md, cell 117
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1272,37 +1431,70 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 118
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
-    family = family_of(path, raw)
+    return config_of(path, family_of(path, raw), raw)
+
+
+def config_of(
+    path: Path, family: Family, raw: dict[str, Any]
+) -> ModelConfig:
+    """Their fields as our settings, by a family's table."""
+    check_fields(path, family, raw)
+    raw = {**family.defaults, **raw}
+    names = {ours: name for name, ours in family.fields.items()}
+    values = {ours: raw[name] for ours, name in names.items()}
+    try:
+        values |= family.read(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if values["head_size"] is None:
+        config = make_config(path, {**values, "head_size": 2})
+        values["head_size"] = config.d_model // config.q_heads
+    return make_config(path, values)
+
+
+# %% book/chapters/09_checkpoints.md, cell 119
+def check_fields(
+    path: Path, family: Family, raw: dict[str, Any]
+) -> None:
+    """CheckpointError for a field unknown, missing or unsupported."""
     for name, value in family.fixed.items():
         if raw.get(name, value) != value:
             raise CheckpointError(
                 f"{path}: {name} is {raw[name]!r}; only {value!r} "
                 "is supported"
             )
-    others = {*family.fixed, *family.ignored}
+    others = {*family.fixed, *family.ignored, *family.special}
     refuse_unknown(path, set(raw) - others, family.fields)
-    later = {"head_dim", "rope_theta", "torch_dtype"}
+    later = {*family.defaults, *family.special}
     missing = sorted(set(family.fields) - later - set(raw))
     if missing:
         raise CheckpointError(f"{path} lacks the field {missing[0]!r}")
-    raw.setdefault("torch_dtype", "bfloat16")
-    names = {ours: name for name, ours in family.fields.items()}
-    values = {o: raw[n] for o, n in names.items() if n in raw}
-    config = make_config(path, {**values, "head_size": 2})
-    size = config.d_model // config.q_heads
-    return make_config(path, {"head_size": size, **values})
+    check_scheme(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+def check_scheme(path: Path, raw: dict[str, Any]) -> None:
+    """CheckpointError for quantized weights of another format."""
+    scheme = raw.get("quantization_config") or {}
+    known = isinstance(scheme, dict) and (
+        scheme.get("quant_method", "") in ("", "int8-weight-scale")
+    )
+    if not known:
+        raise CheckpointError(
+            f"{path}: quantization_config is not supported; fetch the "
+            "weights in bfloat16"
+        )
+
+
+# %% book/chapters/09_checkpoints.md, cell 120
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 121
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1320,7 +1512,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 122
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1345,89 +1537,108 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 123
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
     """A name of the weight map, for one layer and one expert."""
     before = "" if layer is None else family.layer.format(i=layer)
+    before = family.prefix + before
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 124
+@dataclass(frozen=True)
+class Theirs:
+    """What a folder holds in a family's layout, and what was taken."""
+
+    where: Path
+    arrays: dict[str, np.ndarray]
+    family: Family
+    config: ModelConfig
+    used: set[str] = field(default_factory=set)
+
+    def find(self, name: str) -> np.ndarray:
+        if name not in self.arrays:
+            raise CheckpointError(f"{self.where} lacks {name}")
+        self.used.add(name)
+        return self.arrays[name]
+
+
+# %% book/chapters/09_checkpoints.md, cell 125
 def take(
-    where: Path,
-    arrays: dict[str, np.ndarray],
-    name: str,
-    row: tuple[str, str, str],
-    shape: tuple[int, ...],
-) -> Tensor:
+    t: Theirs, name: str, row: tuple[str, str, str], shape: tuple
+) -> Any:
     """One tensor of theirs, with its scales, as ours: only views."""
     _, path, change = row
-    read = CHANGES[change][0]
-    if name not in arrays:
-        raise CheckpointError(f"{where} lacks {name}")
-    weight = arrays.pop(name)
-    scales = arrays.pop(f"{name}_scale", None)
-    if scales is None and weight.dtype == np.int8:
-        raise CheckpointError(f"{where}: {name} lacks {name}_scale")
-    w: Tensor = read(weight)
-    if scales is not None:
-        w = QuantizedTensor(w, read(scales))
-    check_tensor(where, f"{name} as {path}", w, shape)
+    read, weight = CHANGES[change][0], t.find(name)
+    w = read(weight, t.config)
+    if weight.dtype == np.int8 or f"{name}_scale" in t.arrays:
+        scales = t.find(f"{name}_scale")
+        w = QuantizedTensor(w, read(scales, t.config))
+    check_tensor(t.where, f"{name} as {path}", w, shape)
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
-def gather(
-    where: Path,
-    arrays: dict[str, np.ndarray],
-    family: Family,
-    row: tuple[str, str, str],
-    config: ModelConfig,
-) -> Any:
+# %% book/chapters/09_checkpoints.md, cell 126
+def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     """One of our stacks, from a tensor a layer, or one an expert."""
     theirs, path, _ = row
-    shape = expected(config)[path]
+    shape = expected(t.config)[path]
 
-    def one(layer: int | None, expert: int | None, axes: int) -> Tensor:
-        name = their_name(family, theirs, layer, expert)
-        return take(where, arrays, name, row, shape[axes:])
+    def one(layer: int | None, expert: int | None, axes: int) -> Any:
+        name = their_name(t.family, theirs, layer, expert)
+        return take(t, name, row, shape[axes:])
 
     def of_layer(layer: int) -> Any:
         if "{expert}" not in theirs:
             return one(layer, None, 1)
-        experts = range(config.num_experts)
+        experts = range(t.config.num_experts)
         parts = [one(layer, expert, 2) for expert in experts]
-        return stack_layers(where, path, parts)
+        return stack_layers(t.where, path, parts)
 
     if not path.startswith("decoder_layer/"):
         return one(None, None, 0)
-    parts = [of_layer(layer) for layer in range(config.num_layers)]
-    return stack_layers(where, path, parts)
+    parts = [of_layer(layer) for layer in layers_of(path, t.config)]
+    return stack_layers(t.where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
-def check_head(where: Path, arrays: dict, table: np.ndarray) -> None:
-    """Take `lm_head.weight` out; CheckpointError if it is another."""
-    head = arrays.pop("lm_head.weight", None)
-    if head is None:
+# %% book/chapters/09_checkpoints.md, cell 127
+def layers_of(path: str, config: ModelConfig) -> list[int]:
+    """The layers that have a parameter, in the order of its stack."""
+    of = stack_of(path.rsplit("/", 1)[0])
+    every = enumerate(kinds(config))
+    if of == "layer":
+        return [layer for layer, _ in every]
+    wanted = of == "experts"
+    return [layer for layer, kind in every if kind.experts == wanted]
+
+
+# %% book/chapters/09_checkpoints.md, cell 128
+def check_head(t: Theirs, table: np.ndarray) -> None:
+    """CheckpointError if a tied model's output matrix is another."""
+    name = f"{t.family.prefix}lm_head.weight"
+    if name in t.used or name not in t.arrays:
         return
+    head = t.find(name)
     same = (head.dtype, head.shape) == (table.dtype, table.shape)
     pairs = zip(pieces(head), pieces(table))
     if not same or any(as_bytes(a) != as_bytes(b) for a, b in pairs):
         raise CheckpointError(
-            f"{where}: lm_head.weight is not the embedding; a model "
-            "with an output matrix of its own is not supported"
+            f"{t.where}: lm_head.weight is not the embedding, with "
+            "which its configuration ties it"
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 129
+NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files list angles
+
+
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
     family = family_of(settings, read_json(settings))
-    arrays, tensors = open_folder(folder), {}
+    t, tensors = Theirs(folder, open_folder(folder), family, config), {}
     rows = {row[1]: row for row in family.weights}
     for path in expected(config):
         if path not in rows:
@@ -1435,18 +1646,18 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
                 f"{settings}: this architecture has no {path}; "
                 "num_experts must be at least 2"
             )
-        row = rows[path]
-        tensors[path] = gather(folder, arrays, family, row, config)
-    check_head(folder, arrays, tensors["in_out_embed/embeddings"])
-    if arrays:
+        tensors[path] = gather(t, rows[path])
+    check_head(t, tensors["in_out_embed/embeddings"])
+    extra = {n for n in t.arrays if not n.endswith(NO_WEIGHTS)} - t.used
+    if extra:
         raise CheckpointError(
-            f"{folder} holds {min(arrays)[:80]!r}, which its "
+            f"{folder} holds {min(extra)[:80]!r}, which its "
             "configuration has no place for"
         )
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 130
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix that Grok-1 quantizes, as `QuantizedTensor`."""
     split = ("linear_1", "multi_head_attention/linear")
@@ -1462,7 +1673,7 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 131
 def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1480,7 +1691,7 @@ def find_layout(folder: Path) -> tuple[ModelConfig, Callable, Path]:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 132
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1488,13 +1699,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 133
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 134
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1504,7 +1715,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 135
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1519,7 +1730,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 136
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1544,7 +1755,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 128
+# %% book/chapters/09_checkpoints.md, cell 137
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1564,13 +1775,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 129
+# %% book/chapters/09_checkpoints.md, cell 138
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 130
+# %% book/chapters/09_checkpoints.md, cell 139
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1586,7 +1797,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 131
+# %% book/chapters/09_checkpoints.md, cell 140
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1608,14 +1819,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 141
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 142
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

@@ -10,6 +10,7 @@ before the last byte is safe.
 
 # %% book/chapters/10_convert.md, cell 1
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +28,7 @@ import numpy as np
 
 from annotated_moe import checkpoints as ck
 from annotated_moe.checkpoints import CheckpointError, Part
-from annotated_moe.model import ModelConfig
+from annotated_moe.model import ModelConfig, Variations
 from annotated_moe.quantization import QuantizedTensor
 
 
@@ -142,30 +143,55 @@ def plan_grok(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
 def their_tensors(
     family: ck.Family, tensors: Tensors, config: ModelConfig
 ) -> Iterator[tuple[str, Any]]:
-    """(name, array) of every tensor of a family's layout."""
-    for theirs, path, change in family.weights:
-        layered = path.startswith("decoder_layer/")
-        each = "{expert}" in theirs
-        layers = range(config.num_layers) if layered else [None]
-        experts = range(config.num_experts) if each else [None]
-        for layer in layers:
-            for expert in experts:
-                w = part_of(part_of(tensors[path], layer), expert)
-                name = ck.their_name(family, theirs, layer, expert)
-                yield from changed(w, name, ck.CHANGES[change][1])
+    """(name, array) of every tensor of a family's layout.
+
+    Rows of one name are parts of one tensor, behind one another.
+    """
+    rows = [row for row in family.weights if row[1] in tensors]
+    for theirs in dict.fromkeys(row[0] for row in rows):
+        parts = [row for row in rows if row[0] == theirs]
+        for name, index in their_names(family, parts[0], config):
+            found = [
+                changed(tensors[path], index, ck.CHANGES[change][1],
+                        config)
+                for _, path, change in parts
+            ]
+            for i, end in enumerate(("", "_scale")[: len(found[0])]):
+                own = [arrays[i] for arrays in found]
+                joined = own[0] if len(own) == 1 else ck.Joined(own)
+                yield name + end, joined
 
 
 # %% book/chapters/10_convert.md, cell 20
-def changed(w: Any, name: str, write: ck.Change) -> Iterator[Any]:
-    """A tensor as the layout wants it; scales get their own name."""
-    if isinstance(w, QuantizedTensor):
-        yield name, write(w.weight)
-        yield f"{name}_scale", write(w.scales)
-    else:
-        yield name, write(w)
+def their_names(
+    family: ck.Family, row: tuple[str, str, str], config: ModelConfig
+) -> Iterator[tuple[str, list[int]]]:
+    """Each tensor that a row stands for, and its index in our stack."""
+    theirs, path, _ = row
+    if not path.startswith("decoder_layer/"):
+        yield ck.their_name(family, theirs, None, None), []
+        return
+    each = "{expert}" in theirs
+    experts = range(config.num_experts) if each else [None]
+    for i, layer in enumerate(ck.layers_of(path, config)):
+        for expert in experts:
+            name = ck.their_name(family, theirs, layer, expert)
+            yield name, [i] if expert is None else [i, expert]
 
 
 # %% book/chapters/10_convert.md, cell 21
+def changed(
+    w: Any, index: list[int], write: ck.Change, config: ModelConfig
+) -> list[Any]:
+    """A tensor as the layout wants it, and its scales if it has any."""
+    for i in index:
+        w = part_of(w, i)
+    if isinstance(w, QuantizedTensor):
+        return [write(w.weight, config), write(w.scales, config)]
+    return [write(w, config)]
+
+
+# %% book/chapters/10_convert.md, cell 22
 def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
     """Groups of at most `most` bytes, or of a single tensor."""
     groups: list[Tensors] = [{}]
@@ -180,12 +206,36 @@ def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
     return groups
 
 
-# %% book/chapters/10_convert.md, cell 22
-GROK_HF = "Grok1ModelForCausalLM"
+# %% book/chapters/10_convert.md, cell 23
+def architecture(config: ModelConfig) -> str:
+    """The one whose files can say all that `config` says.
 
+    CheckpointError if there is none.
+    """
+    for name, family in ck.FAMILIES.items():
+        settings = family_settings(name, config)
+        with contextlib.suppress(CheckpointError):
+            if ck.config_of(Path(name), family, settings) == config:
+                return name
+    raise CheckpointError(
+        "no architecture of the hf layout is a model like this one: "
+        "write it with --to ours"
+    )
+
+
+# %% book/chapters/10_convert.md, cell 24
+def family_settings(name: str, config: ModelConfig) -> dict[str, Any]:
+    """The fields of a `config.json` of architecture `name`."""
+    family, values = ck.FAMILIES[name], asdict(config)
+    named = {n: values[ours] for n, ours in family.fields.items()}
+    more = family.write(values)
+    return {"architectures": [name], **named, **family.fixed, **more}
+
+
+# %% book/chapters/10_convert.md, cell 25
 def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     """One file, or shards and their index."""
-    family = ck.FAMILIES[GROK_HF]
+    family = ck.FAMILIES[architecture(config)]
     arrays = dict(their_tensors(family, tensors, config))
     groups = in_shards(arrays, most)
     if len(groups) == 1:
@@ -202,24 +252,32 @@ def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 23
+# %% book/chapters/10_convert.md, cell 26
+GROK_HF = "Grok1ModelForCausalLM"
+MODEL_TYPES = {
+    GROK_HF: "grok-1",
+    "LlamaForCausalLM": "llama",
+    "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Llama4ForCausalLM": "llama4_text",
+}
+
+
 def hf_settings(config: ModelConfig) -> dict[str, Any]:
-    family, values = ck.FAMILIES[GROK_HF], asdict(config)
-    if config.num_experts == 1:
-        raise CheckpointError(
-            "the hf layout has no model without experts"
-        )
-    named = {n: values[ours] for n, ours in family.fields.items()}
-    scheme = {"quant_method": "int8-weight-scale", "bits": 8}
-    start = {"architectures": [GROK_HF], "model_type": "grok-1"}
-    settings = {**start, **named, **family.fixed}
-    return {**settings, "quantization_config": scheme}
+    name = architecture(config)
+    settings = family_settings(name, config)
+    if name == GROK_HF:
+        scheme = {"quant_method": "int8-weight-scale", "bits": 8}
+        settings["quantization_config"] = scheme
+    return {**settings, "model_type": MODEL_TYPES[name]}
 
 
-# %% book/chapters/10_convert.md, cell 24
+# %% book/chapters/10_convert.md, cell 27
 def grok_settings(config: ModelConfig) -> dict[str, Any]:
     standard, values = ModelConfig(), asdict(config)
-    for name in ("attn_softcap", "rope_base"):
+    names = [f.name for f in fields(Variations)]
+    for name in ("attn_softcap", "rope_base", *names):
         if values[name] != getattr(standard, name):
             raise CheckpointError(
                 f"the grok-1 layout has no field for {name}, which is "
@@ -235,7 +293,7 @@ def grok_settings(config: ModelConfig) -> dict[str, Any]:
     return {**flat, "widening_factor": widening}
 
 
-# %% book/chapters/10_convert.md, cell 25
+# %% book/chapters/10_convert.md, cell 28
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "ours": (plan_ours, ck.our_settings),
     "grok-1": (plan_grok, grok_settings),
@@ -243,12 +301,12 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-# %% book/chapters/10_convert.md, cell 26
+# %% book/chapters/10_convert.md, cell 29
 SYNC = 2**25
 JOURNAL = "journal"
 
 
-# %% book/chapters/10_convert.md, cell 27
+# %% book/chapters/10_convert.md, cell 30
 class Journal(ck.Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
@@ -280,7 +338,7 @@ class Journal(ck.Watcher):
         self.waiting = 0
 
 
-# %% book/chapters/10_convert.md, cell 28
+# %% book/chapters/10_convert.md, cell 31
 def replay(journal: Journal) -> str | None:
     """Take up the lines that are there; which job they belong to."""
     job, end = None, 0
@@ -299,7 +357,7 @@ def replay(journal: Journal) -> str | None:
     return job
 
 
-# %% book/chapters/10_convert.md, cell 29
+# %% book/chapters/10_convert.md, cell 32
 def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files, and what stands beside it."""
     inside = folder / "ckpt-0"
@@ -309,7 +367,7 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in names if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 30
+# %% book/chapters/10_convert.md, cell 33
 def job_of(folder: Path, to: str, most: int) -> str:
     """A name for one conversion of one state of one folder."""
     stats = [(str(p), p.stat()) for p in files_of(folder)]
@@ -318,7 +376,7 @@ def job_of(folder: Path, to: str, most: int) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-# %% book/chapters/10_convert.md, cell 31
+# %% book/chapters/10_convert.md, cell 34
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a partial folder, for one process at a time."""
@@ -336,7 +394,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 35
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -356,7 +414,7 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 36
 def check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -366,7 +424,7 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 37
 WEIGHTS = {"config.json", "checksums.json", ck.INDEX, "ckpt-0"}
 
 def companions(folder: Path) -> list[Path]:
@@ -377,7 +435,7 @@ def companions(folder: Path) -> list[Path]:
     return [path for path in other if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 38
 def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
@@ -393,7 +451,7 @@ def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
         ck.sync(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 36
+# %% book/chapters/10_convert.md, cell 39
 def finish(
     new: Path,
     target: Path,
@@ -413,7 +471,7 @@ def finish(
     ck.sync(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 37
+# %% book/chapters/10_convert.md, cell 40
 @contextmanager
 def cleared(new: Path) -> Iterator[None]:
     """Remove `new` when an error ends the work, not when a kill."""
@@ -427,7 +485,7 @@ def cleared(new: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 41
 def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -440,7 +498,7 @@ def begin(journal: Journal, new: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 39
+# %% book/chapters/10_convert.md, cell 42
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -453,12 +511,12 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 40
+# %% book/chapters/10_convert.md, cell 43
 def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-# %% book/chapters/10_convert.md, cell 41
+# %% book/chapters/10_convert.md, cell 44
 def check_options(to: str, most: int | None) -> int:
     """The size of a shard; ValueError for what makes no sense."""
     if to not in TARGETS:
@@ -470,7 +528,7 @@ def check_options(to: str, most: int | None) -> int:
     return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 42
+# %% book/chapters/10_convert.md, cell 45
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -496,7 +554,7 @@ def convert(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 43
+# %% book/chapters/10_convert.md, cell 46
 def carry_out(
     folder: Path,
     target: Path,
@@ -523,7 +581,7 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 53
+# %% book/chapters/10_convert.md, cell 56
 class Bar:
     """Progress on stderr: a line that moves, or one each tenth."""
 
@@ -545,7 +603,7 @@ class Bar:
         print(wide, end=end, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/10_convert.md, cell 54
+# %% book/chapters/10_convert.md, cell 57
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def size_of(word: str) -> int:
@@ -557,7 +615,7 @@ def size_of(word: str) -> int:
     return int(number) * UNITS[unit]
 
 
-# %% book/chapters/10_convert.md, cell 55
+# %% book/chapters/10_convert.md, cell 58
 def run_convert(args: argparse.Namespace) -> None:
     most = args.max_shard_size
     size = None if most is None else size_of(most)
@@ -571,7 +629,7 @@ def run_convert(args: argparse.Namespace) -> None:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 56
+# %% book/chapters/10_convert.md, cell 59
 def add_convert(commands: Any) -> None:
     """The subcommand `convert`, for `annotated-moe`'s parser."""
     text = "write a checkpoint in another layout, a block at a time"

@@ -8,8 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from annotated_moe.llama import (
+    ATTENTION,
+    HUB_DEFAULTS,
+    HUB_ENDS,
+    HUB_FIELDS,
+    HUB_IGNORED,
+    HUB_MLP,
+    HUB_NORMS,
+    HUB_SPECIAL,
+    read_hub,
+    size_in,
+    write_hub,
+)
 from annotated_moe.moe import Route
 from annotated_moe.rms_norm import rms_norm
 
@@ -64,3 +77,135 @@ def heat_queries(
     heat = jnp.floor((positions + 1) / floor)               # [B, T]
     heat = jnp.log1p(heat) * scale + 1
     return q * heat[..., None, None], k
+
+
+# %% book/chapters/18_llama4.md, cell 6
+WEIGHTS = HUB_ENDS + HUB_NORMS + (
+    ("self_attn.q_proj.weight", f"{ATTENTION}/query/w", "halves"),
+    ("self_attn.k_proj.weight", f"{ATTENTION}/key/w", "halves"),
+    ("self_attn.v_proj.weight", f"{ATTENTION}/value/w", "transpose"),
+    ("self_attn.o_proj.weight", f"{ATTENTION}/linear/w", "transpose"),
+    ("self_attn.q_proj.bias", f"{ATTENTION}/query/b", "halves"),
+    ("self_attn.k_proj.bias", f"{ATTENTION}/key/b", "halves"),
+    ("self_attn.v_proj.bias", f"{ATTENTION}/value/b", "as is"),
+    ("self_attn.o_proj.bias", f"{ATTENTION}/linear/b", "as is"),
+) + tuple(
+    (row[0].replace("mlp.", "feed_forward."), *row[1:])
+    for row in HUB_MLP if row[1].endswith("/w")
+) + (
+    ("feed_forward.router.weight", "decoder_layer/router/w", "transpose"),
+    ("feed_forward.experts.gate_up_proj", "decoder_layer/moe/linear/w",
+     "first half"),
+    ("feed_forward.experts.gate_up_proj", "decoder_layer/moe/linear_v/w",
+     "second half"),
+    ("feed_forward.experts.down_proj", "decoder_layer/moe/linear_1/w",
+     "as is"),
+) + tuple(
+    (f"feed_forward.shared_expert.{theirs}_proj.weight",
+     f"decoder_layer/shared/{ours}/w", "transpose")
+    for theirs, ours in (("gate", "linear"), ("up", "linear_v"),
+                         ("down", "linear_1"))
+)
+
+
+# %% book/chapters/18_llama4.md, cell 7
+FIELDS = HUB_FIELDS | {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "intermediate_size_mlp": "dense_ff",
+    "attention_chunk_size": "attn_chunk",
+}
+DEFAULTS = HUB_DEFAULTS | {"attention_chunk_size": None}
+SPECIAL = HUB_SPECIAL + (
+    " use_qk_norm attn_temperature_tuning floor_scale attn_scale "
+    "no_rope_layers no_rope_layer_interval moe_layers layer_types "
+    "interleave_moe_layer_step"
+)
+IGNORED = HUB_IGNORED + (
+    " router_jitter_noise for_llm_compressor cache_implementation"
+)
+
+
+# %% book/chapters/18_llama4.md, cell 8
+def layers_in(raw: dict[str, Any], name: str, default: Any) -> list[int]:
+    """A list of numbers that a configuration may leave out."""
+    found = raw.get(name)
+    found = list(default) if found is None or found == [] else found
+    if type(found) is not list or any(type(i) is not int for i in found):
+        raise ValueError(f"{name} must be a list of ints: {found!r}")
+    return found
+
+
+# %% book/chapters/18_llama4.md, cell 9
+def read_places(raw: dict[str, Any]) -> dict[str, Any]:
+    """Which layers have no RoPE, and which have experts."""
+    n = min(size_in(raw, "num_hidden_layers"), 10000)
+    nth = raw.get("no_rope_layer_interval", 4)
+    step = raw.get("interleave_moe_layer_step", 1)
+    if type(nth) is not int or type(step) is not int or min(nth, step) < 1:
+        raise ValueError("layer intervals must be ints >= 1")
+    usual = [int((i + 1) % nth != 0) for i in range(n)]
+    turns = layers_in(raw, "no_rope_layers", usual)
+    every = list(range(step - 1, n, step))
+    sparse = layers_in(raw, "moe_layers", every)
+    check_types(raw, turns)
+    bare = [i for i, turn in enumerate(turns) if not turn]
+    dense = sorted(set(range(n)) - set(sparse))
+    return {
+        "nope_every": nth if turns == usual and bare else 0,
+        "nope_layers": () if turns == usual else tuple(bare),
+        "moe_every": step if sparse == every else 1,
+        "dense_layers": () if sparse == every else tuple(dense),
+    }
+
+
+# %% book/chapters/18_llama4.md, cell 10
+def check_types(raw: dict[str, Any], turns: list[int]) -> None:
+    """ValueError unless exactly the layers with RoPE are chunked."""
+    if len(turns) != raw["num_hidden_layers"]:
+        raise ValueError("no_rope_layers must have an entry a layer")
+    names = ["full_attention", "chunked_attention"]
+    known = [names[bool(turn)] for turn in turns]
+    if raw.get("layer_types") not in (None, [], known):
+        raise ValueError(
+            "layer_types must be chunked_attention where no_rope_layers "
+            "is 1, full_attention where it is 0"
+        )
+
+
+# %% book/chapters/18_llama4.md, cell 11
+def read_llama4(raw: dict[str, Any]) -> dict[str, Any]:
+    heat = raw.get("attn_temperature_tuning", True)
+    pair = raw.get("floor_scale", 8192), raw.get("attn_scale", 0.1)
+    normed = raw.get("use_qk_norm", True)
+    return {
+        **read_hub(raw), **read_places(raw),
+        "router": "sigmoid_input",
+        "shared_expert": True,
+        "qk_norm": "after_rope" if normed else "none",
+        "attn_temperature": pair if heat else None,
+    }
+
+
+# %% book/chapters/18_llama4.md, cell 12
+def write_llama4(values: dict[str, Any]) -> dict[str, Any]:
+    n, nth = values["num_layers"], values["nope_every"]
+    bare = {i for i in range(n) if nth and (i + 1) % nth == 0}
+    turns = [int(i not in bare | {*values["nope_layers"]})
+             for i in range(n)]
+    step, dense = values["moe_every"], values["dense_layers"]
+    names = ["full_attention", "chunked_attention"]
+    heat = values["attn_temperature"]
+    return {
+        **write_hub(values),
+        "no_rope_layers": turns,
+        "no_rope_layer_interval": nth or n + 1,
+        "layer_types": [names[turn] for turn in turns],
+        "moe_layers": [i for i in range(step - 1, n, step)
+                       if i not in dense],
+        "interleave_moe_layer_step": step,
+        "use_qk_norm": values["qk_norm"] == "after_rope",
+        "attn_temperature_tuning": heat is not None,
+        "floor_scale": heat[0] if heat else 8192,
+        "attn_scale": heat[1] if heat else 0.1,
+    }

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from annotated_moe.attention import (
     BLOCKWISE_ABOVE,
@@ -17,6 +17,17 @@ from annotated_moe.attention import (
     attend,
     attend_blockwise,
     write_cache,
+)
+from annotated_moe.llama import (
+    ATTENTION,
+    HUB_ATTENTION,
+    HUB_DEFAULTS,
+    HUB_ENDS,
+    HUB_FIELDS,
+    HUB_MLP,
+    HUB_NORMS,
+    read_hub,
+    write_hub,
 )
 from annotated_moe.moe import Route
 from annotated_moe.rms_norm import RMSNorm
@@ -101,7 +112,6 @@ def near_keys(
 ) -> tuple[Any, Any, Any, KVCache]:
     """Keys, values and positions to look at, and the longer cache."""
     end = ends(cache.length, positions)
-    job = layer, positions, end
     near_k = write_ring(cache.near_k, layer, k, positions, end)
     near_v = write_ring(cache.near_v, layer, v, positions, end)
     slots, old = near_k.shape[2], cache
@@ -110,11 +120,12 @@ def near_keys(
         at = ring_positions(end, slots)
         return near_k[layer], near_v[layer], at, cache
     at = ring_positions(old.length, slots)
-    both = [
+    keys, values = (
         jnp.concatenate([ring[layer], new.astype(ring.dtype)], axis=1)
         for ring, new in ((old.near_k, k), (old.near_v, v))
-    ]
-    return *both, jnp.concatenate([at, positions], axis=1), cache
+    )
+    at = jnp.concatenate([at, positions], axis=1)
+    return keys, values, at, cache
 
 
 # %% book/chapters/16_mixtral.md, cell 10
@@ -151,11 +162,11 @@ def attend_near(
 
 # %% book/chapters/16_mixtral.md, cell 11
 def norm_heads(
+    whole: bool,
+    eps: float,
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    whole: bool,
-    eps: float,
 ) -> Any:
     """Queries and keys through a norm of their own, before RoPE.
 
@@ -173,3 +184,92 @@ def norm_heads(
 def clip_heads(clip: float, *heads: Float[Array, "B T _ H"]) -> Any:
     """Queries, keys and values between -clip and clip. Source: OLMoE."""
     return [jnp.clip(x, -clip, clip) for x in heads]
+
+
+# %% book/chapters/16_mixtral.md, cell 13
+WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
+    ("block_sparse_moe.gate.weight", "decoder_layer/router/w",
+     "transpose"),
+    ("{expert}.w1.weight", "decoder_layer/moe/linear/w", "transpose"),
+    ("{expert}.w3.weight", "decoder_layer/moe/linear_v/w", "transpose"),
+    ("{expert}.w2.weight", "decoder_layer/moe/linear_1/w", "transpose"),
+)
+EXPERT = "block_sparse_moe.experts.{i}"
+
+
+# %% book/chapters/16_mixtral.md, cell 14
+QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
+    ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale", "as is"),
+    ("self_attn.k_norm.weight", f"{ATTENTION}/key_norm/scale", "as is"),
+    ("mlp.gate.weight", "decoder_layer/router/w", "transpose"),
+    ("{expert}.gate_proj.weight", "decoder_layer/moe/linear/w",
+     "transpose"),
+    ("{expert}.up_proj.weight", "decoder_layer/moe/linear_v/w",
+     "transpose"),
+    ("{expert}.down_proj.weight", "decoder_layer/moe/linear_1/w",
+     "transpose"),
+)
+QWEN_EXPERT = "mlp.experts.{i}"
+
+
+# %% book/chapters/16_mixtral.md, cell 15
+FIELDS = HUB_FIELDS | {
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "sliding_window": "attn_window",
+}
+OLMOE_FIELDS = HUB_FIELDS | {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "clip_qkv": "qkv_clip",
+}
+QWEN_FIELDS = HUB_FIELDS | {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "top_k",
+    "moe_intermediate_size": "d_ff",
+    "intermediate_size": "dense_ff",
+    "decoder_sparse_step": "moe_every",
+    "mlp_only_layers": "dense_layers",
+}
+DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
+    "sliding_window": None, "clip_qkv": None,
+}
+QWEN_DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
+    "mlp_only_layers": [], "decoder_sparse_step": 1, "num_experts": None,
+}
+
+
+# %% book/chapters/16_mixtral.md, cell 16
+def read_mixtral(raw: dict[str, Any]) -> dict[str, Any]:
+    return read_hub(raw) | {"router": "top_k_softmax"}
+
+
+def write_mixtral(values: dict[str, Any]) -> dict[str, Any]:
+    return write_hub(values)
+
+
+# %% book/chapters/16_mixtral.md, cell 17
+def read_renormalise(raw: dict[str, Any]) -> dict[str, Any]:
+    """`norm_topk_prob`: whether a token's gates sum to one."""
+    norm = raw.get("norm_topk_prob", False)
+    if type(norm) is not bool:
+        raise ValueError(f"norm_topk_prob must be a bool: {norm!r}")
+    return {"router": "top_k_softmax" if norm else "softmax_top_k"}
+
+
+def write_renormalise(values: dict[str, Any]) -> dict[str, Any]:
+    norm = values["router"] == "top_k_softmax"
+    return write_hub(values) | {"norm_topk_prob": norm}
+
+
+# %% book/chapters/16_mixtral.md, cell 18
+def read_olmoe(raw: dict[str, Any]) -> dict[str, Any]:
+    return read_hub(raw) | read_renormalise(raw) | {"qk_norm": "whole"}
+
+
+def read_qwen(raw: dict[str, Any]) -> dict[str, Any]:
+    if raw.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is not supported in Qwen3")
+    count = raw.get("num_local_experts", raw.get("num_experts"))
+    ours = {"qk_norm": "head", "num_experts": count}
+    return read_hub(raw) | read_renormalise(raw) | ours

@@ -205,11 +205,11 @@ def check_variations(c: ModelConfig) -> None:
 
 # %% book/chapters/08_model.md, cell 12
 def check_named(c: ModelConfig) -> None:
-    named = [("router", ROUTERS), ("activation", GLUS),
-             ("qk_norm", QK_NORMS)]
-    for name, known in named:
+    named = {"router": tuple(ROUTERS), "activation": tuple(GLUS),
+             "qk_norm": QK_NORMS}
+    for name, known in named.items():
         value = getattr(c, name)
-        if value not in tuple(known):
+        if value not in known:
             choice = ", ".join(known)
             raise ValueError(f"{name} must be one of {choice}: {value!r}")
 
@@ -253,6 +253,9 @@ class Kind(NamedTuple):
     near: bool = False              # looks back only so far
 
 
+LIKE_GROK = Kind()
+
+
 # %% book/chapters/08_model.md, cell 18
 @functools.cache
 def kinds(c: ModelConfig) -> tuple[Kind, ...]:
@@ -272,7 +275,7 @@ class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
     def __init__(
-        self, config: ModelConfig, kind: Kind = Kind(),
+        self, config: ModelConfig, kind: Kind = LIKE_GROK,
         name: str = "decoder_layer",
     ) -> None:
         super().__init__(name=name)
@@ -309,7 +312,7 @@ def attention_half(
     cache: KVCache | None,
     layer: int | Int32[Array, ""],
     c: ModelConfig,
-    kind: Kind = Kind(),
+    kind: Kind = LIKE_GROK,
 ) -> tuple[
     Float32[Array, "B T D"], Float32[Array, "B T D"], KVCache | None
 ]:
@@ -322,7 +325,7 @@ def attention_half(
 
 # %% book/chapters/08_model.md, cell 22
 def attention_of(
-    c: ModelConfig, kind: Kind = Kind()
+    c: ModelConfig, kind: Kind = LIKE_GROK
 ) -> MultiHeadAttention:
     """The attention that a configuration asks for."""
     return MultiHeadAttention(
@@ -338,7 +341,7 @@ def ready(c: ModelConfig, *heads: Float[Array, "B T _ H"]) -> Any:
     """Queries, keys and values, normed or clipped where a model is."""
     if c.qk_norm in ("head", "whole"):
         whole = c.qk_norm == "whole"
-        heads = mixtral.norm_heads(*heads, whole, c.norm_eps)
+        heads = mixtral.norm_heads(whole, c.norm_eps, *heads)
     if c.qkv_clip is not None:
         return mixtral.clip_heads(c.qkv_clip, *heads)
     return as_they_are(*heads)
@@ -373,14 +376,14 @@ def look_of(c: ModelConfig, kind: Kind) -> Any:
     if c.attn_window:
         sees = partial(mixtral.within_window, c.attn_window)
     else:
-        sees = partial(llama4.within_chunk, c.attn_chunk)
+        sees = partial(llama4.within_chunk, c.attn_chunk or c.context)
     return partial(mixtral.attend_near, sees=sees)
 
 
 # %% book/chapters/08_model.md, cell 26
 def feed_forward(
     x: Float32[Array, "B T D"], c: ModelConfig, train: bool,
-    kind: Kind = Kind(),
+    kind: Kind = LIKE_GROK,
 ) -> tuple[Float32[Array, "B T D"], Losses]:
     """The experts, or with num_experts == 1 one dense block."""
     if not kind.experts or c.num_experts == 1:
@@ -390,7 +393,7 @@ def feed_forward(
     experts = MoE(c.num_experts, c.d_ff, style=style_of(c))
     y = experts(rounded, routed, train)
     if c.shared_expert:
-        y += shared(rounded, c)
+        y += Shared(c)(rounded)
     balance = load_balancing_loss(routed.probs, routed.experts)
     z = router_z_loss(routed.logits)
     return y.reshape(x.shape), {"balance": balance, "z": z}
@@ -422,17 +425,21 @@ def dense(
 
 
 # %% book/chapters/08_model.md, cell 29
-def shared(
-    x: Float[Array, "N D"], c: ModelConfig
-) -> Float32[Array, "N D"]:
+class Shared(hk.Module):
     """The expert that every token goes through, in models with one."""
-    def linear(size, name, *axes):
-        return Linear(size, axes, f"shared/{name}")
 
-    gate = linear(c.d_ff, "linear", "data", "model")(x)     # [N, F]
-    up = linear(c.d_ff, "linear_v", "data", "model")(x)
-    hidden = GLUS[c.activation](gate, up, x.dtype)
-    return linear(c.d_model, "linear_1", "model", "data")(hidden)
+    def __init__(self, c: ModelConfig, name: str = "shared") -> None:
+        super().__init__(name=name)
+        self.c = c
+
+    def __call__(
+        self, x: Float[Array, "N D"]
+    ) -> Float32[Array, "N D"]:
+        c, into, out = self.c, ("data", "model"), ("model", "data")
+        gate = Linear(c.d_ff, into, "linear")(x)            # [N, F]
+        up = Linear(c.d_ff, into, "linear_v")(x)
+        hidden = GLUS[c.activation](gate, up, x.dtype)
+        return Linear(c.d_model, out, "linear_1")(hidden)
 
 
 # %% book/chapters/08_model.md, cell 30
@@ -501,13 +508,10 @@ def init_layers(keys: Array, config: ModelConfig) -> Params:
         init_kind(keys[has == experts], config, Kind(experts))
         for experts in (True, False) if (has == experts).any()
     ]
-    stacks = {path: [] for part in parts for path in flat_paths(part)}
-    for part in parts:
-        for module, name in flat_paths(part):
-            stacks[module, name].append(part[module][name])
     params: dict[str, dict] = {}
-    for (module, name), arrays in stacks.items():
-        params.setdefault(module, {})[name] = jnp.concatenate(arrays)
+    for module, name in dict.fromkeys(sum(map(flat_paths, parts), [])):
+        stacks = [p[module][name] for p in parts if module in p]
+        params.setdefault(module, {})[name] = jnp.concatenate(stacks)
     return params
 
 
@@ -555,7 +559,7 @@ def stack_of(module: str) -> str:
 
 # %% book/chapters/08_model.md, cell 47
 def weights_of(
-    layers: Params, at: Place, kind: Kind = Kind()
+    layers: Params, at: Place, kind: Kind = LIKE_GROK
 ) -> Params:
     """One layer's weights: `Row`s for products, else slices."""
     def pick(module: str, name: str, stack: Any) -> Any:
@@ -1191,13 +1195,54 @@ def check_tokens(
 
 
 # %% book/chapters/08_model.md, cell 114
+def check_mask(
+    tokens: np.ndarray, lengths: Any, mask: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row's tokens begin, and how many there are."""
+    mask = np.asarray(mask).astype(bool)
+    if lengths is not None:
+        raise ValueError("give lengths or a mask, not both")
+    if mask.shape != tokens.shape or not mask.any(-1).all():
+        raise ValueError(
+            f"mask {mask.shape} must be like tokens {tokens.shape}, "
+            "with a token in each row"
+        )
+    first, count = mask.argmax(1), mask.sum(1)
+    runs = np.abs(np.diff(mask.astype(int), axis=1)).sum(1)
+    if (runs + mask[:, 0] + mask[:, -1] != 2).any():
+        raise ValueError("a row's tokens must stand together in mask")
+    return first, count
+
+
+# %% book/chapters/08_model.md, cell 115
+def masked_logits(
+    model: "IdModel", tokens: Any, lengths: Any, mask: Any
+) -> Float32[Array, "B T V"]:
+    """Logits of rows that begin anywhere; zero where `mask` is not."""
+    tokens = np.asarray(tokens)
+    first, count = check_mask(tokens, lengths, mask)
+    t = np.arange(tokens.shape[1])                          # [T]
+    ahead, back = (t + first[:, None]), (t - first[:, None])
+    rows = np.take_along_axis(tokens, ahead % len(t), axis=1)
+    y = model.logits(rows, count)
+    y = jnp.take_along_axis(y, back[..., None] % len(t), axis=1)
+    return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
+
+
+# %% book/chapters/08_model.md, cell 116
 class IdModel(Steps):
     """What a model does with token ids."""
 
     def logits(
-        self, tokens: Any, lengths: Any = None
+        self, tokens: Any, lengths: Any = None, mask: Any = None
     ) -> Float32[Array, "B T V"]:
-        """Logits of int [B, T]; past a row's length without meaning."""
+        """Logits of int [B, T]; past a row's length without meaning.
+
+        A `mask` [B, T] is true at tokens and false at padding, on the
+        left or on the right, where the logits are then zero.
+        """
+        if mask is not None:
+            return masked_logits(self, tokens, lengths, mask)
         rows, t = check_tokens(tokens, lengths, self.config)
         width = bucket(t, self.config.context)
         padded = pad_rows(rows, width, self.config.pad_id)
@@ -1221,7 +1266,7 @@ class IdModel(Steps):
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 115
+# %% book/chapters/08_model.md, cell 117
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -1238,7 +1283,7 @@ class StreamModel(IdModel):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 116
+# %% book/chapters/08_model.md, cell 118
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -1271,5 +1316,5 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 122
+# %% book/chapters/08_model.md, cell 124
 PRESETS = {"grok-1": ModelConfig()}

@@ -1,15 +1,15 @@
 # Generated from book/chapters/15_llama.md by `make sync`; edit the chapter.
 """Give the small model of this book, which learned on 256 tokens at a
-time, a text of 1,024, and it reads the second half worse, by three
-quarters of a nat a token, than if it forgot everything every 256
-tokens. Llama 3.1 went from 8,192 tokens to 131,072, and its file says
-how in four numbers. This chapter is about Llama, of which most open
-models are a variation: what it leaves out of Grok-1, what each of its
-generations changed, and how those four numbers work. By its end you
-will have fifteen Llamas, from 1 to 405 billion parameters, as a page of
-plain data, a proof that the complex numbers in which they were
-published compute what this book computes, and the small model reading
-its 1,024 tokens, mended in a line and without training.
+time, a text of 1,024, and it reads the second half worse, by more than
+half a nat a token, than if it forgot everything every 256 tokens. Llama
+3.1 went from 8,192 tokens to 131,072, and its file says how in four
+numbers. This chapter is about Llama, of which many open models are a
+variation: what it leaves out of Grok-1, what each of its generations
+changed, and how those four numbers work. By its end you will have
+fifteen Llamas, from 1 to 405 billion parameters, as a page of plain
+data, a proof that the complex numbers in which they were published
+compute what this book computes, and the small model reading its 1,024
+tokens, mended in a line and without training.
 """
 
 # %% book/chapters/15_llama.md, cell 1
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-Scaling = tuple[float, float, float, int]       # see slow_down
+Scaling = tuple[float, float, float, int]
 
 
 # %% book/chapters/15_llama.md, cell 8
@@ -41,7 +41,10 @@ EVERY_LLAMA: dict[str, Any] = {
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
-    """silu(gate) * up in float32, then `dtype`. Source: Shazeer (2020)."""
+    """silu(gate) * up in float32, then `dtype`.
+
+    Source: Shazeer (2020), section 2.
+    """
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
@@ -134,7 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 50
+# %% book/chapters/15_llama.md, cell 58
 ATTENTION = "decoder_layer/multi_head_attention"
 HUB_ENDS = (
     ("model.embed_tokens.weight", "in_out_embed/embeddings", "as is"),
@@ -148,7 +151,7 @@ HUB_NORMS = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 51
+# %% book/chapters/15_llama.md, cell 59
 HUB_ATTENTION = (
     ("self_attn.q_proj.weight", f"{ATTENTION}/query/w", "transpose"),
     ("self_attn.k_proj.weight", f"{ATTENTION}/key/w", "transpose"),
@@ -161,7 +164,7 @@ HUB_ATTENTION = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 52
+# %% book/chapters/15_llama.md, cell 60
 HUB_MLP = (
     ("mlp.gate_proj.weight", "decoder_layer/linear/w", "transpose"),
     ("mlp.up_proj.weight", "decoder_layer/linear_v/w", "transpose"),
@@ -173,7 +176,7 @@ HUB_MLP = (
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP
 
 
-# %% book/chapters/15_llama.md, cell 53
+# %% book/chapters/15_llama.md, cell 61
 HUB_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -195,7 +198,7 @@ HUB_DEFAULTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 54
+# %% book/chapters/15_llama.md, cell 62
 HUB_SPECIAL = (
     "head_dim rope_theta rope_scaling rope_parameters pad_token_id "
     "eos_token_id dtype torch_dtype"
@@ -207,7 +210,7 @@ HUB_CONSTANTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 55
+# %% book/chapters/15_llama.md, cell 63
 def size_in(raw: dict[str, Any], name: str) -> int:
     """A field that must be a size; ValueError, naming it, if not."""
     value = raw.get(name)
@@ -216,7 +219,7 @@ def size_in(raw: dict[str, Any], name: str) -> int:
     return value
 
 
-# %% book/chapters/15_llama.md, cell 56
+# %% book/chapters/15_llama.md, cell 64
 def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """Base and scaling, in the newer spelling or the older."""
     rope = raw.get("rope_parameters")
@@ -243,7 +246,7 @@ ROPE_SCALING = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 57
+# %% book/chapters/15_llama.md, cell 65
 def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     """What Llama's relatives have in common, as our settings.
 
@@ -268,7 +271,7 @@ def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/15_llama.md, cell 58
+# %% book/chapters/15_llama.md, cell 66
 def read_llama(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"num_experts": 1, "top_k": 1}
 
@@ -279,7 +282,7 @@ def read_dtype(raw: dict[str, Any]) -> str:
     return "float32" if name == "float32" else "bfloat16"
 
 
-# %% book/chapters/15_llama.md, cell 59
+# %% book/chapters/15_llama.md, cell 67
 def write_hub(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that `read_hub` reads, from our settings."""
     rope = {"rope_type": "default"}

@@ -202,7 +202,7 @@ def norm_heads(
 
 # %% book/chapters/16_mixtral.md, cell 59
 def clip_heads(clip: float, *heads: Float[Array, "B T _ H"]) -> Any:
-    """Queries, keys and values between -clip and clip. Source: OLMoE."""
+    """Queries, keys and values cut to -clip .. clip. Source: OLMoE."""
     return [jnp.clip(x, -clip, clip) for x in heads]
 
 
@@ -274,8 +274,10 @@ EXPERT = "block_sparse_moe.experts.{i}"
 
 # %% book/chapters/16_mixtral.md, cell 81
 QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
-    ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale", "as is"),
-    ("self_attn.k_norm.weight", f"{ATTENTION}/key_norm/scale", "as is"),
+    ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale",
+     "as is"),
+    ("self_attn.k_norm.weight", f"{ATTENTION}/key_norm/scale",
+     "as is"),
     ("mlp.gate.weight", "decoder_layer/router/w", "transpose"),
     ("{expert}.gate_proj.weight", "decoder_layer/moe/linear/w",
      "transpose"),
@@ -310,7 +312,8 @@ DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
     "sliding_window": None, "clip_qkv": None,
 }
 QWEN_DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
-    "mlp_only_layers": [], "decoder_sparse_step": 1, "num_experts": None,
+    "mlp_only_layers": [], "decoder_sparse_step": 1,
+    "num_experts": None,
 }
 
 

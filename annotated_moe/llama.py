@@ -25,8 +25,8 @@ Scaling = tuple[float, float, float, int]
 
 # %% book/chapters/15_llama.md, cell 4
 def slow_down(
-    rates: Float32[Array, " H/2"], scaling: Scaling
-) -> Float32[Array, " H/2"]:
+    rates: Float32[Array, " pairs"], scaling: Scaling
+) -> Float32[Array, " pairs"]:
     """RoPE's rates for a context longer than a model was trained on.
 
     `scaling` is (factor, low, high, old context). Pairs that turn less

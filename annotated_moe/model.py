@@ -1195,13 +1195,54 @@ def check_tokens(
 
 
 # %% book/chapters/08_model.md, cell 114
+def check_mask(
+    tokens: np.ndarray, lengths: Any, mask: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row's tokens begin, and how many there are."""
+    mask = np.asarray(mask).astype(bool)
+    if lengths is not None:
+        raise ValueError("give lengths or a mask, not both")
+    if mask.shape != tokens.shape or not mask.any(-1).all():
+        raise ValueError(
+            f"mask {mask.shape} must be like tokens {tokens.shape}, "
+            "with a token in each row"
+        )
+    first, count = mask.argmax(1), mask.sum(1)
+    runs = np.abs(np.diff(mask.astype(int), axis=1)).sum(1)
+    if (runs + mask[:, 0] + mask[:, -1] != 2).any():
+        raise ValueError("a row's tokens must stand together in mask")
+    return first, count
+
+
+# %% book/chapters/08_model.md, cell 115
+def masked_logits(
+    model: "IdModel", tokens: Any, lengths: Any, mask: Any
+) -> Float32[Array, "B T V"]:
+    """Logits of rows that begin anywhere; zero where `mask` is not."""
+    tokens = np.asarray(tokens)
+    first, count = check_mask(tokens, lengths, mask)
+    t = np.arange(tokens.shape[1])                          # [T]
+    ahead, back = (t + first[:, None]), (t - first[:, None])
+    rows = np.take_along_axis(tokens, ahead % len(t), axis=1)
+    y = model.logits(rows, count)
+    y = jnp.take_along_axis(y, back[..., None] % len(t), axis=1)
+    return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
+
+
+# %% book/chapters/08_model.md, cell 116
 class IdModel(Steps):
     """What a model does with token ids."""
 
     def logits(
-        self, tokens: Any, lengths: Any = None
+        self, tokens: Any, lengths: Any = None, mask: Any = None
     ) -> Float32[Array, "B T V"]:
-        """Logits of int [B, T]; past a row's length without meaning."""
+        """Logits of int [B, T]; past a row's length without meaning.
+
+        A `mask` [B, T] is true at tokens and false at padding, on the
+        left or on the right, where the logits are then zero.
+        """
+        if mask is not None:
+            return masked_logits(self, tokens, lengths, mask)
         rows, t = check_tokens(tokens, lengths, self.config)
         width = bucket(t, self.config.context)
         padded = pad_rows(rows, width, self.config.pad_id)
@@ -1225,7 +1266,7 @@ class IdModel(Steps):
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 115
+# %% book/chapters/08_model.md, cell 117
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -1242,7 +1283,7 @@ class StreamModel(IdModel):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 116
+# %% book/chapters/08_model.md, cell 118
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -1275,5 +1316,5 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 122
+# %% book/chapters/08_model.md, cell 124
 PRESETS = {"grok-1": ModelConfig()}

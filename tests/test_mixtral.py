@@ -230,7 +230,7 @@ def test_a_ring_on_a_mesh(data, tensor):
 @pytest.fixture(scope="module")
 def small():
     c = ModelConfig(**SMALL, attn_window=5, qk_norm="whole", qkv_clip=0.8)
-    params = model.init_params(jax.random.key(1), c)
+    params = jax.jit(model.init_params, static_argnums=1)(jax.random.key(1), c)
     tokens = np.random.default_rng(3).integers(1, 64, [2, TOTAL]).astype(np.int32)
     return c, params, tokens, np.asarray(model.all_logits(params, tokens, c))
 

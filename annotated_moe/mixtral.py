@@ -202,11 +202,11 @@ def norm_heads(
 
 # %% book/chapters/16_mixtral.md, cell 59
 def clip_heads(clip: float, *heads: Float[Array, "B T _ H"]) -> Any:
-    """Queries, keys and values between -clip and clip. Source: OLMoE."""
+    """Queries, keys and values cut to -clip .. clip. Source: OLMoE."""
     return [jnp.clip(x, -clip, clip) for x in heads]
 
 
-# %% book/chapters/16_mixtral.md, cell 64
+# %% book/chapters/16_mixtral.md, cell 66
 KIN: dict[str, Any] = {
     "post_norm": False, "activation": "silu", "tied": False,
     "embedding_multiplier": 1.0, "output_multiplier": 1.0,
@@ -215,14 +215,14 @@ KIN: dict[str, Any] = {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 65
+# %% book/chapters/16_mixtral.md, cell 67
 MIXTRAL: dict[str, Any] = KIN | {
     "vocab_size": 32000, "kv_heads": 8, "num_experts": 8, "top_k": 2,
     "router": "top_k_softmax", "rope_base": 1e6, "eos_id": 2,
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 66
+# %% book/chapters/16_mixtral.md, cell 68
 QWEN: dict[str, Any] = KIN | {
     "vocab_size": 151936, "context": 40960, "kv_heads": 4,
     "num_experts": 128, "top_k": 8, "router": "top_k_softmax",
@@ -231,7 +231,7 @@ QWEN: dict[str, Any] = KIN | {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 67
+# %% book/chapters/16_mixtral.md, cell 69
 OLMOE: dict[str, Any] = KIN | {
     "vocab_size": 50304, "context": 4096, "kv_heads": 16,
     "num_experts": 64, "top_k": 8, "qk_norm": "whole",
@@ -239,7 +239,7 @@ OLMOE: dict[str, Any] = KIN | {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 68
+# %% book/chapters/16_mixtral.md, cell 70
 PRESETS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": MIXTRAL | {
         "context": 32768, "num_layers": 32, "q_heads": 32,
@@ -261,7 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 76
+# %% book/chapters/16_mixtral.md, cell 78
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
     ("block_sparse_moe.gate.weight", "decoder_layer/router/w",
      "transpose"),
@@ -272,10 +272,12 @@ WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
 EXPERT = "block_sparse_moe.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 77
+# %% book/chapters/16_mixtral.md, cell 79
 QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
-    ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale", "as is"),
-    ("self_attn.k_norm.weight", f"{ATTENTION}/key_norm/scale", "as is"),
+    ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale",
+     "as is"),
+    ("self_attn.k_norm.weight", f"{ATTENTION}/key_norm/scale",
+     "as is"),
     ("mlp.gate.weight", "decoder_layer/router/w", "transpose"),
     ("{expert}.gate_proj.weight", "decoder_layer/moe/linear/w",
      "transpose"),
@@ -287,7 +289,7 @@ QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
 QWEN_EXPERT = "mlp.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 78
+# %% book/chapters/16_mixtral.md, cell 80
 FIELDS = HUB_FIELDS | {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -310,11 +312,12 @@ DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
     "sliding_window": None, "clip_qkv": None,
 }
 QWEN_DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
-    "mlp_only_layers": [], "decoder_sparse_step": 1, "num_experts": None,
+    "mlp_only_layers": [], "decoder_sparse_step": 1,
+    "num_experts": None,
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 79
+# %% book/chapters/16_mixtral.md, cell 81
 def read_mixtral(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"router": "top_k_softmax"}
 
@@ -323,7 +326,7 @@ def write_mixtral(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values)
 
 
-# %% book/chapters/16_mixtral.md, cell 80
+# %% book/chapters/16_mixtral.md, cell 82
 def read_renormalise(raw: dict[str, Any]) -> dict[str, Any]:
     """`norm_topk_prob`: whether a token's gates sum to one."""
     norm = raw.get("norm_topk_prob", False)
@@ -337,7 +340,7 @@ def write_renormalise(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values) | {"norm_topk_prob": norm}
 
 
-# %% book/chapters/16_mixtral.md, cell 81
+# %% book/chapters/16_mixtral.md, cell 83
 def read_olmoe(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | read_renormalise(raw) | {"qk_norm": "whole"}
 

@@ -1,15 +1,15 @@
 # Generated from book/chapters/18_llama4.md by `make sync`; edit the chapter.
 """Llama 4 Scout was published with a context of 10,485,760 tokens. Keep
 the keys and values of its 48 layers for that many and they fill 1,920
-GiB, nine times what its weights fill. And memory is the smaller
-trouble: at such distances RoPE turns by angles that no training text
-was long enough to show, and a softmax over ten million keys has next to
-nothing left for the one that matters. This chapter builds the answers,
-each a few lines long: layers that look no further than their chunk,
-layers without rotation whose queries grow hotter with distance, and a
-router that picks one expert and turns down what it hears. By its end
-you will have both published models as presets, a cache a quarter the
-size, and a test for a mistake that Meta's own code makes from the
+GiB, more than nine times what its weights fill. And memory is the
+smaller trouble: at such distances RoPE turns by angles that no training
+text was long enough to show, and a softmax over ten million keys has
+next to nothing left for the one that matters. This chapter builds the
+answers, each a few lines long: layers that look no further than their
+chunk, layers without rotation whose queries grow hotter with distance,
+and a router that picks one expert and turns down what it hears. By its
+end you will have both published models as presets, a cache a quarter
+the size, and a test for a mistake that Meta's own code makes from the
 second chunk on.
 """
 

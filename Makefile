@@ -13,6 +13,10 @@ PORT ?= 8000
 PROMPT ?= In the beginning
 override export PROMPT := $(value PROMPT)
 
+# Compiled programs are kept: the book then runs what the tests compiled.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+
 .DEFAULT_GOAL := help
 .PHONY: help run test env sync check lint unit notebooks wheel-notebooks \
 	book book-html train clean
@@ -92,5 +96,5 @@ train: env
 
 clean:
 	rm -rf $(VENV) $(WHEEL) _build dist build *.egg-info
-	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

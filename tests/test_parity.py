@@ -1,0 +1,184 @@
+"""Tiny random models of `transformers`, and what they compute.
+
+Needs the extra `parity` (torch and transformers), which CI installs.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import annotated_moe as am
+from annotated_moe import model as M
+
+torch = pytest.importorskip("torch", reason="needs the extra `parity`")
+tf = pytest.importorskip("transformers", reason="needs the extra `parity`")
+
+ATOL = 1e-4                                    # of logits, in float32
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "head_dim": 8,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 8,
+    "attn_temperature_tuning": True,
+    "floor_scale": 4,
+    "attn_scale": 0.3,
+    "no_rope_layer_interval": 4,
+    "rope_parameters": LLAMA3,
+}
+CASES = {
+    "llama": (
+        "LlamaForCausalLM",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    ),
+    "mixtral": ("MixtralForCausalLM", {**EXPERTS, "sliding_window": 5}),
+    "qwen3": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "head_dim": 12,
+        },
+    ),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0},
+    ),
+    "llama4": ("Llama4ForCausalLM", LLAMA4),
+}
+# What each switch becomes when it is turned off.
+SWITCHES = {
+    "llama": [
+        {"attn_bias": False},
+        {"mlp_bias": False},
+        {"rope_scaling": None},
+        {"activation": "gelu"},
+        {"rope_base": 500.0},
+        {"norm_eps": 0.1},
+        {"tied": True},
+    ],
+    "mixtral": [{"attn_window": None}, {"router": "softmax_top_k"}],
+    "qwen3": [{"qk_norm": "none"}, {"router": "softmax_top_k"}],
+    "olmoe": [
+        {"qk_norm": "none"},
+        {"qkv_clip": None},
+        {"router": "top_k_softmax"},
+    ],
+    "llama4": [
+        {"attn_chunk": None},
+        {"attn_temperature": None},
+        {"nope_every": 0},
+        {"qk_norm": "none"},
+        {"router": "softmax_top_k"},
+        {"shared_expert": False},
+        {"rope_scaling": None},
+    ],
+}
+
+
+class Reference:
+    """A model of theirs on disk, ours loaded from it, and tokens."""
+
+    def __init__(self, name, folder):
+        architecture, options = CASES[name]
+        torch.manual_seed(7)
+        made = getattr(tf, architecture)
+        config = made.config_class(**{**SIZES, **options})
+        config._attn_implementation = "eager"
+        config._experts_implementation = "eager"
+        self.theirs = made(config).eval()
+        with torch.no_grad():
+            for parameter in self.theirs.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        self.theirs.save_pretrained(folder)
+        self.ours = am.load(folder, dtype="float32")
+        rng = np.random.default_rng(3)
+        self.tokens = rng.integers(3, 96, (2, 20)).astype(np.int32)
+
+    def logits(self, tokens, **options):
+        with torch.no_grad():
+            ids = torch.tensor(tokens, dtype=torch.long)
+            return self.theirs(ids, **options).logits.numpy()
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request, tmp_path_factory):
+    name = request.param
+    return name, Reference(name, tmp_path_factory.mktemp(name))
+
+
+def test_logits(case):
+    name, pair = case
+    want = pair.logits(pair.tokens)
+    np.testing.assert_allclose(pair.ours.logits(pair.tokens), want, atol=ATOL)
+    assert want.std() > 0.5
+
+
+def test_cached_steps_and_greedy_tokens(case):
+    name, pair = case
+    want = pair.logits(pair.tokens)
+    lengths = np.array([9, 12], np.int32)
+    rows = [list(map(int, row[:n])) for row, n in zip(pair.tokens, lengths)]
+    cache = M.init_cache(pair.ours.config, 2, 32)
+    prompt = M.pad_rows(rows, 16)
+    logits, cache = pair.ours.prefill(prompt, lengths, cache)
+    at = np.arange(2)
+    for step in range(8):
+        np.testing.assert_allclose(logits, want[at, lengths + step - 1], atol=ATOL)
+        new = jnp.asarray(pair.tokens[at, lengths + step])
+        logits, cache = pair.ours.decode_step(new, cache)
+    for row, new in zip(rows, pair.ours.generate_ids(rows, 4)):
+        for token in new:
+            best = pair.logits([row])[0, -1]
+            assert token == best.argmax()
+            row.append(token)
+
+
+def test_padding_on_either_side(case):
+    name, pair = case
+    mask = np.ones((2, 20), bool)
+    mask[0, :6] = mask[1, 15:] = False
+    ours = pair.ours.logits(pair.tokens, mask=mask)
+    for row, seen in enumerate(mask):
+        alone = pair.logits(pair.tokens[row : row + 1, seen])
+        np.testing.assert_allclose(ours[row, seen], alone[0], atol=ATOL)
+    assert not ours[~mask].any()
+
+
+def test_no_switch_is_decoration(case):
+    name, pair = case
+    want = pair.logits(pair.tokens)
+    for change in SWITCHES[name]:
+        config = replace(pair.ours.config, **change)
+        assert config != pair.ours.config, change
+        off = M.all_logits(pair.ours.params, jnp.asarray(pair.tokens), config)
+        apart = np.abs(np.asarray(off) - want).max()
+        assert apart > 10 * ATOL, (change, apart)

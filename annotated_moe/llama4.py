@@ -1,15 +1,15 @@
 # Generated from book/chapters/18_llama4.md by `make sync`; edit the chapter.
 """Llama 4 Scout was published with a context of 10,485,760 tokens. Keep
 the keys and values of its 48 layers for that many and they fill 1,920
-GiB, nine times what its weights fill. And memory is the smaller
-trouble: at such distances RoPE turns by angles that no training text
-was long enough to show, and a softmax over ten million keys has next to
-nothing left for the one that matters. This chapter builds the answers,
-each a few lines long: layers that look no further than their chunk,
-layers without rotation whose queries grow hotter with distance, and a
-router that picks one expert and turns down what it hears. By its end
-you will have both published models as presets, a cache a quarter the
-size, and a test for a mistake that Meta's own code makes from the
+GiB, more than nine times what its weights fill. And memory is the
+smaller trouble: at such distances RoPE turns by angles that no training
+text was long enough to show, and a softmax over ten million keys has
+next to nothing left for the one that matters. This chapter builds the
+answers, each a few lines long: layers that look no further than their
+chunk, layers without rotation whose queries grow hotter with distance,
+and a router that picks one expert and turns down what it hears. By its
+end you will have both published models as presets, a cache a quarter
+the size, and a test for a mistake that Meta's own code makes from the
 second chunk on.
 """
 
@@ -153,11 +153,12 @@ WEIGHTS = HUB_ENDS + HUB_NORMS + (
     (row[0].replace("mlp.", "feed_forward."), *row[1:])
     for row in HUB_MLP if row[1].endswith("/w")
 ) + (
-    ("feed_forward.router.weight", "decoder_layer/router/w", "transpose"),
+    ("feed_forward.router.weight", "decoder_layer/router/w",
+     "transpose"),
     ("feed_forward.experts.gate_up_proj", "decoder_layer/moe/linear/w",
      "first half"),
-    ("feed_forward.experts.gate_up_proj", "decoder_layer/moe/linear_v/w",
-     "second half"),
+    ("feed_forward.experts.gate_up_proj",
+     "decoder_layer/moe/linear_v/w", "second half"),
     ("feed_forward.experts.down_proj", "decoder_layer/moe/linear_1/w",
      "as is"),
 ) + tuple(
@@ -187,11 +188,12 @@ IGNORED = HUB_IGNORED + (
 
 
 # %% book/chapters/18_llama4.md, cell 65
-def layers_in(raw: dict[str, Any], name: str, default: Any) -> list[int]:
+def layers_in(raw: Settings, name: str, default: Any) -> list[int]:
     """A list of numbers that a configuration may leave out."""
     found = raw.get(name)
     found = list(default) if found is None or found == [] else found
-    if type(found) is not list or any(type(i) is not int for i in found):
+    good = type(found) is list and all(type(i) is int for i in found)
+    if not good:
         raise ValueError(f"{name} must be a list of ints: {found!r}")
     return found
 
@@ -202,7 +204,7 @@ def read_places(raw: dict[str, Any]) -> dict[str, Any]:
     n = min(size_in(raw, "num_hidden_layers"), 10000)
     nth = raw.get("no_rope_layer_interval", 4)
     step = raw.get("interleave_moe_layer_step", 1)
-    if type(nth) is not int or type(step) is not int or min(nth, step) < 1:
+    if any(type(x) is not int or x < 1 for x in (nth, step)):
         raise ValueError("layer intervals must be ints >= 1")
     usual = [int((i + 1) % nth != 0) for i in range(n)]
     turns = layers_in(raw, "no_rope_layers", usual)
@@ -228,8 +230,8 @@ def check_types(raw: dict[str, Any], turns: list[int]) -> None:
     known = [names[bool(turn)] for turn in turns]
     if raw.get("layer_types") not in (None, [], known):
         raise ValueError(
-            "layer_types must be chunked_attention where no_rope_layers "
-            "is 1, full_attention where it is 0"
+            "layer_types must be chunked_attention where "
+            "no_rope_layers is 1, full_attention where it is 0"
         )
 
 

@@ -642,7 +642,8 @@ def image_weights():
               f"{eyes}.positional_embedding_vlm": (17, 16),
               f"{eyes}.conv1._linear.weight": (16, 12),
               "vision_embeddings.vision_adapter.mlp.c_fc.weight": (12, 64),
-              "vision_embeddings.vision_adapter.mlp.c_proj.weight": (12, 12)}  # fmt: skip
+              "vision_embeddings.vision_adapter.mlp.c_proj.weight": (12, 12),
+              }  # fmt: skip
     norms = [f"{eyes}.ln_pre", f"{eyes}.ln_post"]
     for i in range(2):
         at = f"{eyes}.transformer.resblocks.{i}"

@@ -548,8 +548,8 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
 # %% book/chapters/09_checkpoints.md, cell 58
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
-    ours = path.startswith("decoder_layer/") and path.endswith("/w")
-    return ours and "/router/" not in path
+    words = path.endswith("/w") and not path.startswith("vision/")
+    return words and "/router/" not in path
 
 
 # %% book/chapters/09_checkpoints.md, cell 59

@@ -154,6 +154,18 @@ def test_long_prompts_in_blocks(monkeypatch, softcap):
     assert len(asked) == 2
 
 
+def test_what_is_kept_does_not_depend_on_the_order_of_writing():
+    """Two tokens for one slot: the later lasts, whichever is written last."""
+    at = jnp.arange(11, dtype=jnp.int32)[None]
+    x, empty = normal(30, 1, 11, K, H), jnp.zeros([1, 1, 4, K, H])
+    end = jnp.array([11], jnp.int32)
+    ring = mixtral.write_ring(empty, 0, x, at, end)
+    back = mixtral.write_ring(empty, 0, x[:, ::-1], at[:, ::-1], end)
+    np.testing.assert_array_equal(ring, back)
+    held = mixtral.ring_positions(end, 4)[0]
+    np.testing.assert_array_equal(ring[0, 0], x[0, held])
+
+
 def test_padding_alone_changes_nothing():
     story = Story(23, rows=2, window=4, slots=4)
     story.call((6, 6), 6)

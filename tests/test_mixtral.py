@@ -270,9 +270,8 @@ def test_prompts_and_steps_agree_with_all_at_once(small):
     assert cache.length.tolist() == [30, 29]
 
 
-@pytest.mark.parametrize("data, tensor", [(1, 2), (2, 2)])
-def test_prompts_and_steps_on_a_mesh(small, data, tensor):
-    with jax.set_mesh(sharding.make_mesh(data=data, model=tensor)):
+def test_prompts_and_steps_on_a_mesh(small):
+    with jax.set_mesh(sharding.make_mesh(data=2, model=2)):
         read(small, [(12, 3), *[(1, 1)] * 4])
 
 
@@ -280,21 +279,6 @@ def test_a_short_cache_needs_a_shorter_ring(small):
     c = small[0]
     shapes = jax.eval_shape(partial(model.init_cache, c, 1, 3))
     assert shapes.near_k.shape[2] == 3
-
-
-SWITCHES = {
-    "attn_window": None,
-    "qk_norm": "none",
-    "qkv_clip": None,
-    "router": "softmax_top_k",
-}
-
-
-@pytest.mark.parametrize("name", SWITCHES)
-def test_every_switch_matters(small, name):
-    c, params, tokens, whole = small
-    other = replace(c, **{name: SWITCHES[name]})
-    assert abs(model.all_logits(params, tokens, other) - whole).max() > 0.01
 
 
 # --- the router, norms, presets ----------------------------------------------

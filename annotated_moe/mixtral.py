@@ -72,7 +72,7 @@ def within_window(
     return k > q - window
 
 
-# %% book/chapters/16_mixtral.md, cell 29
+# %% book/chapters/16_mixtral.md, cell 30
 def ring_positions(
     end: Int32[Array, " B"], slots: int
 ) -> Int32[Array, "B S"]:
@@ -84,11 +84,11 @@ def ring_positions(
     return last - (last - jnp.arange(slots)) % slots
 
 
-# %% book/chapters/16_mixtral.md, cell 32
+# %% book/chapters/16_mixtral.md, cell 33
 PAST = 2**30                                    # position of padding
 
 
-# %% book/chapters/16_mixtral.md, cell 33
+# %% book/chapters/16_mixtral.md, cell 34
 def ends(
     length: Int32[Array, " B"], positions: Int32[Array, "B T"]
 ) -> Int32[Array, " B"]:
@@ -100,7 +100,7 @@ def ends(
     return jnp.maximum(length, after.max(axis=1))
 
 
-# %% book/chapters/16_mixtral.md, cell 34
+# %% book/chapters/16_mixtral.md, cell 35
 def write_ring(
     stack: Float[Array, "L B S K H"],
     layer: int | Int32[Array, ""],
@@ -119,7 +119,7 @@ def write_ring(
     return write_cache(stack, layer, x, at)
 
 
-# %% book/chapters/16_mixtral.md, cell 37
+# %% book/chapters/16_mixtral.md, cell 38
 def near_keys(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -149,7 +149,7 @@ def near_keys(
     return keys, values, at, cache
 
 
-# %% book/chapters/16_mixtral.md, cell 38
+# %% book/chapters/16_mixtral.md, cell 39
 def attend_near(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B T K H"],
@@ -179,7 +179,7 @@ def attend_near(
     return y, cache
 
 
-# %% book/chapters/16_mixtral.md, cell 58
+# %% book/chapters/16_mixtral.md, cell 59
 def norm_heads(
     whole: bool,
     eps: float,
@@ -200,13 +200,13 @@ def norm_heads(
     return normed(q, "query_norm"), normed(k, "key_norm"), v
 
 
-# %% book/chapters/16_mixtral.md, cell 59
+# %% book/chapters/16_mixtral.md, cell 60
 def clip_heads(clip: float, *heads: Float[Array, "B T _ H"]) -> Any:
     """Queries, keys and values cut to -clip .. clip. Source: OLMoE."""
     return [jnp.clip(x, -clip, clip) for x in heads]
 
 
-# %% book/chapters/16_mixtral.md, cell 66
+# %% book/chapters/16_mixtral.md, cell 67
 KIN: dict[str, Any] = {
     "post_norm": False, "activation": "silu", "tied": False,
     "embedding_multiplier": 1.0, "output_multiplier": 1.0,
@@ -215,14 +215,14 @@ KIN: dict[str, Any] = {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 67
+# %% book/chapters/16_mixtral.md, cell 68
 MIXTRAL: dict[str, Any] = KIN | {
     "vocab_size": 32000, "kv_heads": 8, "num_experts": 8, "top_k": 2,
     "router": "top_k_softmax", "rope_base": 1e6, "eos_id": 2,
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 68
+# %% book/chapters/16_mixtral.md, cell 69
 QWEN: dict[str, Any] = KIN | {
     "vocab_size": 151936, "context": 40960, "kv_heads": 4,
     "num_experts": 128, "top_k": 8, "router": "top_k_softmax",
@@ -231,7 +231,7 @@ QWEN: dict[str, Any] = KIN | {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 69
+# %% book/chapters/16_mixtral.md, cell 70
 OLMOE: dict[str, Any] = KIN | {
     "vocab_size": 50304, "context": 4096, "kv_heads": 16,
     "num_experts": 64, "top_k": 8, "qk_norm": "whole",
@@ -239,7 +239,7 @@ OLMOE: dict[str, Any] = KIN | {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 70
+# %% book/chapters/16_mixtral.md, cell 71
 PRESETS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": MIXTRAL | {
         "context": 32768, "num_layers": 32, "q_heads": 32,
@@ -261,7 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 78
+# %% book/chapters/16_mixtral.md, cell 79
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
     ("block_sparse_moe.gate.weight", "decoder_layer/router/w",
      "transpose"),
@@ -272,7 +272,7 @@ WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + (
 EXPERT = "block_sparse_moe.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 79
+# %% book/chapters/16_mixtral.md, cell 80
 QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
     ("self_attn.q_norm.weight", f"{ATTENTION}/query_norm/scale",
      "as is"),
@@ -289,7 +289,7 @@ QWEN_WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP + (
 QWEN_EXPERT = "mlp.experts.{i}"
 
 
-# %% book/chapters/16_mixtral.md, cell 80
+# %% book/chapters/16_mixtral.md, cell 81
 FIELDS = HUB_FIELDS | {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -317,7 +317,7 @@ QWEN_DEFAULTS: dict[str, Any] = HUB_DEFAULTS | {
 }
 
 
-# %% book/chapters/16_mixtral.md, cell 81
+# %% book/chapters/16_mixtral.md, cell 82
 def read_mixtral(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"router": "top_k_softmax"}
 
@@ -326,7 +326,7 @@ def write_mixtral(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values)
 
 
-# %% book/chapters/16_mixtral.md, cell 82
+# %% book/chapters/16_mixtral.md, cell 83
 def read_renormalise(raw: dict[str, Any]) -> dict[str, Any]:
     """`norm_topk_prob`: whether a token's gates sum to one."""
     norm = raw.get("norm_topk_prob", False)
@@ -340,7 +340,7 @@ def write_renormalise(values: dict[str, Any]) -> dict[str, Any]:
     return write_hub(values) | {"norm_topk_prob": norm}
 
 
-# %% book/chapters/16_mixtral.md, cell 83
+# %% book/chapters/16_mixtral.md, cell 84
 def read_olmoe(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | read_renormalise(raw) | {"qk_norm": "whole"}
 

@@ -154,6 +154,18 @@ def test_long_prompts_in_blocks(monkeypatch, softcap):
     assert len(asked) == 2
 
 
+def test_what_is_kept_does_not_depend_on_the_order_of_writing():
+    """Two tokens for one slot: the later lasts, whichever is written last."""
+    at = jnp.arange(11, dtype=jnp.int32)[None]
+    x, empty = normal(30, 1, 11, K, H), jnp.zeros([1, 1, 4, K, H])
+    end = jnp.array([11], jnp.int32)
+    ring = mixtral.write_ring(empty, 0, x, at, end)
+    back = mixtral.write_ring(empty, 0, x[:, ::-1], at[:, ::-1], end)
+    np.testing.assert_array_equal(ring, back)
+    held = mixtral.ring_positions(end, 4)[0]
+    np.testing.assert_array_equal(ring[0, 0], x[0, held])
+
+
 def test_padding_alone_changes_nothing():
     story = Story(23, rows=2, window=4, slots=4)
     story.call((6, 6), 6)
@@ -258,9 +270,8 @@ def test_prompts_and_steps_agree_with_all_at_once(small):
     assert cache.length.tolist() == [30, 29]
 
 
-@pytest.mark.parametrize("data, tensor", [(1, 2), (2, 2)])
-def test_prompts_and_steps_on_a_mesh(small, data, tensor):
-    with jax.set_mesh(sharding.make_mesh(data=data, model=tensor)):
+def test_prompts_and_steps_on_a_mesh(small):
+    with jax.set_mesh(sharding.make_mesh(data=2, model=2)):
         read(small, [(12, 3), *[(1, 1)] * 4])
 
 
@@ -268,21 +279,6 @@ def test_a_short_cache_needs_a_shorter_ring(small):
     c = small[0]
     shapes = jax.eval_shape(partial(model.init_cache, c, 1, 3))
     assert shapes.near_k.shape[2] == 3
-
-
-SWITCHES = {
-    "attn_window": None,
-    "qk_norm": "none",
-    "qkv_clip": None,
-    "router": "softmax_top_k",
-}
-
-
-@pytest.mark.parametrize("name", SWITCHES)
-def test_every_switch_matters(small, name):
-    c, params, tokens, whole = small
-    other = replace(c, **{name: SWITCHES[name]})
-    assert abs(model.all_logits(params, tokens, other) - whole).max() > 0.01
 
 
 # --- the router, norms, presets ----------------------------------------------

@@ -346,8 +346,9 @@ def attend_on_mesh(
     check_heads(cache, k.shape[2])
     rows = sharding.fit("data", q.shape[0], mesh)
     x = P(rows, None, sharding.fit("model", q.shape[2], mesh), None)
-    store = jax.tree.map(lambda a: P(None, *x) if a.ndim == 5 else P(),
-                         cache)
+    store = jax.tree.map(
+        lambda a: P(None, *x) if a.ndim == 5 else P(rows), cache
+    )
     return jax.shard_map(
         run,
         in_specs=(x, x, x, P(rows), store, P()),

@@ -15,7 +15,6 @@ from annotated_moe.attention import KVCache
 from annotated_moe.llama import swiglu
 from annotated_moe.mixtral import attend_near
 from annotated_moe.model import (
-    Model,
     ModelConfig,
     all_logits,
     decode_step,
@@ -44,8 +43,8 @@ TINY = ModelConfig(
         "attn_temperature": (4, 0.3), "pad_id": 0, "eos_id": 1, "dtype": "float32",
     }
 )  # fmt: skip
-TOKENS = np.random.default_rng(0).integers(2, 32, (3, 24))
-LENGTHS = np.array([4, 9, 15])                              # chunk 6
+TOKENS = np.random.default_rng(0).integers(2, 32, (4, 24))
+LENGTHS = np.array([4, 9, 15, 1])                           # chunk 6
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -98,32 +97,35 @@ def test_a_token_hears_nothing_from_another_chunk_without_global_layers(params):
     assert (np.abs(apart).max(axis=-1) > 1e-3).all()
 
 
-def test_ragged_rows_cross_borders_in_the_cache(params, whole):
+def check_cached(params, whole):
     """Prompts shorter and longer than a chunk, then 9 steps, as uncached."""
-    real = np.arange(16) < LENGTHS[:, None]
-    prompt = np.where(real, TOKENS[:, :16], 0)
-    cache = init_cache(TINY, 3, 24)
-    assert cache.near_k.shape == (1, 3, 6, 2, 8) == cache.near_v.shape
-    assert cache.k.shape == (1, 3, 24, 2, 8)
+    rows = np.arange(len(LENGTHS))
+    prompt = np.where(np.arange(16) < LENGTHS[:, None], TOKENS[:, :16], 0)
+    cache = init_cache(TINY, len(rows), 24)
+    assert cache.near_k.shape == (1, 4, 6, 2, 8) == cache.near_v.shape
+    assert cache.k.shape == (1, 4, 24, 2, 8)
     logits, cache = prefill(params, prompt, LENGTHS, cache, TINY)
     for step in range(9):
-        wanted = whole[np.arange(3), LENGTHS - 1 + step]
-        np.testing.assert_allclose(logits, wanted, atol=2e-5)
-        column = TOKENS[np.arange(3), LENGTHS + step]
+        np.testing.assert_allclose(logits, whole[rows, LENGTHS - 1 + step], atol=2e-5)
+        column = TOKENS[rows, LENGTHS + step]
         logits, cache = decode_step(params, column, cache, TINY)
 
 
+def test_ragged_rows_cross_borders_in_the_cache(params, whole):
+    check_cached(params, whole)
+
+
 def test_a_second_prompt_continues_the_first(params, whole):
-    cache = init_cache(TINY, 3, 24)
-    _, cache = prefill(params, TOKENS[:, :8], np.full(3, 8), cache, TINY)
-    logits, _ = prefill(params, TOKENS[:, 8:16], np.full(3, 8), cache, TINY)
+    cache, eight = init_cache(TINY, 4, 24), np.full(4, 8)
+    _, cache = prefill(params, TOKENS[:, :8], eight, cache, TINY)
+    logits, _ = prefill(params, TOKENS[:, 8:16], eight, cache, TINY)
     np.testing.assert_allclose(logits, whole[:, 15], atol=2e-5)
 
 
 def test_without_the_rule_decoding_departs_at_the_second_chunk(params, whole):
     """What Meta's code does, which passes no mask with a single token."""
     broken = replace(TINY, attn_chunk=None)
-    cache, gaps = init_cache(broken, 3, 24), []
+    cache, gaps = init_cache(broken, 4, 24), []
     for t in range(12):
         logits, cache = decode_step(params, TOKENS[:, t], cache, broken)
         gaps.append(np.abs(logits - whole[:, t]).max())
@@ -136,14 +138,14 @@ def test_many_keys_in_blocks_keep_the_chunk_rule(monkeypatch):
     k, v = normal(1, 40, 2, 8, seed=1), normal(1, 40, 2, 8, seed=2)
     at = jnp.arange(40)[None]
     sees = partial(llama4.within_chunk, 7)
-    job = q, k, v, at, None, 0, 0.3, None
-    at_once, _ = attend_near(*job, sees=sees)
+
+    def run():
+        look = partial(attend_near, multiplier=0.3, softcap=None, sees=sees)
+        return jax.jit(lambda: look(q, k, v, at, None, 0)[0])()
+
+    at_once = run()
     monkeypatch.setattr("annotated_moe.mixtral.BLOCKWISE_ABOVE", 16)
-    in_blocks, _ = attend_near(*job, sees=sees)
-    np.testing.assert_allclose(at_once, in_blocks, atol=1e-5)
-    alone, _ = attend_near(q[:, 14:21], k[:, 14:21], v[:, 14:21], at[:, :7],
-                           None, 0, 0.3, None, sees=sees)
-    np.testing.assert_allclose(at_once[:, 14:21], alone, atol=1e-5)
+    np.testing.assert_allclose(at_once, run(), atol=1e-5)
 
 
 def test_scouts_cache_at_a_million_tokens():
@@ -172,9 +174,8 @@ def test_heat_follows_the_formula_and_leaves_short_texts_alone():
 
 def test_padding_on_the_right_changes_no_heat(params, whole):
     """The heat counts a row's own tokens, whatever its row is filled with."""
-    model = Model(TINY, params)
     padded = np.where(np.arange(24) < LENGTHS[:, None], TOKENS, 0)
-    together = model.logits(padded, LENGTHS)
+    together = all_logits(params, padded, TINY)
     for row, n in enumerate(LENGTHS):
         np.testing.assert_allclose(together[row, :n], whole[row, :n], atol=2e-5)
 
@@ -318,15 +319,10 @@ def test_the_code_that_llama_4_adds_is_short():
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
-def test_on_a_mesh(params, shape):
-    """Prompts across borders, continued: the same logits and the same ids."""
-    prompts = [list(map(int, row[:n])) for row, n in zip(TOKENS, LENGTHS)]
-    wanted = Model(TINY, params).generate_ids(prompts, max_new_tokens=6)
+def test_on_a_mesh(params, whole, shape):
+    """Prompts across borders, continued: what one device says uncached."""
     mesh = am.make_mesh(*shape)
+    specs = sharding.partition_specs(params, mesh)
+    placed = jax.device_put(params, sharding.shardings(specs, mesh))
     with jax.set_mesh(mesh):
-        specs = sharding.partition_specs(params, mesh)
-        placed = jax.device_put(params, sharding.shardings(specs, mesh))
-    model = Model(TINY, placed, mesh=mesh)
-    np.testing.assert_allclose(model.logits(TOKENS), Model(TINY, params).logits(TOKENS),
-                               atol=2e-5)
-    assert model.generate_ids(prompts, max_new_tokens=6) == wanted
+        check_cached(placed, whole)

@@ -219,9 +219,8 @@ def attend_blockwise(
     sees = sees or (lambda slots: slots <= last)
     sizes = ((0, 0), (0, -slots % block), (0, 0), (0, 0))
     k, v = jnp.pad(k, sizes), jnp.pad(v, sizes)
-    score = partial(
-        attention_scores, q, multiplier=multiplier, softcap=softcap
-    )
+    how = {"multiplier": multiplier, "softcap": softcap}
+    score = partial(attention_scores, q, **how)
     _, total, y = absorb_all(score, k, v, sees, shape, block)
     y = (y / total[..., None]).transpose(0, 3, 1, 2, 4)
     return y.reshape(q.shape).astype(q.dtype)             # [B, T, Q, H]
@@ -376,7 +375,7 @@ def turn_both(
 class Changes:
     """What may be done otherwise between the projections."""
 
-    ready: Callable = as_they_are               # before key heads spread
+    ready: Callable = as_they_are               # first of all
     turn: Callable = turn_both                  # rotation, or not
     look: Callable = attend_cached              # cache and attention
     bias: bool = False                          # of the projections
@@ -412,7 +411,21 @@ class AttentionSizes(hk.Module):
 
 
 # %% book/chapters/04_attention.md, cell 57
-class MultiHeadAttention(AttentionSizes):
+class Projections(AttentionSizes):
+    """Queries, keys and values of a layer."""
+
+    @hk.transparent
+    def heads(self, x: Float[Array, "B T D"]) -> Any:
+        """`x` through three projections, each cut into its heads."""
+        size, bias = self.head_size, self.changes.bias
+        q = project(x, self.q_heads, size, "query", bias)
+        k = project(x, self.kv_heads, size, "key", bias)
+        v = project(x, self.kv_heads, size, "value", bias)
+        return q, k, v
+
+
+# %% book/chapters/04_attention.md, cell 58
+class MultiHeadAttention(Projections):
     """Grouped-query attention with RoPE, soft cap, maybe a cache."""
 
     def __call__(
@@ -426,23 +439,17 @@ class MultiHeadAttention(AttentionSizes):
 
         Heads are rounded to `x.dtype`; the result is float32.
         """
-        ours, size = self.changes, (self.head_size,)
-        heads = self.q_heads, self.kv_heads, self.kv_heads
-        q, k, v = ours.ready(*(
-            project(x, n, *size, name, ours.bias)
-            for n, name in zip(heads, ("query", "key", "value"))
-        ))
+        ours = self.changes
+        q, k, v = ours.ready(*self.heads(x))
         k, v = sharding.spread_heads(k, v, self.q_heads)
         turn = partial(rope, base=self.rope_base)
         q, k = ours.turn(q, k, positions, turn)
         q, k, v = (z.astype(x.dtype) for z in (q, k, v))
-        y, cache = attend_on_mesh(
-            q, k, v, positions, cache, layer,
-            partial(ours.look, multiplier=self.multiplier,
-                    softcap=self.softcap),
-        )
+        look: Any = partial(ours.look, multiplier=self.multiplier,
+                            softcap=self.softcap)
+        job = q, k, v, positions, cache, layer
+        y, cache = attend_on_mesh(*job, look)
         y = y.reshape(*x.shape[:2], -1)                     # [B, T, QH]
-        out = Linear(
-            x.shape[-1], ("model", "data"), "linear", ours.bias
-        )
+        axes = "model", "data"
+        out = Linear(x.shape[-1], axes, "linear", ours.bias)
         return out(y), cache

@@ -1303,7 +1303,7 @@ def split(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 # %% book/chapters/09_checkpoints.md, cell 110
 @dataclass(frozen=True, eq=False)
-class Halves:
+class Halves(Lazy):
     """[D, heads * size], each head's halves from neighbours' rows.
 
     `source` is [heads * size, D], or a bias [heads * size]. What is
@@ -1313,27 +1313,20 @@ class Halves:
     source: Any
     size: int
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.source.shape[::-1])
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.source.dtype
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.source.shape[::-1])
+        object.__setattr__(self, "dtype", self.source.dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)
         *rows, columns = (*index, *[slice(None)] * 2)[: len(self.shape)]
         start, stop, _ = columns.indices(self.shape[-1])
-        first = start // self.size * self.size
-        last = -(-stop // self.size) * self.size
-        part = np.asarray(self.source[(slice(first, last), *rows)])
-        pairs = part.reshape(-1, self.size // 2, 2, *part.shape[1:])
+        first, size = start // self.size * self.size, self.size
+        few = slice(first, -(-stop // size) * size)
+        part = np.asarray(self.source[(few, *rows)])
+        pairs = part.reshape(-1, size // 2, 2, *part.shape[1:])
         turned = pairs.swapaxes(1, 2).reshape(part.shape)
         return turned[start - first : stop - first].T
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return np.asarray(self[:], dtype)
 
 
 # %% book/chapters/09_checkpoints.md, cell 111
@@ -1464,6 +1457,9 @@ FAMILIES["Llama4ForCausalLM"] = relative(
     llama4.read_llama4, llama4.write_llama4,
     llama4.IGNORED, llama4.SPECIAL,
 )
+
+
+# %% book/chapters/09_checkpoints.md, cell 118
 FAMILIES["Llama4ForConditionalGeneration"] = replace(
     FAMILIES["Llama4ForCausalLM"],
     weights=llama4.WEIGHTS + VISION_HF,
@@ -1472,7 +1468,7 @@ FAMILIES["Llama4ForConditionalGeneration"] = replace(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 119
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1486,13 +1482,14 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 120
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
     return settings_of(path, family_of(path, raw), raw)
 
 
+# %% book/chapters/09_checkpoints.md, cell 121
 def settings_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1502,6 +1499,7 @@ def settings_of(
     )
 
 
+# %% book/chapters/09_checkpoints.md, cell 122
 def seeing_config(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1512,7 +1510,7 @@ def seeing_config(
     refuse_unknown(path, set(raw) - family.ignored, known)
     text = raw.get(family.text)
     if not isinstance(text, dict):
-        raise CheckpointError(f"{path}: {family.text} must be an object")
+        raise CheckpointError(f"{path} lacks an object {family.text!r}")
     above = {k: raw[k] for k in ("dtype", "torch_dtype") if k in raw}
     text = {k: v for k, v in {**above, **text}.items() if k[:1] != "_"}
     config = config_of(path, family, text)
@@ -1524,6 +1522,7 @@ def seeing_config(
         raise CheckpointError(f"{path}: {error}") from None
 
 
+# %% book/chapters/09_checkpoints.md, cell 123
 def config_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1542,7 +1541,7 @@ def config_of(
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 124
 def check_fields(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> None:
@@ -1575,12 +1574,12 @@ def check_scheme(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 125
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 126
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1598,7 +1597,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 127
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1623,7 +1622,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 128
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1633,7 +1632,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 129
 @dataclass(frozen=True)
 class Theirs:
     """What a folder holds in a family's layout, and what was taken."""
@@ -1651,7 +1650,7 @@ class Theirs:
         return self.arrays[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 130
 def take(
     t: Theirs, name: str, row: tuple[str, str, str], shape: tuple
 ) -> Any:
@@ -1666,7 +1665,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 131
 def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     """One of our stacks, from a tensor a layer, or one an expert."""
     theirs, path, _ = row
@@ -1691,6 +1690,7 @@ def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts)
 
 
+# %% book/chapters/09_checkpoints.md, cell 132
 def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     """The same for the encoder of images, which has its own layers."""
     theirs, path, _ = row
@@ -1700,7 +1700,7 @@ def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts) if stacked else parts[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 128
+# %% book/chapters/09_checkpoints.md, cell 133
 def layers_of(path: str, config: ModelConfig) -> list[int]:
     """The layers that have a parameter, in the order of its stack."""
     of = stack_of(path.rsplit("/", 1)[0])
@@ -1711,7 +1711,7 @@ def layers_of(path: str, config: ModelConfig) -> list[int]:
     return [layer for layer, kind in every if kind.experts == wanted]
 
 
-# %% book/chapters/09_checkpoints.md, cell 129
+# %% book/chapters/09_checkpoints.md, cell 134
 def check_head(t: Theirs, table: np.ndarray) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     name = f"{t.family.prefix}lm_head.weight"
@@ -1727,8 +1727,8 @@ def check_head(t: Theirs, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 130
-NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files list angles
+# %% book/chapters/09_checkpoints.md, cell 135
+NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files have it
 
 
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
@@ -1754,14 +1754,14 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 131
+# %% book/chapters/09_checkpoints.md, cell 136
 def groups_for(path: str, inputs: int, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = ("/linear_1/w", "/multi_head_attention/linear/w")
     return math.gcd(inputs, most) if path.endswith(cut) else 1
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 137
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix of the kinds that Grok-1 quantizes, in 8 bits."""
     def one(path: str, w: Any) -> Any:
@@ -1776,12 +1776,12 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 138
 Layout = tuple[ModelConfig, Callable, Path]
 DETECTORS: list[Callable[[Path, set[str]], Layout | None]] = []
 
 
-# %% book/chapters/09_checkpoints.md, cell 134
+# %% book/chapters/09_checkpoints.md, cell 139
 def find_layout(folder: Path) -> Layout:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1798,12 +1798,12 @@ def find_layout(folder: Path) -> Layout:
             return found
     raise CheckpointError(
         f"{folder} holds neither ckpt-0/ (Grok-1) nor a config.json of "
-        f"format {OUR_FORMAT!r} or with 'architectures' (Hugging Face), "
+        f"format {OUR_FORMAT!r} or with 'architectures' (the hub), "
         "nor params.json and consolidated.00.pth (Meta)"
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 135
+# %% book/chapters/09_checkpoints.md, cell 140
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1811,13 +1811,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 136
+# %% book/chapters/09_checkpoints.md, cell 141
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 137
+# %% book/chapters/09_checkpoints.md, cell 142
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1827,7 +1827,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 138
+# %% book/chapters/09_checkpoints.md, cell 143
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1842,7 +1842,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 139
+# %% book/chapters/09_checkpoints.md, cell 144
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1867,7 +1867,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 140
+# %% book/chapters/09_checkpoints.md, cell 145
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1892,13 +1892,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 141
+# %% book/chapters/09_checkpoints.md, cell 146
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 142
+# %% book/chapters/09_checkpoints.md, cell 147
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1915,7 +1915,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 148
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1937,14 +1937,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 144
+# %% book/chapters/09_checkpoints.md, cell 149
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 145
+# %% book/chapters/09_checkpoints.md, cell 150
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

@@ -146,8 +146,8 @@ HUB_ENDS = (
 )
 HUB_NORMS = (
     ("input_layernorm.weight", "decoder_layer/rms_norm/scale", "as is"),
-    ("post_attention_layernorm.weight", "decoder_layer/rms_norm_2/scale",
-     "as is"),
+    ("post_attention_layernorm.weight",
+     "decoder_layer/rms_norm_2/scale", "as is"),
 )
 
 
@@ -231,7 +231,7 @@ def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(
-            f"rope_type is {kind!r}; supported are 'default' and 'llama3'"
+            f"rope_type is {kind!r}; known are 'default' and 'llama3'"
         )
     scaling = None
     if kind == "llama3":
@@ -254,7 +254,8 @@ def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     """
     heads = size_in(raw, "num_attention_heads")
     size = raw.get("head_dim")
-    size = size_in(raw, "hidden_size") // heads if size is None else size
+    if size is None:
+        size = size_in(raw, "hidden_size") // heads
     eos, pad = raw.get("eos_token_id"), raw.get("pad_token_id")
     end = tuple(eos) if isinstance(eos, list) else eos
     if type(size) is not int or size < 1:

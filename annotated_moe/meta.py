@@ -827,9 +827,8 @@ def image_weights(
 
 # %% book/chapters/14_meta.md, cell 82
 def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """Path -> tensor of Meta's layout, mapped from disk, lazily joined.
-
-    Raises CheckpointError for what is missing, left over or misshapen.
+    """Path -> tensor of Meta's layout, mapped from disk and joined
+    lazily. CheckpointError for one missing, left over or misshapen.
     """
     arrays, used = open_ranks(folder), set()
     check_heads(folder, config, len(next(iter(arrays.values()))))
@@ -853,8 +852,8 @@ def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
         parts = [one(path, f"layers.{i}.", shape[1:]) for i in layers]
         return ck.stack_layers(folder, path, parts)
 
-    shapes = ck.expected(config).items()
-    tensors = {path: all_of(path, shape) for path, shape in shapes}
+    shapes = ck.expected(config)
+    tensors = {path: all_of(path, shapes[path]) for path in shapes}
     refuse_rest(folder, set(arrays) - used)
     return tensors
 
@@ -1037,7 +1036,8 @@ EYES = {
     "output_dim": "features",
 }
 EYE_FIELDS = {
-    *EYES, "image_size", "patch_size", "mlp_ratio", "pixel_shuffle_ratio",
+    *EYES, "image_size", "patch_size", "mlp_ratio",
+    "pixel_shuffle_ratio",
 }
 
 

@@ -89,7 +89,7 @@ class Variations:
 
 # %% book/chapters/08_model.md, cell 4
 @dataclass(frozen=True)
-class ModelConfig(Variations):
+class Settings(Variations):
     """What makes a family member; Grok-1 unless told otherwise.
 
     ValueError for numbers that no model can have.
@@ -114,6 +114,12 @@ class ModelConfig(Variations):
     eos_id: int | tuple[int, ...] = 2   # ends a text; or each of them
     dtype: str = "bfloat16"         # of products; or "float32"
 
+
+# %% book/chapters/08_model.md, cell 5
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """The settings, checked when they are put together."""
+
     def __post_init__(self) -> None:
         check_sizes(self)
         check_numbers(self)
@@ -128,7 +134,7 @@ class ModelConfig(Variations):
         return ids if isinstance(ids, tuple) else (ids,)
 
 
-# %% book/chapters/08_model.md, cell 5
+# %% book/chapters/08_model.md, cell 6
 SIZES = (
     "vocab_size", "context", "d_model", "d_ff", "num_layers",
     "q_heads", "kv_heads", "head_size", "num_experts", "top_k",
@@ -136,7 +142,7 @@ SIZES = (
 )
 
 
-# %% book/chapters/08_model.md, cell 6
+# %% book/chapters/08_model.md, cell 7
 def check_sizes(c: ModelConfig) -> None:
     for name in SIZES:
         value = getattr(c, name)
@@ -154,7 +160,7 @@ def check_sizes(c: ModelConfig) -> None:
         )
 
 
-# %% book/chapters/08_model.md, cell 7
+# %% book/chapters/08_model.md, cell 8
 NUMBERS = (
     "embedding_multiplier", "output_multiplier", "attn_multiplier",
     "attn_softcap", "rope_base", "norm_eps", "qkv_clip",
@@ -163,7 +169,7 @@ MAY_BE_NONE = {"attn_softcap", "qkv_clip"}
 DTYPES = ("float32", "bfloat16")
 
 
-# %% book/chapters/08_model.md, cell 8
+# %% book/chapters/08_model.md, cell 9
 def check_numbers(c: ModelConfig) -> None:
     for name in NUMBERS:
         value = getattr(c, name)
@@ -179,7 +185,7 @@ def check_numbers(c: ModelConfig) -> None:
         )
 
 
-# %% book/chapters/08_model.md, cell 9
+# %% book/chapters/08_model.md, cell 10
 def check_ids(c: ModelConfig) -> None:
     ids = {"pad_id": (c.pad_id,), "eos_id": c.stop_ids}
     for name, values in ids.items():
@@ -188,7 +194,7 @@ def check_ids(c: ModelConfig) -> None:
                 raise ValueError(f"{name} is not a token id: {value!r}")
 
 
-# %% book/chapters/08_model.md, cell 10
+# %% book/chapters/08_model.md, cell 11
 LAYER_LISTS = ("dense_layers", "nope_layers")
 SWITCHES = (
     "post_norm", "shared_expert", "tied", "attn_bias", "mlp_bias",
@@ -196,13 +202,14 @@ SWITCHES = (
 MAYBE_SIZES = ("dense_ff", "nope_every", "attn_window", "attn_chunk")
 
 
-# %% book/chapters/08_model.md, cell 11
+# %% book/chapters/08_model.md, cell 12
 def check_variations(c: ModelConfig) -> None:
     for name in SWITCHES:
         if type(getattr(c, name)) is not bool:
             raise ValueError(f"{name} must be true or false")
     for name in MAYBE_SIZES:
-        value, unset = getattr(c, name), 0 if name[:4] != "attn" else None
+        unset = None if name.startswith("attn") else 0
+        value = getattr(c, name)
         if value != unset and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an int >= 1: {value!r}")
     for name in LAYER_LISTS:
@@ -214,18 +221,18 @@ def check_variations(c: ModelConfig) -> None:
     check_pairs(c)
 
 
-# %% book/chapters/08_model.md, cell 12
+# %% book/chapters/08_model.md, cell 13
 def check_named(c: ModelConfig) -> None:
     named = {"router": tuple(ROUTERS), "activation": tuple(GLUS),
              "qk_norm": QK_NORMS}
     for name, known in named.items():
         value = getattr(c, name)
         if value not in known:
-            choice = ", ".join(known)
-            raise ValueError(f"{name} must be one of {choice}: {value!r}")
+            why = f"{name} must be one of {', '.join(known)}: {value!r}"
+            raise ValueError(why)
 
 
-# %% book/chapters/08_model.md, cell 13
+# %% book/chapters/08_model.md, cell 14
 def check_pairs(c: ModelConfig) -> None:
     for name, size in [("rope_scaling", 4), ("attn_temperature", 2)]:
         value = getattr(c, name)
@@ -238,10 +245,10 @@ def check_pairs(c: ModelConfig) -> None:
             why = f"{name} must be {size} positive numbers: {value!r}"
             raise ValueError(why)
     if c.attn_window and c.attn_chunk:
-        raise ValueError("attn_window and attn_chunk exclude each other")
+        raise ValueError("attn_window or attn_chunk, but not both")
 
 
-# %% book/chapters/08_model.md, cell 14
+# %% book/chapters/08_model.md, cell 15
 def check_eyes(c: ModelConfig) -> None:
     """The encoder of images, if there is one, fits the model."""
     if c.vision is None:
@@ -250,7 +257,7 @@ def check_eyes(c: ModelConfig) -> None:
         raise ValueError("vision must be a VisionConfig or None")
     if c.vision.d_model != c.d_model:
         raise ValueError(
-            f"vision.d_model={c.vision.d_model}, but d_model={c.d_model}"
+            f"vision.d_model={c.vision.d_model}, d_model={c.d_model}"
         )
     if c.vision.image_id >= c.vocab_size:
         raise ValueError(
@@ -258,7 +265,7 @@ def check_eyes(c: ModelConfig) -> None:
         )
 
 
-# %% book/chapters/08_model.md, cell 15
+# %% book/chapters/08_model.md, cell 16
 GLUS = {"gelu": geglu, "silu": swiglu}
 QK_NORMS = ("none", "head", "whole", "after_rope")
 ROUTERS = {
@@ -268,11 +275,11 @@ ROUTERS = {
 }
 
 
-# %% book/chapters/08_model.md, cell 17
+# %% book/chapters/08_model.md, cell 18
 Losses = dict[str, Float32[Array, "*L"]]
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/08_model.md, cell 19
 class Kind(NamedTuple):
     """What a layer is like; in Grok-1 all are alike."""
 
@@ -284,7 +291,7 @@ class Kind(NamedTuple):
 LIKE_GROK = Kind()
 
 
-# %% book/chapters/08_model.md, cell 19
+# %% book/chapters/08_model.md, cell 20
 @functools.cache
 def kinds(c: ModelConfig) -> tuple[Kind, ...]:
     """The kind of every layer."""
@@ -298,7 +305,7 @@ def kinds(c: ModelConfig) -> tuple[Kind, ...]:
     return tuple(map(kind, range(c.num_layers)))
 
 
-# %% book/chapters/08_model.md, cell 20
+# %% book/chapters/08_model.md, cell 21
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -325,7 +332,7 @@ class DecoderLayer(hk.Module):
         return h + after(y, "rms_norm_3", c), cache, losses
 
 
-# %% book/chapters/08_model.md, cell 21
+# %% book/chapters/08_model.md, cell 22
 def after(
     y: Float32[Array, "B T D"], name: str, c: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -333,7 +340,7 @@ def after(
     return RMSNorm(c.norm_eps, name)(y) if c.post_norm else y
 
 
-# %% book/chapters/08_model.md, cell 22
+# %% book/chapters/08_model.md, cell 23
 def attention_half(
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
@@ -351,7 +358,7 @@ def attention_half(
     return h, RMSNorm(c.norm_eps, "rms_norm_2")(h), cache
 
 
-# %% book/chapters/08_model.md, cell 23
+# %% book/chapters/08_model.md, cell 24
 def attention_of(
     c: ModelConfig, kind: Kind = LIKE_GROK
 ) -> MultiHeadAttention:
@@ -364,7 +371,7 @@ def attention_of(
     )
 
 
-# %% book/chapters/08_model.md, cell 24
+# %% book/chapters/08_model.md, cell 25
 def ready(c: ModelConfig, *heads: Float[Array, "B T _ H"]) -> Any:
     """Queries, keys and values, normed or clipped where a model is."""
     if c.qk_norm in ("head", "whole"):
@@ -375,9 +382,10 @@ def ready(c: ModelConfig, *heads: Float[Array, "B T _ H"]) -> Any:
     return as_they_are(*heads)
 
 
-# %% book/chapters/08_model.md, cell 25
+# %% book/chapters/08_model.md, cell 26
 def turned(
-    c: ModelConfig, kind: Kind, q: Any, k: Any, positions: Any, turn: Any
+    c: ModelConfig, kind: Kind, q: Any, k: Any, positions: Any,
+    turn: Any,
 ) -> Any:
     """Queries and keys with their places in them."""
     job = q, k, positions, turn
@@ -391,7 +399,7 @@ def turned(
     return turn_both(*job)
 
 
-# %% book/chapters/08_model.md, cell 26
+# %% book/chapters/08_model.md, cell 27
 def near_slots(c: ModelConfig) -> int | None:
     """How many tokens a layer that looks back only so far sees."""
     return c.attn_window or c.attn_chunk
@@ -408,7 +416,7 @@ def look_of(c: ModelConfig, kind: Kind) -> Any:
     return partial(mixtral.attend_near, sees=sees)
 
 
-# %% book/chapters/08_model.md, cell 27
+# %% book/chapters/08_model.md, cell 28
 def feed_forward(
     x: Float32[Array, "B T D"], c: ModelConfig, train: bool,
     kind: Kind = LIKE_GROK,
@@ -427,7 +435,7 @@ def feed_forward(
     return y.reshape(x.shape), {"balance": balance, "z": z}
 
 
-# %% book/chapters/08_model.md, cell 28
+# %% book/chapters/08_model.md, cell 29
 def router_of(c: ModelConfig) -> Router:
     return Router(c.num_experts, c.top_k, rule=ROUTERS[c.router])
 
@@ -437,7 +445,7 @@ def style_of(c: ModelConfig) -> Style:
     return Style(GLUS[c.activation], c.router == "sigmoid_input")
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 30
 def dense(
     x: Float[Array, "B T D"], c: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -452,7 +460,7 @@ def dense(
     return linear(c.d_model, "linear_1", "model", "data")(hidden)
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 31
 class Shared(hk.Module):
     """The expert that every token goes through, in models with one."""
 
@@ -470,7 +478,7 @@ class Shared(hk.Module):
         return Linear(c.d_model, out, "linear_1")(hidden)
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 32
 def layer_function(
     config: ModelConfig, kind: Kind | None = None
 ) -> hk.Transformed:
@@ -483,17 +491,17 @@ def layer_function(
     return hk.without_apply_rng(hk.transform(run))
 
 
-# %% book/chapters/08_model.md, cell 32
+# %% book/chapters/08_model.md, cell 33
 def norm_function(eps: float = 1e-5) -> hk.Transformed:
     """The one norm after the last layer."""
     return hk.without_apply_rng(hk.transform(lambda h: RMSNorm(eps)(h)))
 
 
-# %% book/chapters/08_model.md, cell 33
+# %% book/chapters/08_model.md, cell 34
 Params = Mapping[str, Mapping[str, Any]]
 
 
-# %% book/chapters/08_model.md, cell 34
+# %% book/chapters/08_model.md, cell 35
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -517,7 +525,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return {**ends, **layers, **norm}
 
 
-# %% book/chapters/08_model.md, cell 35
+# %% book/chapters/08_model.md, cell 36
 def init_kind(keys: Array, config: ModelConfig, kind: Kind) -> Params:
     """Stacks for layers of one kind, a key for each."""
     h = jnp.zeros((1, 1, config.d_model))
@@ -527,10 +535,10 @@ def init_kind(keys: Array, config: ModelConfig, kind: Kind) -> Params:
 
 
 def flat_paths(params: Params) -> list[tuple[str, str]]:
-    return [(m, name) for m, leaves in params.items() for name in leaves]
+    return [(m, name) for m, ws in params.items() for name in ws]
 
 
-# %% book/chapters/08_model.md, cell 36
+# %% book/chapters/08_model.md, cell 37
 def init_layers(keys: Array, config: ModelConfig) -> Params:
     """The stacks of all layers; in Grok-1 all have the same modules."""
     has = np.array([kind.experts for kind in kinds(config)])
@@ -545,7 +553,7 @@ def init_layers(keys: Array, config: ModelConfig) -> Params:
     return params
 
 
-# %% book/chapters/08_model.md, cell 37
+# %% book/chapters/08_model.md, cell 38
 def split_params(params: Params) -> tuple[Params, Params]:
     """The layers' stacks, and everything else."""
     def of_layer(module: str, name: str, w: Any) -> bool:
@@ -554,9 +562,9 @@ def split_params(params: Params) -> tuple[Params, Params]:
     return hk.data_structures.partition(of_layer, params)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 46
 class Place(NamedTuple):
-    """Where a layer's weights and cache lie: an index for each stack."""
+    """Where a layer's weights and cache lie: an index a stack."""
 
     layer: Any                      # of what every layer has
     experts: Any                    # among layers with experts
@@ -564,7 +572,7 @@ class Place(NamedTuple):
     cache: Any                      # in the cache, full or near
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 47
 def place_of(c: ModelConfig, layer: int) -> Place:
     """The place of a layer, from the kinds of those before it."""
     before = kinds(c)[:layer]
@@ -575,7 +583,7 @@ def place_of(c: ModelConfig, layer: int) -> Place:
                  near if here else layer - near)
 
 
-# %% book/chapters/08_model.md, cell 47
+# %% book/chapters/08_model.md, cell 48
 EXPERTS = ("/moe/", "/router", "/shared/")
 DENSE = tuple(f"decoder_layer/linear{end}" for end in ("", "_v", "_1"))
 
@@ -587,7 +595,7 @@ def stack_of(module: str) -> str:
     return "dense" if module in DENSE else "layer"
 
 
-# %% book/chapters/08_model.md, cell 48
+# %% book/chapters/08_model.md, cell 49
 def weights_of(
     layers: Params, at: Place, kind: Kind = LIKE_GROK
 ) -> Params:
@@ -606,7 +614,7 @@ def modules_of(layers: Params, kind: Kind) -> Params:
     return {m: w for m, w in layers.items() if stack_of(m) != other}
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 50
 def check_depth(layers: Params, config: ModelConfig) -> None:
     """ValueError unless every stack holds as many layers as it must."""
     depths = place_of(config, config.num_layers)
@@ -620,13 +628,13 @@ def check_depth(layers: Params, config: ModelConfig) -> None:
                 )
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 51
 def keep(h: Float32[Array, "B T D"]) -> Float32[Array, "B T D"]:
     """The residual stream's layout on a mesh, layer after layer."""
     return sharding.constrain(h, None, None, "data")
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 52
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -655,7 +663,7 @@ def decoder(
     return keep(h), cache, {}
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 53
 def run_layer(
     layers: Params,
     at: Place,
@@ -672,10 +680,10 @@ def run_layer(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 53
+# %% book/chapters/08_model.md, cell 54
 @functools.cache
 def period(c: ModelConfig) -> int:
-    """After how many layers their kinds repeat; all, if they never do."""
+    """After how many layers their kinds repeat, if only after all."""
     every, n = kinds(c), c.num_layers
     steps = (s for s in range(1, n) if n % s == 0)
     return next((s for s in steps if every[s:] == every[:-s]), n)
@@ -690,7 +698,7 @@ def place_in(c: ModelConfig, slot: int, repeat: Any) -> Place:
     return Place(*(a + repeat * (b - a) for a, b in zip(first, after)))
 
 
-# %% book/chapters/08_model.md, cell 54
+# %% book/chapters/08_model.md, cell 55
 def decoder_to_train(
     layers: Params,
     h: Float32[Array, "B T D"],
@@ -708,7 +716,7 @@ def decoder_to_train(
             apply = layer_function(config, kind).apply
             h, _, losses = apply(own, h, positions, train=True)
             found += [losses] if losses else []
-        return h, jax.tree.map(lambda *x: sum(x) / len(x), *found)
+        return h, jax.tree.map(mean_of, *found) if found else {}
 
     rows = jax.tree.map(
         lambda w: w.reshape(repeats, -1, *w.shape[1:]), layers
@@ -717,7 +725,11 @@ def decoder_to_train(
     return h, None, jax.tree.map(jnp.mean, losses)
 
 
-# %% book/chapters/08_model.md, cell 55
+# %% book/chapters/08_model.md, cell 56
+def mean_of(*values: Float32[Array, ""]) -> Float32[Array, ""]:
+    return jnp.stack(values).mean()
+
+
 def slices_of(layers: Params, at: Place, kind: Kind) -> Params:
     """One layer's weights, cut out of short stacks."""
     def pick(module: str, name: str, stack: Any) -> Any:
@@ -726,7 +738,7 @@ def slices_of(layers: Params, at: Place, kind: Kind) -> Params:
     return hk.data_structures.map(pick, modules_of(layers, kind))
 
 
-# %% book/chapters/08_model.md, cell 67
+# %% book/chapters/08_model.md, cell 68
 def embed(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig
 ) -> Float32[Array, "B T D"]:
@@ -737,7 +749,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 68
+# %% book/chapters/08_model.md, cell 69
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -746,7 +758,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 69
+# %% book/chapters/08_model.md, cell 70
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -766,7 +778,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 74
+# %% book/chapters/08_model.md, cell 75
 def tied_logits_on_mesh(
     h: Float[Array, "N D"],
     table: Float[Array, "V D"],
@@ -792,7 +804,7 @@ def tied_logits_on_mesh(
     )(h, table)
 
 
-# %% book/chapters/08_model.md, cell 75
+# %% book/chapters/08_model.md, cell 76
 def unembed(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -811,7 +823,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 76
+# %% book/chapters/08_model.md, cell 77
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -839,7 +851,7 @@ def forward(
     return decoder(params, h, positions, config, cache, train)
 
 
-# %% book/chapters/08_model.md, cell 77
+# %% book/chapters/08_model.md, cell 78
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -850,7 +862,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 80
+# %% book/chapters/08_model.md, cell 81
 def pin(cache: KVCache) -> KVCache:
     """Keep the cache's layout on the mesh from step to step."""
     mesh = sharding.current_mesh()
@@ -866,7 +878,7 @@ def pin(cache: KVCache) -> KVCache:
     return jax.tree.map(hold, cache)
 
 
-# %% book/chapters/08_model.md, cell 81
+# %% book/chapters/08_model.md, cell 82
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache [L, B, S, K, H] in `config.dtype`, on the mesh."""
@@ -886,7 +898,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     return pin(KVCache(k, v, none, *empty(near, few)))
 
 
-# %% book/chapters/08_model.md, cell 82
+# %% book/chapters/08_model.md, cell 83
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     params: Params,
@@ -914,7 +926,7 @@ def prefill(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 83
+# %% book/chapters/08_model.md, cell 84
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -933,7 +945,7 @@ def decode_step(
     return logits, pin(new)
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 91
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -948,7 +960,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 91
+# %% book/chapters/08_model.md, cell 92
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -964,7 +976,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 96
+# %% book/chapters/08_model.md, cell 97
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -985,7 +997,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 100
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -995,7 +1007,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 100
+# %% book/chapters/08_model.md, cell 101
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -1011,7 +1023,7 @@ def sample(
     return choose(logits, drawn, how.temperature, how.top_k, how.top_p)
 
 
-# %% book/chapters/08_model.md, cell 101
+# %% book/chapters/08_model.md, cell 102
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"], step: Any = 0, how: Any = None
@@ -1020,7 +1032,7 @@ def greedy(
     return jnp.argmax(logits, axis=-1)
 
 
-# %% book/chapters/08_model.md, cell 102
+# %% book/chapters/08_model.md, cell 103
 def per_row(
     name: str, value: Any, rows: int, good: Any, need: str
 ) -> np.ndarray:
@@ -1036,7 +1048,7 @@ def per_row(
     return np.broadcast_to(a, (rows,))
 
 
-# %% book/chapters/08_model.md, cell 103
+# %% book/chapters/08_model.md, cell 104
 def sampling(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:
@@ -1065,13 +1077,13 @@ def sampling(
     )
 
 
-# %% book/chapters/08_model.md, cell 104
+# %% book/chapters/08_model.md, cell 105
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 105
+# %% book/chapters/08_model.md, cell 106
 def pad_rows(
     rows: list[list[int]], width: int, pad: int = 0
 ) -> np.ndarray:
@@ -1082,7 +1094,7 @@ def pad_rows(
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 106
+# %% book/chapters/08_model.md, cell 107
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -1104,7 +1116,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% book/chapters/08_model.md, cell 107
+# %% book/chapters/08_model.md, cell 108
 def check_rows(
     prompts: Any, new: Any, c: ModelConfig
 ) -> list[list[int]]:
@@ -1116,15 +1128,16 @@ def check_rows(
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% book/chapters/08_model.md, cell 109
+# %% book/chapters/08_model.md, cell 110
 def seen_by(
-    model: "Steps", rows: list[list[int]], images: Any, padded: np.ndarray
+    model: "Steps", rows: list[list[int]], images: Any,
+    padded: np.ndarray,
 ) -> Seen | None:
     """What the prompts have seen; ValueError if it fits them not."""
     c, p = model.config, model.params
     if c.vision is None:
         if images is not None:
-            raise ValueError("this model sees nothing: leave out images")
+            raise ValueError("this model is blind: leave out images")
         return None
     tiles = check_images(rows, images, c.vision)
     if not len(tiles):
@@ -1139,7 +1152,7 @@ def seen_by(
     return Seen(features, places_of(padded, c.vision.image_id))
 
 
-# %% book/chapters/08_model.md, cell 110
+# %% book/chapters/08_model.md, cell 111
 def token_steps(
     model: "Steps", rows: list[list[int]], how: Sampling, count: int,
     images: Any = None,
@@ -1166,7 +1179,7 @@ def token_steps(
         yield np.asarray(tokens).tolist()
 
 
-# %% book/chapters/08_model.md, cell 111
+# %% book/chapters/08_model.md, cell 112
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
@@ -1182,7 +1195,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 112
+# %% book/chapters/08_model.md, cell 113
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -1193,7 +1206,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 113
+# %% book/chapters/08_model.md, cell 114
 @dataclass(frozen=True)
 class Runnable:
     """A configuration, its weights, and where and with what to run."""
@@ -1222,7 +1235,7 @@ class Runnable:
         return self.tokenizer
 
 
-# %% book/chapters/08_model.md, cell 114
+# %% book/chapters/08_model.md, cell 115
 class Steps(Runnable):
     """The compiled programs, on these weights."""
 
@@ -1242,7 +1255,7 @@ class Steps(Runnable):
         return decode_step(self.params, tokens, cache, self.config)
 
 
-# %% book/chapters/08_model.md, cell 115
+# %% book/chapters/08_model.md, cell 116
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
@@ -1260,7 +1273,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 116
+# %% book/chapters/08_model.md, cell 117
 def check_mask(
     tokens: np.ndarray, lengths: Any, mask: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -1280,9 +1293,9 @@ def check_mask(
     return first, count
 
 
-# %% book/chapters/08_model.md, cell 117
+# %% book/chapters/08_model.md, cell 118
 def masked_logits(
-    model: "IdModel", tokens: Any, lengths: Any, mask: Any,
+    model: "LogitsModel", tokens: Any, lengths: Any, mask: Any,
     images: Any = None,
 ) -> Float32[Array, "B T V"]:
     """Logits of rows that begin anywhere; zero where `mask` is not."""
@@ -1296,9 +1309,9 @@ def masked_logits(
     return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
 
 
-# %% book/chapters/08_model.md, cell 118
-class IdModel(Steps):
-    """What a model does with token ids."""
+# %% book/chapters/08_model.md, cell 119
+class LogitsModel(Steps):
+    """What a model says of tokens that are there."""
 
     def logits(
         self, tokens: Any, lengths: Any = None, mask: Any = None,
@@ -1320,6 +1333,11 @@ class IdModel(Steps):
             lengths = np.array([len(row) for row in rows], np.int32)
             return self.all_logits(padded, lengths, seen)[:, :t]
 
+
+# %% book/chapters/08_model.md, cell 120
+class IdModel(LogitsModel):
+    """What a model does with token ids."""
+
     def generate_ids(
         self, prompts: Any, max_new_tokens: int = 32,
         temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
@@ -1338,7 +1356,7 @@ class IdModel(Steps):
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 119
+# %% book/chapters/08_model.md, cell 121
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -1357,7 +1375,7 @@ class StreamModel(IdModel):
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 120
+# %% book/chapters/08_model.md, cell 122
 class Model(StreamModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -1390,7 +1408,7 @@ class Model(StreamModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 126
+# %% book/chapters/08_model.md, cell 128
 PRESETS = {"grok-1": ModelConfig()} | {
     name: ModelConfig(**settings)
     for family in (llama, mixtral, llama4)

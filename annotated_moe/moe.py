@@ -308,32 +308,30 @@ def sort_and_tile(
     experts: Int[Array, "N A"],
     w: Experts,
     num_experts: int,
-    rows: sharding.Axis = None,
-    cols: sharding.Axis = None,
-    block: int | None = None,
-    style: Style = Style(),
+    rows: sharding.Axis = None, cols: sharding.Axis = None,
+    block: int | None = None, style: Style = Style(),
 ) -> Float32[Array, "N D"]:
     """Dropless: walk over blocks of rows that share an expert.
 
-    `rows`, `cols` as in `expert`; `block` as `block_rows` says unless
-    given. No reverse mode. Raises ValueError when shapes disagree.
+    `rows`, `cols` as in `expert`; `block` by default `block_rows`.
+    No reverse mode. ValueError when shapes disagree.
     """
     check_shapes(x, gates, experts, w, num_experts)
-    n, a = experts.shape
-    block = block or block_rows(n, a, num_experts)
+    a, fill = experts.shape[1], {"mode": "fill", "fill_value": 0}
+    block = block or block_rows(*experts.shape, num_experts)
     plan = plan_blocks(experts, num_experts, block)
 
     def add_block(j, y):
         e, choice = rows_of_block(plan, j, block)
         token = choice // a                                 # N: padding
-        xs = x.at[token].get(mode="fill", fill_value=0)
-        gate = gates.ravel().at[choice].get(mode="fill", fill_value=0)
+        xs = x.at[token].get(**fill)
+        gate = gates.ravel().at[choice].get(**fill)
         xs, gate = style.weigh(xs, gate, gate)
         out = expert(xs, w, (e,), rows, cols, style) * gate[:, None]
         return y.at[token].add(out, mode="drop")
 
-    y, blocks = jnp.zeros(x.shape, jnp.float32), plan.first[-1]
-    return inference_only(jax.lax.fori_loop(0, blocks, add_block, y))
+    job = 0, plan.first[-1], add_block, jnp.zeros(x.shape, jnp.float32)
+    return inference_only(jax.lax.fori_loop(*job))
 
 
 # %% book/chapters/05_moe.md, cell 48
@@ -436,9 +434,8 @@ class MoE(hk.Module):
     """The experts of a layer; with `train`, the way with a gradient."""
 
     def __init__(
-        self, num_experts: int, d_ff: int,
-        capacity_factor: float = 1.5, name: str = "moe",
-        style: Style = Style(),
+        self, num_experts: int, d_ff: int, capacity_factor: float = 1.5,
+        name: str = "moe", style: Style = Style(),
     ):
         super().__init__(name=name)
         self.num_experts, self.d_ff = num_experts, d_ff
@@ -458,8 +455,8 @@ class MoE(hk.Module):
         self, x: Float[Array, "N D"], routed: Route, train: bool = False
     ) -> Float32[Array, "N D"]:
         w = self.weights(x.shape[-1])
-        job = (x, routed.gates, routed.experts, w, self.num_experts)
-        if train:
-            seats = self.capacity_factor
-            return capacity_and_drop(*job, seats, self.style)
-        return sharded_experts(*job, self.style)
+        chosen = routed.gates, routed.experts
+        job = (x, *chosen, w, self.num_experts)
+        if not train:
+            return sharded_experts(*job, self.style)
+        return capacity_and_drop(*job, self.capacity_factor, self.style)

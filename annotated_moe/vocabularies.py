@@ -694,6 +694,7 @@ def named_templates(beside: dict[str, bytes]) -> dict[str, str]:
     return {str(t.get("name")): str(t.get("template")) for t in named}
 
 
+# %% book/chapters/19_vocabularies.md, cell 51
 def pick_template(
     beside: dict[str, bytes], name: str | None, tools: Any
 ) -> str:
@@ -711,7 +712,7 @@ def pick_template(
     return known[name]
 
 
-# %% book/chapters/19_vocabularies.md, cell 51
+# %% book/chapters/19_vocabularies.md, cell 52
 MAX_SECONDS, MAX_BYTES, MAX_TEXT = 5, 2**30, 2**22
 
 
@@ -737,7 +738,7 @@ def sandbox(library: ModuleType, extension: Any) -> Any:
     return env
 
 
-# %% book/chapters/19_vocabularies.md, cell 52
+# %% book/chapters/19_vocabularies.md, cell 53
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None,
     separators: Any = None, sort_keys: bool = False,
@@ -752,7 +753,7 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-# %% book/chapters/19_vocabularies.md, cell 53
+# %% book/chapters/19_vocabularies.md, cell 54
 def generation_tag(extension: Any) -> Any:
     """`{% generation %}` marks answers for training; prints them."""
     class Generation(extension):
@@ -766,7 +767,7 @@ def generation_tag(extension: Any) -> Any:
     return Generation
 
 
-# %% book/chapters/19_vocabularies.md, cell 54
+# %% book/chapters/19_vocabularies.md, cell 55
 def render(template: str, variables: dict[str, Any]) -> str:
     """Run a template here and now; only `render_apart` should."""
     library = importlib.import_module("jinja2")
@@ -782,7 +783,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     return "".join(text)
 
 
-# %% book/chapters/19_vocabularies.md, cell 55
+# %% book/chapters/19_vocabularies.md, cell 56
 def limit_process() -> None:
     """Bound what this process may take, where the system can."""
     try:
@@ -805,7 +806,7 @@ def answer(request: str) -> dict[str, str]:
         return {"error": str(error) or type(error).__name__}
 
 
-# %% book/chapters/19_vocabularies.md, cell 56
+# %% book/chapters/19_vocabularies.md, cell 57
 def render_apart(template: str, variables: dict[str, Any]) -> str:
     """Render in a process of its own; ValueError says what failed."""
     needed("jinja2", "a chat template")
@@ -826,7 +827,7 @@ def render_apart(template: str, variables: dict[str, Any]) -> str:
     return reply["text"]
 
 
-# %% book/chapters/19_vocabularies.md, cell 59
+# %% book/chapters/19_vocabularies.md, cell 60
 PRIVATE = range(0xF0000, 0xFFFFE)           # characters without meaning
 
 
@@ -849,14 +850,14 @@ def disarm(value: Any, hide: Callable[[str], str]) -> Any:
     return value
 
 
-# %% book/chapters/19_vocabularies.md, cell 60
+# %% book/chapters/19_vocabularies.md, cell 61
 def swap(text: str, table: dict[str, str]) -> str:
     """`text` with each key of `table` replaced, the longest first."""
     parts = split_at(text, table)
     return "".join([table.get(part, part) for part in parts])
 
 
-# %% book/chapters/19_vocabularies.md, cell 61
+# %% book/chapters/19_vocabularies.md, cell 62
 def noted(seen: list[str]) -> Callable[[str], str]:
     """Leaves each string as it is, and in `seen`."""
     def note(text: str) -> str:
@@ -883,7 +884,7 @@ def check_messages(messages: Any, given: dict[str, Any]) -> str:
     return "\n".join(typed)
 
 
-# %% book/chapters/19_vocabularies.md, cell 62
+# %% book/chapters/19_vocabularies.md, cell 63
 def token_names(table: Any, settings: dict[str, Any]) -> dict[str, str]:
     """`bos_token` and its kin, which templates print."""
     names = {i: name for name, i in specials_of(table).items()}
@@ -895,7 +896,7 @@ def token_names(table: Any, settings: dict[str, Any]) -> dict[str, str]:
     return own | given
 
 
-# %% book/chapters/19_vocabularies.md, cell 63
+# %% book/chapters/19_vocabularies.md, cell 64
 def chat_ids(
     table: Any,
     beside: dict[str, bytes],
@@ -923,7 +924,7 @@ def chat_ids(
     )
 
 
-# %% book/chapters/19_vocabularies.md, cell 64
+# %% book/chapters/19_vocabularies.md, cell 65
 def chat_text(
     table: Any, beside: dict[str, bytes], messages: Any,
     template: str | None, **variables: Any,
@@ -940,6 +941,6 @@ def chat_text(
     return text, {mark: s for s, mark in hidden.items()}
 
 
-# %% book/chapters/19_vocabularies.md, cell 67
+# %% book/chapters/19_vocabularies.md, cell 68
 if __name__ == "__main__" and "__file__" in globals():
     sys.stdout.write(json.dumps(answer(sys.stdin.read())))

@@ -219,7 +219,7 @@ def attend_blockwise(
     sees = sees or (lambda slots: slots <= last)
     sizes = ((0, 0), (0, -slots % block), (0, 0), (0, 0))
     k, v = jnp.pad(k, sizes), jnp.pad(v, sizes)
-    how = {"multiplier": multiplier, "softcap": softcap}
+    how: Any = {"multiplier": multiplier, "softcap": softcap}
     score = partial(attention_scores, q, **how)
     _, total, y = absorb_all(score, k, v, sees, shape, block)
     y = (y / total[..., None]).transpose(0, 3, 1, 2, 4)

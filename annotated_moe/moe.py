@@ -317,15 +317,15 @@ def sort_and_tile(
     No reverse mode. ValueError when shapes disagree.
     """
     check_shapes(x, gates, experts, w, num_experts)
-    a, fill = experts.shape[1], {"mode": "fill", "fill_value": 0}
+    a = experts.shape[1]
     block = block or block_rows(*experts.shape, num_experts)
     plan = plan_blocks(experts, num_experts, block)
 
     def add_block(j, y):
         e, choice = rows_of_block(plan, j, block)
         token = choice // a                                 # N: padding
-        xs = x.at[token].get(**fill)
-        gate = gates.ravel().at[choice].get(**fill)
+        xs = x.at[token].get(mode="fill", fill_value=0)
+        gate = gates.ravel().at[choice].get(mode="fill", fill_value=0)
         xs, gate = style.weigh(xs, gate, gate)
         out = expert(xs, w, (e,), rows, cols, style) * gate[:, None]
         return y.at[token].add(out, mode="drop")

@@ -317,8 +317,8 @@ def sort_and_tile(
     No reverse mode. ValueError when shapes disagree.
     """
     check_shapes(x, gates, experts, w, num_experts)
-    a = experts.shape[1]
-    block = block or block_rows(*experts.shape, num_experts)
+    n, a = experts.shape
+    block = block or block_rows(n, a, num_experts)
     plan = plan_blocks(experts, num_experts, block)
 
     def add_block(j, y):

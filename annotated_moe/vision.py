@@ -442,6 +442,7 @@ def check_images(
     return np.concatenate(tiles)
 
 
+# %% book/chapters/17_vision.md, cell 52
 def check_count(
     i: int, row: np.ndarray, tiles: int, c: VisionConfig
 ) -> None:
@@ -455,7 +456,7 @@ def check_count(
         )
 
 
-# %% book/chapters/17_vision.md, cell 54
+# %% book/chapters/17_vision.md, cell 55
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -477,7 +478,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% book/chapters/17_vision.md, cell 55
+# %% book/chapters/17_vision.md, cell 56
 VISION_LAYER = (                                # {i}: the layer
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -496,7 +497,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% book/chapters/17_vision.md, cell 56
+# %% book/chapters/17_vision.md, cell 57
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -509,7 +510,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 57
+# %% book/chapters/17_vision.md, cell 58
 def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
     """(their name, our path, transform) of every parameter."""
     return tuple(
@@ -522,7 +523,7 @@ def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
 VISION_HF, VISION_META = vision_table(False), vision_table(True)
 
 
-# %% book/chapters/17_vision.md, cell 59
+# %% book/chapters/17_vision.md, cell 60
 def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     """The names that a row of the table stands for, layer by layer."""
     if "{i}" not in theirs:
@@ -530,7 +531,7 @@ def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     return [theirs.replace("{i}", str(i)) for i in range(c.layers)]
 
 
-# %% book/chapters/17_vision.md, cell 60
+# %% book/chapters/17_vision.md, cell 61
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -554,7 +555,7 @@ VISION_FIXED = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 61
+# %% book/chapters/17_vision.md, cell 62
 def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
     """A `vision_config` of Hugging Face; ValueError if unsupported."""
     raw = check_fields(raw)
@@ -579,7 +580,7 @@ def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
     return c
 
 
-# %% book/chapters/17_vision.md, cell 62
+# %% book/chapters/17_vision.md, cell 63
 def check_fields(raw: Any) -> dict[str, Any]:
     """`raw` less what has no meaning; ValueError for the unknown."""
     if not isinstance(raw, dict):
@@ -600,6 +601,7 @@ def check_fields(raw: Any) -> dict[str, Any]:
     return kept
 
 
+# %% book/chapters/17_vision.md, cell 64
 def rope_theta(raw: dict[str, Any]) -> Any:
     """RoPE's base, in the newer or the older spelling."""
     rope = raw.get("rope_parameters") or {}
@@ -611,7 +613,7 @@ def rope_theta(raw: dict[str, Any]) -> Any:
     return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 
-# %% book/chapters/17_vision.md, cell 63
+# %% book/chapters/17_vision.md, cell 65
 def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     """What `read_vision` reads, from a VisionConfig as a dict."""
     named = {name: c[ours] for name, ours in VISION_FIELDS.items()}
@@ -627,7 +629,7 @@ def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 64
+# %% book/chapters/17_vision.md, cell 66
 def canvas(
     height: int, width: int, c: VisionConfig, most: int = 16
 ) -> tuple[int, int]:
@@ -645,7 +647,7 @@ def canvas(
     return min(fits, key=math.prod)
 
 
-# %% book/chapters/17_vision.md, cell 66
+# %% book/chapters/17_vision.md, cell 68
 def fitted(
     height: int, width: int, grid: tuple[int, int], size: int
 ) -> tuple[int, int]:
@@ -661,7 +663,7 @@ def fitted(
     return tall, max(fit, 1)
 
 
-# %% book/chapters/17_vision.md, cell 67
+# %% book/chapters/17_vision.md, cell 69
 def resized(
     pixels: np.ndarray, height: int, width: int
 ) -> np.ndarray:
@@ -676,7 +678,7 @@ def resized(
     return np.asarray(jnp.clip(jnp.round(y), 0, 255)).astype(np.uint8)
 
 
-# %% book/chapters/17_vision.md, cell 68
+# %% book/chapters/17_vision.md, cell 70
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -693,7 +695,7 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 69
+# %% book/chapters/17_vision.md, cell 71
 def image_tiles(
     pixels: Any, c: VisionConfig, most: int = 16
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -717,7 +719,7 @@ def image_tiles(
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
-# %% book/chapters/17_vision.md, cell 70
+# %% book/chapters/17_vision.md, cell 72
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 

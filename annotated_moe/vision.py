@@ -723,6 +723,8 @@ def image_tiles(
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 
+    `tokenizer.encode(text, specials=True)` makes ids of it, and
+    `generate_ids([ids], images=[tiles])` reads those.
     Source: Llama 4's processor, `_prompt_split_image`.
     """
     tile = "<|patch|>" * c.rows

@@ -151,12 +151,11 @@ def test_a_prompt_in_words_with_a_picture(gold, model):
         return [ord(letter) - 97 for letter in text]
 
     table = vocabularies.ByteTable(pieces, specials, {}, plain)
-    text = vision.image_text(1, 1, SMALL) + "abc"
+    text = vision.image_text(1, 1, SMALL) + "abcdefg"
     ids = vocabularies.encode_special(table, text)
-    assert ids == [57, 58, 60, 60, 60, 60, 59, 0, 1, 2]
-    one, two = (model.generate_ids([ids], 1, images=[tiles])
-                for tiles in pictures(gold))
-    assert len(one[0]) == len(two[0]) == 1
+    assert ids == [57, 58, 60, 60, 60, 60, 59, *range(7)]
+    new = model.generate_ids([ids, ids], 5, images=pictures(gold))
+    assert [len(row) for row in new] == [5, 5] and new[0] != new[1]
     with pytest.raises(ValueError, match="image token 60 4 times"):
         model.generate_ids([ids], 1)
 

@@ -29,37 +29,19 @@ from annotated_moe.rope import rope_angles
 
 # %% book/chapters/17_vision.md, cell 3
 @dataclass(frozen=True)
-class VisionConfig:
-    """What makes an image encoder; Llama 4's unless told otherwise.
-
-    ValueError for numbers that no encoder can have.
-    """
+class Tiling:
+    """How pixels become rows for the decoder; Llama 4's way."""
 
     image_size: int = 336           # pixels along a side of a tile
     patch_size: int = 14            # pixels along a side of a patch
     channels: int = 3
-    width: int = 1408               # features of a patch
-    layers: int = 34
-    heads: int = 16                 # of width / heads features each
-    d_ff: int = 5632                # hidden features of a layer
     shuffle: int = 2                # so many patches squared: one row
-    features: int = 4096            # of such a row, in the adapter
-    d_model: int = 5120             # the decoder's width
-    norm_eps: float = 1e-5
-    rope_base: float = 10000.0
     image_id: int = 200092          # the token that a row replaces
-
-    def __post_init__(self) -> None:
-        check_vision(self)
 
     @property
     def grid(self) -> int:
         """Patches along a side."""
         return self.image_size // self.patch_size
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
 
     @property
     def rows(self) -> int:
@@ -68,6 +50,31 @@ class VisionConfig:
 
 
 # %% book/chapters/17_vision.md, cell 4
+@dataclass(frozen=True)
+class VisionConfig(Tiling):
+    """What makes an image encoder; Llama 4's unless told otherwise.
+
+    ValueError for numbers that no encoder can have.
+    """
+
+    width: int = 1408               # features of a patch
+    layers: int = 34
+    heads: int = 16                 # of width / heads features each
+    d_ff: int = 5632                # hidden features of a layer
+    features: int = 4096            # of a row, in the adapter
+    d_model: int = 5120             # the decoder's width
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        check_vision(self)
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+
+# %% book/chapters/17_vision.md, cell 5
 def check_vision(c: VisionConfig) -> None:
     """ValueError for a size that is none, or that does not divide."""
     for field in fields(c):
@@ -89,7 +96,7 @@ def check_vision(c: VisionConfig) -> None:
             )
 
 
-# %% book/chapters/17_vision.md, cell 5
+# %% book/chapters/17_vision.md, cell 6
 def vision_config(raw: dict[str, Any]) -> VisionConfig:
     """The configuration that `dataclasses.asdict` made a dict of."""
     unknown = sorted(set(raw) - {f.name for f in fields(VisionConfig)})
@@ -98,7 +105,7 @@ def vision_config(raw: dict[str, Any]) -> VisionConfig:
     return VisionConfig(**raw)
 
 
-# %% book/chapters/17_vision.md, cell 11
+# %% book/chapters/17_vision.md, cell 12
 def patches_of(
     tiles: Float[Array, "I C Y X"], size: int
 ) -> Float[Array, "I P {size*size}*C"]:
@@ -113,7 +120,7 @@ def patches_of(
     return patches.reshape(i, -1, c * size * size)
 
 
-# %% book/chapters/17_vision.md, cell 16
+# %% book/chapters/17_vision.md, cell 17
 Shape = tuple[int, ...]
 Params = Mapping[str, Mapping[str, Any]]
 
@@ -130,7 +137,7 @@ def layer_shapes(c: VisionConfig) -> dict[str, Shape]:
     return shapes | {"down/w": (c.d_ff, w), "down/b": (w,)}
 
 
-# %% book/chapters/17_vision.md, cell 17
+# %% book/chapters/17_vision.md, cell 18
 def vision_shapes(c: VisionConfig) -> dict[str, Shape]:
     """Path -> shape of every parameter; layers are stacked in front."""
     w, merged = c.width, c.shuffle**2 * c.width
@@ -149,31 +156,35 @@ def vision_shapes(c: VisionConfig) -> dict[str, Shape]:
     return {f"vision/{name}": shape for name, shape in shapes.items()}
 
 
-# %% book/chapters/17_vision.md, cell 18
+# %% book/chapters/17_vision.md, cell 19
 def first_value(
-    key: Array, name: str, shape: Shape
+    numbers: Float32[Array, "..."], name: str
 ) -> Float32[Array, "..."]:
     """A parameter before training: columns of length about 1."""
     if name in ("b", "offset"):
-        return jnp.zeros(shape)
+        return jnp.zeros_like(numbers)
     if name == "scale":
-        return jnp.ones(shape)
-    fan = shape[-2] if name == "w" else shape[-1]
-    return jax.random.normal(key, shape) / fan**0.5
+        return jnp.ones_like(numbers)
+    fan = numbers.shape[-2 if name == "w" else -1]
+    return numbers / fan**0.5
 
 
 def vision_params(key: Array, c: VisionConfig) -> Params:
     """Random float32 parameters, module -> name -> array."""
+    shapes = vision_shapes(c)
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    drawn = jax.random.normal(key, (int(ends[-1]),))    # all at once
     params: dict[str, dict[str, Array]] = {}
-    for path, shape in vision_shapes(c).items():
+    for (path, shape), part in zip(
+        shapes.items(), jnp.split(drawn, ends[:-1])
+    ):
         module, name = path.rsplit("/", 1)
-        key, own = jax.random.split(key)
-        params.setdefault(module, {})[name] = first_value(
-            own, name, shape)
+        value = first_value(part.reshape(shape), name)
+        params.setdefault(module, {})[name] = value
     return params
 
 
-# %% book/chapters/17_vision.md, cell 21
+# %% book/chapters/17_vision.md, cell 22
 def layer_norm(
     x: Float[Array, "*B W"], w: Mapping[str, Any], eps: float
 ) -> Float32[Array, "*B W"]:
@@ -187,7 +198,7 @@ def layer_norm(
     return y * w["scale"] + w["offset"]
 
 
-# %% book/chapters/17_vision.md, cell 22
+# %% book/chapters/17_vision.md, cell 23
 def affine(
     x: Float[Array, "*B D"], w: Mapping[str, Any]
 ) -> Float32[Array, "*B F"]:
@@ -197,7 +208,7 @@ def affine(
     return y + w["b"] if "b" in w else y
 
 
-# %% book/chapters/17_vision.md, cell 23
+# %% book/chapters/17_vision.md, cell 24
 def embed_patches(
     params: Params,
     tiles: Float[Array, "I C Y X"],
@@ -213,7 +224,7 @@ def embed_patches(
     return layer_norm(x, params["vision/norm_before"], c.norm_eps)
 
 
-# %% book/chapters/17_vision.md, cell 25
+# %% book/chapters/17_vision.md, cell 26
 def angles_2d(c: VisionConfig) -> Float32[Array, "T half"]:
     """Angle of each feature pair of a head, at each patch, in radians.
 
@@ -228,7 +239,7 @@ def angles_2d(c: VisionConfig) -> Float32[Array, "T half"]:
     return jnp.concatenate([x, y], axis=-1)
 
 
-# %% book/chapters/17_vision.md, cell 28
+# %% book/chapters/17_vision.md, cell 29
 def turn(
     x: Float[Array, "I T heads H"], angles: Float32[Array, "T half"]
 ) -> Float32[Array, "I T heads H"]:
@@ -239,7 +250,7 @@ def turn(
     return jnp.concatenate(y, axis=-1)
 
 
-# %% book/chapters/17_vision.md, cell 33
+# %% book/chapters/17_vision.md, cell 34
 def see(
     x: Float[Array, "I T W"],
     w: Params,
@@ -261,7 +272,7 @@ def see(
     return affine(y.reshape(x.shape), w["linear"])
 
 
-# %% book/chapters/17_vision.md, cell 34
+# %% book/chapters/17_vision.md, cell 35
 gelu = partial(jax.nn.gelu, approximate=False)
 
 
@@ -280,7 +291,7 @@ def vision_layer(
     return h + affine(up, w["down"])
 
 
-# %% book/chapters/17_vision.md, cell 35
+# %% book/chapters/17_vision.md, cell 36
 LAYER = "vision/layer/"
 
 
@@ -293,7 +304,7 @@ def layer_stacks(params: Params) -> dict[str, Mapping[str, Any]]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 36
+# %% book/chapters/17_vision.md, cell 37
 def encode(
     params: Params,
     tiles: Float[Array, "I C Y X"],
@@ -315,7 +326,7 @@ def encode(
     return layer_norm(h, params["vision/norm_after"], c.norm_eps)
 
 
-# %% book/chapters/17_vision.md, cell 38
+# %% book/chapters/17_vision.md, cell 39
 def pixel_shuffle(
     x: Float[Array, "I P W"], side: int
 ) -> Float[Array, "I P/{side}**2 W*{side}**2"]:
@@ -330,7 +341,7 @@ def pixel_shuffle(
     return rows.reshape(i, n * n, side * side * w)
 
 
-# %% book/chapters/17_vision.md, cell 42
+# %% book/chapters/17_vision.md, cell 43
 def adapt(
     params: Params,
     x: Float32[Array, "I P W"],
@@ -343,7 +354,7 @@ def adapt(
     return gelu(affine(x, params["vision/adapter/linear_1"]))
 
 
-# %% book/chapters/17_vision.md, cell 43
+# %% book/chapters/17_vision.md, cell 44
 @partial(jax.jit, static_argnames=("c", "dtype"))
 def image_features(
     params: Params,
@@ -361,7 +372,7 @@ def image_features(
         -1, c.d_model)
 
 
-# %% book/chapters/17_vision.md, cell 45
+# %% book/chapters/17_vision.md, cell 46
 class Seen(NamedTuple):
     """What a batch of prompts has seen."""
 
@@ -378,7 +389,7 @@ def places_of(
     return np.where(here, order, -1).astype(np.int32)
 
 
-# %% book/chapters/17_vision.md, cell 46
+# %% book/chapters/17_vision.md, cell 47
 def merge(
     h: Float[Array, "B T D"], seen: Seen
 ) -> Float[Array, "B T D"]:
@@ -391,7 +402,7 @@ def merge(
     return jnp.where(here, rows.astype(h.dtype), h)
 
 
-# %% book/chapters/17_vision.md, cell 49
+# %% book/chapters/17_vision.md, cell 50
 def check_tiles(i: int, tiles: Any, c: VisionConfig) -> np.ndarray:
     """The tiles of prompt `i`; ValueError for another shape."""
     shape = (c.channels, c.image_size, c.image_size)
@@ -409,7 +420,7 @@ def check_tiles(i: int, tiles: Any, c: VisionConfig) -> np.ndarray:
     return tiles.astype(np.float32)
 
 
-# %% book/chapters/17_vision.md, cell 50
+# %% book/chapters/17_vision.md, cell 51
 def check_images(
     rows: Iterable[Any], images: Any, c: VisionConfig
 ) -> np.ndarray:
@@ -431,6 +442,7 @@ def check_images(
     return np.concatenate(tiles)
 
 
+# %% book/chapters/17_vision.md, cell 52
 def check_count(
     i: int, row: np.ndarray, tiles: int, c: VisionConfig
 ) -> None:
@@ -444,7 +456,7 @@ def check_count(
         )
 
 
-# %% book/chapters/17_vision.md, cell 53
+# %% book/chapters/17_vision.md, cell 55
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -466,7 +478,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% book/chapters/17_vision.md, cell 54
+# %% book/chapters/17_vision.md, cell 56
 VISION_LAYER = (                                # {i}: the layer
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -485,7 +497,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% book/chapters/17_vision.md, cell 55
+# %% book/chapters/17_vision.md, cell 57
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -498,7 +510,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 56
+# %% book/chapters/17_vision.md, cell 58
 def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
     """(their name, our path, transform) of every parameter."""
     return tuple(
@@ -511,7 +523,7 @@ def vision_table(meta: bool) -> tuple[tuple[str, str, str], ...]:
 VISION_HF, VISION_META = vision_table(False), vision_table(True)
 
 
-# %% book/chapters/17_vision.md, cell 58
+# %% book/chapters/17_vision.md, cell 60
 def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     """The names that a row of the table stands for, layer by layer."""
     if "{i}" not in theirs:
@@ -519,7 +531,7 @@ def vision_names(theirs: str, c: VisionConfig) -> list[str]:
     return [theirs.replace("{i}", str(i)) for i in range(c.layers)]
 
 
-# %% book/chapters/17_vision.md, cell 59
+# %% book/chapters/17_vision.md, cell 61
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -543,7 +555,7 @@ VISION_FIXED = {
 }
 
 
-# %% book/chapters/17_vision.md, cell 60
+# %% book/chapters/17_vision.md, cell 62
 def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
     """A `vision_config` of Hugging Face; ValueError if unsupported."""
     raw = check_fields(raw)
@@ -568,7 +580,7 @@ def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
     return c
 
 
-# %% book/chapters/17_vision.md, cell 61
+# %% book/chapters/17_vision.md, cell 63
 def check_fields(raw: Any) -> dict[str, Any]:
     """`raw` less what has no meaning; ValueError for the unknown."""
     if not isinstance(raw, dict):
@@ -589,6 +601,7 @@ def check_fields(raw: Any) -> dict[str, Any]:
     return kept
 
 
+# %% book/chapters/17_vision.md, cell 64
 def rope_theta(raw: dict[str, Any]) -> Any:
     """RoPE's base, in the newer or the older spelling."""
     rope = raw.get("rope_parameters") or {}
@@ -600,7 +613,7 @@ def rope_theta(raw: dict[str, Any]) -> Any:
     return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 
-# %% book/chapters/17_vision.md, cell 62
+# %% book/chapters/17_vision.md, cell 65
 def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     """What `read_vision` reads, from a VisionConfig as a dict."""
     named = {name: c[ours] for name, ours in VISION_FIELDS.items()}
@@ -616,7 +629,7 @@ def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 63
+# %% book/chapters/17_vision.md, cell 66
 def canvas(
     height: int, width: int, c: VisionConfig, most: int = 16
 ) -> tuple[int, int]:
@@ -634,7 +647,7 @@ def canvas(
     return min(fits, key=math.prod)
 
 
-# %% book/chapters/17_vision.md, cell 65
+# %% book/chapters/17_vision.md, cell 68
 def fitted(
     height: int, width: int, grid: tuple[int, int], size: int
 ) -> tuple[int, int]:
@@ -650,7 +663,7 @@ def fitted(
     return tall, max(fit, 1)
 
 
-# %% book/chapters/17_vision.md, cell 66
+# %% book/chapters/17_vision.md, cell 69
 def resized(
     pixels: np.ndarray, height: int, width: int
 ) -> np.ndarray:
@@ -665,7 +678,7 @@ def resized(
     return np.asarray(jnp.clip(jnp.round(y), 0, 255)).astype(np.uint8)
 
 
-# %% book/chapters/17_vision.md, cell 67
+# %% book/chapters/17_vision.md, cell 70
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -682,7 +695,7 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 68
+# %% book/chapters/17_vision.md, cell 71
 def image_tiles(
     pixels: Any, c: VisionConfig, most: int = 16
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -706,10 +719,12 @@ def image_tiles(
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
-# %% book/chapters/17_vision.md, cell 69
+# %% book/chapters/17_vision.md, cell 72
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 
+    `tokenizer.encode(text, specials=True)` makes ids of it, and
+    `generate_ids([ids], images=[tiles])` reads those.
     Source: Llama 4's processor, `_prompt_split_image`.
     """
     tile = "<|patch|>" * c.rows

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import annotated_moe as am
 from annotated_moe import checkpoints as ck
-from annotated_moe import convert, sharding, vision
+from annotated_moe import convert, sharding, vision, vocabularies
 from annotated_moe.model import Model
 from annotated_moe.vision import VisionConfig
 
@@ -28,6 +28,7 @@ SMALL = VisionConfig(
     image_size=16, patch_size=4, width=16, layers=2, heads=2, d_ff=64,
     features=24, d_model=32, image_id=60,
 )
+FEATURES = 1e-5         # most that a feature may differ from the recorded
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +96,8 @@ def test_streamed(gold, folder, monkeypatch):
     monkeypatch.setattr("annotated_moe.streaming.MOST_TOKENS", 10)
     streamed = am.load(folder, dtype="float32", stream=True)
     ids = gold["input_ids"].tolist()
-    greedy = streamed.generate_ids(ids, 2, images=pictures(gold))
-    assert greedy == gold["greedy"][:, :2].tolist()
+    greedy = streamed.generate_ids(ids, 1, images=pictures(gold))
+    assert greedy == gold["greedy"][:, :1].tolist()
 
 
 def test_there_and_back(gold, folder, model):
@@ -115,14 +116,15 @@ def test_there_and_back(gold, folder, model):
 def test_sixteen_bits(gold, model):
     eyes = {k: w for k, w in model.params.items() if k[:6] == "vision"}
     exact = vision.image_features(eyes, gold["pixel_values"], SMALL)
-    np.testing.assert_allclose(exact, gold["projected"], atol=1e-4)
+    np.testing.assert_allclose(
+        exact, gold["projected"], rtol=0, atol=FEATURES)
     coarse = vision.image_features(
         eyes, gold["pixel_values"], SMALL, "bfloat16")
     assert 0 < np.std(coarse - exact) < 0.02 * np.std(exact)
 
 
 def test_each_part_is_needed(gold, model, monkeypatch):
-    """Without it the features are wrong by far more than 1e-4."""
+    """Without it they are wrong by 40 times what is let pass."""
     eyes = {k: w for k, w in model.params.items() if k[:6] == "vision"}
     tiles = jnp.asarray(gold["pixel_values"])
     run = vision.image_features.__wrapped__
@@ -135,7 +137,27 @@ def test_each_part_is_needed(gold, model, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(vision, name, other)
             y = jax.jit(partial(run, c=SMALL))(eyes, tiles)
-        assert abs(y - gold["projected"]).max() > 4e-4, name
+        wrong = abs(y - gold["projected"]).max()
+        assert wrong > 40 * FEATURES, (name, wrong)
+
+
+def test_a_prompt_in_words_with_a_picture(gold, model):
+    """What `image_text` writes is ids if special strings are taken."""
+    marks = ("<|image_start|>", "<|image|>", "<|image_end|>", "<|patch|>")
+    specials = {mark: 57 + i for i, mark in enumerate(marks)}
+    pieces = [bytes([97 + i]) for i in range(57)] + [m.encode() for m in marks]
+
+    def plain(text):
+        return [ord(letter) - 97 for letter in text]
+
+    table = vocabularies.ByteTable(pieces, specials, {}, plain)
+    text = vision.image_text(1, 1, SMALL) + "abcdefg"
+    ids = vocabularies.encode_special(table, text)
+    assert ids == [57, 58, 60, 60, 60, 60, 59, *range(7)]
+    new = model.generate_ids([ids, ids], 5, images=pictures(gold))
+    assert [len(row) for row in new] == [5, 5] and new[0] != new[1]
+    with pytest.raises(ValueError, match="image token 60 4 times"):
+        model.generate_ids([ids], 1)
 
 
 @pytest.mark.parametrize("images, said", [

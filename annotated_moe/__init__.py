@@ -7,10 +7,10 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 151
+# %% book/chapters/09_checkpoints.md, cell 156
 from typing import Any
 
-from annotated_moe import meta  # noqa: F401, `load` learns its layout
+import annotated_moe.meta  # noqa: F401, `load` learns its layout
 from annotated_moe.checkpoints import (
     CheckpointError,
     load,
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 152
+# %% book/chapters/09_checkpoints.md, cell 157
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

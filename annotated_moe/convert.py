@@ -220,7 +220,8 @@ def architecture(config: ModelConfig) -> str:
     CheckpointError if there is none.
     """
     for name, family in ck.FAMILIES.items():
-        if bool(family.text) != bool(config.vision):
+        known = {row[1] for row in family.weights}
+        if set(ck.expected(config)) - known:
             continue
         settings = family_settings(name, config)
         with contextlib.suppress(CheckpointError):
@@ -281,6 +282,7 @@ MODEL_TYPES = {
 }
 
 
+# %% book/chapters/10_convert.md, cell 27
 def hf_settings(config: ModelConfig) -> dict[str, Any]:
     name = architecture(config)
     settings = family_settings(name, config)
@@ -290,7 +292,7 @@ def hf_settings(config: ModelConfig) -> dict[str, Any]:
     return {**settings, "model_type": MODEL_TYPES[name]}
 
 
-# %% book/chapters/10_convert.md, cell 27
+# %% book/chapters/10_convert.md, cell 28
 def grok_settings(config: ModelConfig) -> dict[str, Any]:
     standard, values = ModelConfig(), asdict(config)
     names = [f.name for f in fields(Variations)]
@@ -310,7 +312,7 @@ def grok_settings(config: ModelConfig) -> dict[str, Any]:
     return {**flat, "widening_factor": widening}
 
 
-# %% book/chapters/10_convert.md, cell 28
+# %% book/chapters/10_convert.md, cell 29
 TARGETS: dict[str, tuple[Callable, Callable]] = {
     "ours": (plan_ours, ck.our_settings),
     "grok-1": (plan_grok, grok_settings),
@@ -318,12 +320,12 @@ TARGETS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-# %% book/chapters/10_convert.md, cell 29
+# %% book/chapters/10_convert.md, cell 30
 SYNC = 2**25
 JOURNAL = "journal"
 
 
-# %% book/chapters/10_convert.md, cell 30
+# %% book/chapters/10_convert.md, cell 31
 class Journal(ck.Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
@@ -355,7 +357,7 @@ class Journal(ck.Watcher):
         self.waiting = 0
 
 
-# %% book/chapters/10_convert.md, cell 31
+# %% book/chapters/10_convert.md, cell 32
 def replay(journal: Journal) -> str | None:
     """Take up the lines that are there; which job they belong to."""
     job, end = None, 0
@@ -374,7 +376,7 @@ def replay(journal: Journal) -> str | None:
     return job
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 33
 def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files, and what stands beside it."""
     inside = folder / "ckpt-0"
@@ -384,7 +386,7 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in names if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 34
 def job_of(folder: Path, to: str, most: int) -> str:
     """A name for one conversion of one state of one folder."""
     stats = [(str(p), p.stat()) for p in files_of(folder)]
@@ -393,7 +395,7 @@ def job_of(folder: Path, to: str, most: int) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 35
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a partial folder, for one process at a time."""
@@ -411,7 +413,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 36
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -431,7 +433,7 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 36
+# %% book/chapters/10_convert.md, cell 37
 def check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -441,7 +443,7 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 37
+# %% book/chapters/10_convert.md, cell 38
 WEIGHTS = {
     "config.json", "checksums.json", ck.INDEX, "ckpt-0",
     "params.json", "checklist.chk",             # Meta's
@@ -456,7 +458,7 @@ def companions(folder: Path) -> list[Path]:
     return [path for path in other if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 39
 def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
@@ -472,7 +474,7 @@ def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
         ck.sync(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 39
+# %% book/chapters/10_convert.md, cell 40
 def finish(
     new: Path,
     target: Path,
@@ -492,7 +494,7 @@ def finish(
     ck.sync(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 40
+# %% book/chapters/10_convert.md, cell 41
 @contextmanager
 def cleared(new: Path) -> Iterator[None]:
     """Remove `new` when an error ends the work, not when a kill."""
@@ -506,7 +508,7 @@ def cleared(new: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 41
+# %% book/chapters/10_convert.md, cell 42
 def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -519,7 +521,7 @@ def begin(journal: Journal, new: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 42
+# %% book/chapters/10_convert.md, cell 43
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -532,12 +534,12 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 43
+# %% book/chapters/10_convert.md, cell 44
 def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-# %% book/chapters/10_convert.md, cell 44
+# %% book/chapters/10_convert.md, cell 45
 def check_options(to: str, most: int | None) -> int:
     """The size of a shard; ValueError for what makes no sense."""
     if to not in TARGETS:
@@ -549,7 +551,7 @@ def check_options(to: str, most: int | None) -> int:
     return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 45
+# %% book/chapters/10_convert.md, cell 46
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -575,7 +577,7 @@ def convert(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 46
+# %% book/chapters/10_convert.md, cell 47
 def carry_out(
     folder: Path,
     target: Path,
@@ -602,7 +604,7 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 56
+# %% book/chapters/10_convert.md, cell 57
 class Bar:
     """Progress on stderr: a line that moves, or one each tenth."""
 
@@ -624,7 +626,7 @@ class Bar:
         print(wide, end=end, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/10_convert.md, cell 57
+# %% book/chapters/10_convert.md, cell 58
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def size_of(word: str) -> int:
@@ -636,7 +638,7 @@ def size_of(word: str) -> int:
     return int(number) * UNITS[unit]
 
 
-# %% book/chapters/10_convert.md, cell 58
+# %% book/chapters/10_convert.md, cell 59
 def run_convert(args: argparse.Namespace) -> None:
     most = args.max_shard_size
     size = None if most is None else size_of(most)
@@ -650,7 +652,7 @@ def run_convert(args: argparse.Namespace) -> None:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 59
+# %% book/chapters/10_convert.md, cell 60
 def add_convert(commands: Any) -> None:
     """The subcommand `convert`, for `annotated-moe`'s parser."""
     text = "write a checkpoint in another layout, a block at a time"
@@ -664,7 +666,7 @@ def add_convert(commands: Any) -> None:
     add("--max-shard-size", metavar="SIZE", help=size)
 
 
-# %% book/chapters/10_convert.md, cell 62
+# %% book/chapters/10_convert.md, cell 63
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
@@ -691,11 +693,11 @@ class Rounded:
         return rounded(np.asarray(self.source), self)
 
 
-# %% book/chapters/10_convert.md, cell 63
+# %% book/chapters/10_convert.md, cell 64
 BFLOAT16 = ck.CODES["BF16"]
 
 
-# %% book/chapters/10_convert.md, cell 64
+# %% book/chapters/10_convert.md, cell 65
 def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
@@ -711,7 +713,7 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     return out
 
 
-# %% book/chapters/10_convert.md, cell 65
+# %% book/chapters/10_convert.md, cell 66
 def to_round(w: Any, path: str, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
@@ -720,7 +722,7 @@ def to_round(w: Any, path: str, what: str) -> Any:
     return ck.Stack([to_round(m, path, what) for m in matrices])
 
 
-# %% book/chapters/10_convert.md, cell 66
+# %% book/chapters/10_convert.md, cell 67
 def in_8_bits(path: str, w: Any) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not ck.may_be_quantized(path):
@@ -729,7 +731,7 @@ def in_8_bits(path: str, w: Any) -> Any:
     return QuantizedTensor(*(to_round(w, path, n) for n in names))
 
 
-# %% book/chapters/10_convert.md, cell 67
+# %% book/chapters/10_convert.md, cell 68
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -752,11 +754,12 @@ def quantize_files(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 68
+# %% book/chapters/10_convert.md, cell 69
 def run_quantize(args: argparse.Namespace) -> None:
     quantize_files(args.source, args.target, Bar())
 
 
+# %% book/chapters/10_convert.md, cell 70
 def add_quantize(commands: Any) -> None:
     """The subcommand `quantize`, for `annotated-moe`'s parser."""
     text = "write a checkpoint with matrices of 8-bit integers"

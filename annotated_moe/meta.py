@@ -312,6 +312,9 @@ PUSH: dict[str, Callable[[Machine], Any]] = {
     "BINPERSID": storage,
     "BINUNICODE": long_text,
 }
+
+
+# %% book/chapters/14_meta.md, cell 35
 DO: dict[str, Callable[[Machine], Any]] = {
     **ck.DO,
     "BINPUT": lambda m: put(m, m.number(1)),
@@ -321,15 +324,15 @@ DO: dict[str, Callable[[Machine], Any]] = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 35
+# %% book/chapters/14_meta.md, cell 36
 MOST_STEPS = 200_000
 
 
-# %% book/chapters/14_meta.md, cell 36
+# %% book/chapters/14_meta.md, cell 37
 Spans = dict[str, tuple[int, int]]
 
 
-# %% book/chapters/14_meta.md, cell 37
+# %% book/chapters/14_meta.md, cell 38
 def storage_of(
     node: Any, spans: Spans
 ) -> tuple[np.dtype, int, int]:
@@ -356,7 +359,7 @@ def storage_of(
     return dtype, span[0], count
 
 
-# %% book/chapters/14_meta.md, cell 38
+# %% book/chapters/14_meta.md, cell 39
 def are_sizes(values: Any) -> bool:
     """Whether `values` is a tuple of at most eight sizes."""
     return (
@@ -366,7 +369,7 @@ def are_sizes(values: Any) -> bool:
     )
 
 
-# %% book/chapters/14_meta.md, cell 39
+# %% book/chapters/14_meta.md, cell 40
 def view_of(data: np.ndarray, node: Any, spans: Spans) -> np.ndarray:
     """The tensor that a node describes, as a view of its file."""
     if isinstance(node, Node) and node.kind == PARAMETER and node.args:
@@ -386,7 +389,7 @@ def view_of(data: np.ndarray, node: Any, spans: Spans) -> np.ndarray:
     return np.ndarray(shape, dtype, data.data, first, steps)
 
 
-# %% book/chapters/14_meta.md, cell 40
+# %% book/chapters/14_meta.md, cell 41
 def check_bounds(
     count: int, offset: int, shape: tuple, strides: tuple
 ) -> None:
@@ -401,7 +404,7 @@ def check_bounds(
         )
 
 
-# %% book/chapters/14_meta.md, cell 41
+# %% book/chapters/14_meta.md, cell 42
 def tensors_in(data: np.ndarray, spans: Spans) -> dict[str, np.ndarray]:
     """Name -> view of `data`, by what the pickle in it says."""
     order = data[slice(*spans.get("byteorder", (0, 0)))].tobytes()
@@ -427,7 +430,7 @@ def tensors_in(data: np.ndarray, spans: Spans) -> dict[str, np.ndarray]:
     return tensors
 
 
-# %% book/chapters/14_meta.md, cell 42
+# %% book/chapters/14_meta.md, cell 43
 def open_pth(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a .pth file, mapped, not copied.
 
@@ -446,7 +449,7 @@ def open_pth(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/14_meta.md, cell 50
+# %% book/chapters/14_meta.md, cell 51
 @dataclass(frozen=True, eq=False, repr=False)
 class Assembled(ck.Lazy):
     """Arrays beside one another along `axis`, not copied.
@@ -477,7 +480,7 @@ class Assembled(ck.Lazy):
         return assembled_item(self, index)
 
 
-# %% book/chapters/14_meta.md, cell 51
+# %% book/chapters/14_meta.md, cell 52
 def cut(w: Assembled, spans: list[slice]) -> Iterator[np.ndarray]:
     """What `spans` name of each part; parts beside them are unread."""
     before, after = spans[: w.axis], spans[w.axis + 1 :]
@@ -493,7 +496,7 @@ def cut(w: Assembled, spans: list[slice]) -> Iterator[np.ndarray]:
         at += size
 
 
-# %% book/chapters/14_meta.md, cell 52
+# %% book/chapters/14_meta.md, cell 53
 def as_span(index: Any, size: int) -> slice:
     """One axis' index as a slice that steps forward."""
     if isinstance(index, slice):
@@ -504,7 +507,7 @@ def as_span(index: Any, size: int) -> slice:
     return slice(at, at + 1)
 
 
-# %% book/chapters/14_meta.md, cell 53
+# %% book/chapters/14_meta.md, cell 54
 def assembled_item(w: Assembled, index: Any) -> Any:
     """`w[index]`: one row stays lazy, all else is read."""
     index = index if isinstance(index, tuple) else (index,)
@@ -526,7 +529,7 @@ def assembled_item(w: Assembled, index: Any) -> Any:
     return whole[tuple(keep)]
 
 
-# %% book/chapters/14_meta.md, cell 54
+# %% book/chapters/14_meta.md, cell 55
 def row_of(w: Assembled, row: int) -> Assembled:
     """Row `row` of axis 0, still lazy."""
     if w.axis:
@@ -538,19 +541,19 @@ def row_of(w: Assembled, row: int) -> Assembled:
     return Assembled([part[row]], 0)
 
 
-# %% book/chapters/14_meta.md, cell 57
+# %% book/chapters/14_meta.md, cell 58
 def columns(pieces: list[np.ndarray]) -> Assembled:
     """[out/R, in] of each file: ours is [in, out]."""
     return Assembled([piece.T for piece in pieces], 1)
 
 
-# %% book/chapters/14_meta.md, cell 58
+# %% book/chapters/14_meta.md, cell 59
 def rows(pieces: list[np.ndarray]) -> Assembled:
     """[out, in/R] of each file: ours is [in, out]."""
     return Assembled([piece.T for piece in pieces], 0)
 
 
-# %% book/chapters/14_meta.md, cell 59
+# %% book/chapters/14_meta.md, cell 60
 def split_halves(
     pieces: list[np.ndarray], head_size: int
 ) -> list[np.ndarray]:
@@ -563,7 +566,7 @@ def split_halves(
     ]
 
 
-# %% book/chapters/14_meta.md, cell 63
+# %% book/chapters/14_meta.md, cell 64
 LAYER = "decoder_layer"
 ATTENTION = f"{LAYER}/multi_head_attention"
 MOE, SHARED = f"{LAYER}/moe", f"{LAYER}/shared"
@@ -575,7 +578,7 @@ WHOLE: tuple[Row, ...] = (
 )
 
 
-# %% book/chapters/14_meta.md, cell 64
+# %% book/chapters/14_meta.md, cell 65
 BOTH: tuple[Row, ...] = (
     ("attention_norm.weight", f"{LAYER}/rms_norm/scale", "copies"),
     ("ffn_norm.weight", f"{LAYER}/rms_norm_2/scale", "copies"),
@@ -589,8 +592,11 @@ BOTH: tuple[Row, ...] = (
 )
 
 
-# %% book/chapters/14_meta.md, cell 65
+# %% book/chapters/14_meta.md, cell 66
 FF = "feed_forward"
+
+
+# %% book/chapters/14_meta.md, cell 67
 FUSED: tuple[Row, ...] = (
     ("attention.wqkv.layer_norm_weight",
      f"{LAYER}/rms_norm/scale", "copies"),
@@ -606,7 +612,7 @@ FUSED: tuple[Row, ...] = (
 )
 
 
-# %% book/chapters/14_meta.md, cell 66
+# %% book/chapters/14_meta.md, cell 68
 EXPERTS: tuple[Row, ...] = (
     (f"{FF}.router_DE", f"{LAYER}/router/w", "copies"),
     (f"{FF}.experts.moe_w_in_eD_F", f"{MOE}/linear/w", "experts"),
@@ -623,10 +629,13 @@ EXPERTS: tuple[Row, ...] = (
      f"{SHARED}/linear_v/w", "columns"),
     (f"{FF}.shared_expert.w2.weight", f"{SHARED}/linear_1/w", "rows"),
 )
+
+
+# %% book/chapters/14_meta.md, cell 69
 META_WEIGHTS = WHOLE + BOTH + FUSED + EXPERTS
 
 
-# %% book/chapters/14_meta.md, cell 67
+# %% book/chapters/14_meta.md, cell 70
 Way = Callable[[list[np.ndarray], ModelConfig], Assembled]
 WAYS: dict[str, Way] = {
     "columns": lambda pieces, c: columns(pieces),
@@ -638,13 +647,13 @@ WAYS: dict[str, Way] = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 68
+# %% book/chapters/14_meta.md, cell 71
 def table(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     """[V/R, D] of each file, or [V, D/R]: the shape says which."""
     return Assembled(pieces, int(pieces[0].shape[-1] != c.d_model))
 
 
-# %% book/chapters/14_meta.md, cell 69
+# %% book/chapters/14_meta.md, cell 72
 def copies(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     """The same in all files, which is checked."""
     if any(ck.as_bytes(p) != ck.as_bytes(pieces[0]) for p in pieces):
@@ -654,7 +663,7 @@ def copies(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     return Assembled(pieces[:1], 0)
 
 
-# %% book/chapters/14_meta.md, cell 70
+# %% book/chapters/14_meta.md, cell 73
 def of_three(
     pieces: list[np.ndarray], which: int, c: ModelConfig
 ) -> list[np.ndarray]:
@@ -670,7 +679,7 @@ def of_three(
     return [piece[start : start + sizes[which]] for piece in pieces]
 
 
-# %% book/chapters/14_meta.md, cell 71
+# %% book/chapters/14_meta.md, cell 74
 def half(pieces: list[np.ndarray], lower: int) -> list[np.ndarray]:
     """The upper (0) or lower (1) half of each file's rows."""
     size = len(pieces[0]) // 2
@@ -678,7 +687,7 @@ def half(pieces: list[np.ndarray], lower: int) -> list[np.ndarray]:
     return [piece[start : start + size] for piece in pieces]
 
 
-# %% book/chapters/14_meta.md, cell 72
+# %% book/chapters/14_meta.md, cell 75
 def by_expert(
     pieces: list[np.ndarray], axis: int, c: ModelConfig
 ) -> Assembled:
@@ -693,7 +702,7 @@ def by_expert(
     return Assembled(whole, axis)
 
 
-# %% book/chapters/14_meta.md, cell 73
+# %% book/chapters/14_meta.md, cell 76
 WAYS |= {
     "table": table,
     "copies": copies,
@@ -707,7 +716,7 @@ WAYS |= {
 }
 
 
-# %% book/chapters/14_meta.md, cell 74
+# %% book/chapters/14_meta.md, cell 77
 def pth_files(folder: Path) -> list[Path]:
     """consolidated.00.pth and on; CheckpointError for a gap."""
     found = sorted(
@@ -723,7 +732,7 @@ def pth_files(folder: Path) -> list[Path]:
     return [folder / name for name in found]
 
 
-# %% book/chapters/14_meta.md, cell 75
+# %% book/chapters/14_meta.md, cell 78
 def refuse_other(files: list[Path], ranks: list[dict]) -> None:
     """CheckpointError unless all files hold alike pieces of all."""
     first = ranks[0]
@@ -742,7 +751,7 @@ def refuse_other(files: list[Path], ranks: list[dict]) -> None:
                 )
 
 
-# %% book/chapters/14_meta.md, cell 76
+# %% book/chapters/14_meta.md, cell 79
 def open_ranks(folder: Path) -> dict[str, list[np.ndarray]]:
     """Name -> its piece in each file; tables of angles left out."""
     files = pth_files(folder)
@@ -752,7 +761,7 @@ def open_ranks(folder: Path) -> dict[str, list[np.ndarray]]:
     return {name: [rank[name] for rank in ranks] for name in names}
 
 
-# %% book/chapters/14_meta.md, cell 77
+# %% book/chapters/14_meta.md, cell 80
 def layers_with(path: str, config: ModelConfig) -> list[int]:
     """The layers that have a parameter: with experts, without, all."""
     block = path.split("/")[1]
@@ -764,7 +773,7 @@ def layers_with(path: str, config: ModelConfig) -> list[int]:
     ]
 
 
-# %% book/chapters/14_meta.md, cell 78
+# %% book/chapters/14_meta.md, cell 81
 def one_of(
     where: Path,
     arrays: dict[str, list[np.ndarray]],
@@ -781,7 +790,7 @@ def one_of(
     raise CheckpointError(f"{where} lacks {names or path}")
 
 
-# %% book/chapters/14_meta.md, cell 79
+# %% book/chapters/14_meta.md, cell 82
 def check_heads(where: Path, config: ModelConfig, files: int) -> None:
     """CheckpointError where a file would hold part of a head."""
     for name in ("q_heads", "kv_heads"):
@@ -793,7 +802,7 @@ def check_heads(where: Path, config: ModelConfig, files: int) -> None:
             )
 
 
-# %% book/chapters/14_meta.md, cell 80
+# %% book/chapters/14_meta.md, cell 83
 BY_ROWS = ("attn.wo.weight", "mlp.c_proj.weight")
 BY_COLUMNS = tuple(
     f"{name}.{kind}" for kind in ("weight", "bias")
@@ -802,7 +811,7 @@ BY_COLUMNS = tuple(
 )
 
 
-# %% book/chapters/14_meta.md, cell 81
+# %% book/chapters/14_meta.md, cell 84
 def image_weights(
     where: Path, arrays: dict, used: set, path: str, c: ModelConfig
 ) -> Any:
@@ -825,7 +834,7 @@ def image_weights(
     return ck.stack_layers(where, path, parts) if stacked else parts[0]
 
 
-# %% book/chapters/14_meta.md, cell 82
+# %% book/chapters/14_meta.md, cell 85
 def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of Meta's layout, mapped from disk and joined
     lazily. CheckpointError for one missing, left over or misshapen.
@@ -858,7 +867,7 @@ def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/14_meta.md, cell 83
+# %% book/chapters/14_meta.md, cell 86
 def refuse_rest(folder: Path, names: set[str]) -> None:
     """CheckpointError for tensors that nothing asked for."""
     if names:
@@ -868,18 +877,24 @@ def refuse_rest(folder: Path, names: set[str]) -> None:
         )
 
 
-# %% book/chapters/14_meta.md, cell 84
+# %% book/chapters/14_meta.md, cell 87
 WHOLE_NUMBERS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim",
     "vocab_size", "multiple_of", "attention_chunk_size",
     "nope_layer_interval", "num_experts", "top_k",
     "interleave_moe_layer_step", "max_batch_size", "max_seq_len",
 }
+
+
+# %% book/chapters/14_meta.md, cell 88
 REALS = {
     "ffn_dim_multiplier", "ffn_exp", "norm_eps", "rope_theta",
     "rope_scaling_factor", "rope_high_freq_factor", "floor_scale",
     "attn_scale", "capacity_factor",
 }
+
+
+# %% book/chapters/14_meta.md, cell 89
 SWITCHES = {
     "use_scaled_rope", "use_qk_norm", "attn_temperature_tuning",
     "auto_scale_F",
@@ -888,6 +903,9 @@ MOE_FIELDS = {
     "num_experts", "top_k", "interleave_moe_layer_step",
     "capacity_factor", "auto_scale_F",
 }
+
+
+# %% book/chapters/14_meta.md, cell 90
 OBJECTS = {"moe_args", "vision_args"}
 FIELDS = (WHOLE_NUMBERS | REALS | SWITCHES | OBJECTS) - MOE_FIELDS
 LLAMA4 = {
@@ -898,7 +916,7 @@ LLAMA4 = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 85
+# %% book/chapters/14_meta.md, cell 91
 def good_value(name: str, value: Any) -> bool:
     """Whether a field of params.json holds what it should."""
     if name in SWITCHES:
@@ -910,7 +928,7 @@ def good_value(name: str, value: Any) -> bool:
     return number and 0 < value < 2**31
 
 
-# %% book/chapters/14_meta.md, cell 86
+# %% book/chapters/14_meta.md, cell 92
 def check_params(path: Path, raw: Any, known: set[str]) -> dict:
     """The fields that are set; CheckpointError for a wrong one."""
     if not isinstance(raw, dict):
@@ -927,14 +945,14 @@ def check_params(path: Path, raw: Any, known: set[str]) -> dict:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 87
+# %% book/chapters/14_meta.md, cell 93
 def need(path: Path, values: dict, name: str) -> Any:
     if name not in values:
         raise CheckpointError(f"{path} lacks the field {name!r}")
     return values[name]
 
 
-# %% book/chapters/14_meta.md, cell 88
+# %% book/chapters/14_meta.md, cell 94
 def ffn_width(
     hidden: int,
     multiplier: int | float,
@@ -949,7 +967,7 @@ def ffn_width(
     return -(-int(hidden / share) // multiple) * multiple
 
 
-# %% book/chapters/14_meta.md, cell 89
+# %% book/chapters/14_meta.md, cell 95
 def widths(path: Path, raw: dict, moe: dict) -> dict[str, int]:
     """d_ff and dense_ff, as the release computes them."""
     dim, multiple = raw["dim"], raw.get("multiple_of", 256)
@@ -965,7 +983,7 @@ def widths(path: Path, raw: dict, moe: dict) -> dict[str, int]:
     return {"d_ff": wide, "dense_ff": dense}
 
 
-# %% book/chapters/14_meta.md, cell 92
+# %% book/chapters/14_meta.md, cell 98
 def vocabulary(folder: Path, raw: dict) -> int:
     """V of params.json; where it is -1 or missing, of the embedding."""
     said = raw.get("vocab_size", -1)
@@ -978,7 +996,7 @@ def vocabulary(folder: Path, raw: dict) -> int:
     return rows * len(pieces) if width == raw["dim"] else rows
 
 
-# %% book/chapters/14_meta.md, cell 93
+# %% book/chapters/14_meta.md, cell 99
 def positions(raw: dict) -> dict[str, Any]:
     """RoPE's base and scaling, and the context each generation has."""
     llama4, scaled = LLAMA4 & set(raw), raw.get("use_scaled_rope")
@@ -999,7 +1017,7 @@ def positions(raw: dict) -> dict[str, Any]:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 94
+# %% book/chapters/14_meta.md, cell 100
 def llama4_values(raw: dict) -> dict[str, Any]:
     """What only Llama 4 has, except its experts."""
     values: dict[str, Any] = {}
@@ -1014,7 +1032,7 @@ def llama4_values(raw: dict) -> dict[str, Any]:
     return values
 
 
-# %% book/chapters/14_meta.md, cell 95
+# %% book/chapters/14_meta.md, cell 101
 def expert_values(path: Path, moe: dict) -> dict[str, Any]:
     """Llama 4's experts, or a dense model."""
     if not moe:
@@ -1030,7 +1048,7 @@ def expert_values(path: Path, moe: dict) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/14_meta.md, cell 96
+# %% book/chapters/14_meta.md, cell 102
 EYES = {
     "dim": "width", "n_layers": "layers", "n_heads": "heads",
     "output_dim": "features",
@@ -1041,7 +1059,7 @@ EYE_FIELDS = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 97
+# %% book/chapters/14_meta.md, cell 103
 def side(path: Path, eyes: dict, name: str) -> Any:
     """The side of a square; CheckpointError for another shape."""
     size = eyes[name]
@@ -1053,7 +1071,7 @@ def side(path: Path, eyes: dict, name: str) -> Any:
     return size["height"]
 
 
-# %% book/chapters/14_meta.md, cell 98
+# %% book/chapters/14_meta.md, cell 104
 def vision_values(path: Path, eyes: Any, d: int, v: int) -> Any:
     """`vision_args` as a VisionConfig; None where there are none."""
     if eyes is None:
@@ -1077,7 +1095,7 @@ def vision_values(path: Path, eyes: Any, d: int, v: int) -> Any:
         raise CheckpointError(why) from None
 
 
-# %% book/chapters/14_meta.md, cell 99
+# %% book/chapters/14_meta.md, cell 105
 STOPS = {
     128256: (128001, 128008, 128009),           # Llama 3
     202048: (200001, 200007, 200008),           # Llama 4
@@ -1089,7 +1107,7 @@ ALL_LLAMAS = {
 }
 
 
-# %% book/chapters/14_meta.md, cell 100
+# %% book/chapters/14_meta.md, cell 106
 def meta_config(folder: Path) -> ModelConfig:
     """`params.json` as a configuration.
 
@@ -1120,7 +1138,7 @@ def meta_config(folder: Path) -> ModelConfig:
     })
 
 
-# %% book/chapters/14_meta.md, cell 101
+# %% book/chapters/14_meta.md, cell 107
 def find_meta(folder: Path, names: set[str]) -> ck.Layout | None:
     """Meta's layout, if these are the names of its files."""
     if not {"params.json", "consolidated.00.pth"} <= names:
@@ -1128,5 +1146,6 @@ def find_meta(folder: Path, names: set[str]) -> ck.Layout | None:
     return meta_config(folder), read_meta, folder
 
 
+# %% book/chapters/14_meta.md, cell 108
 ck.DETECTORS.append(find_meta)
 ck.LAYOUTS[read_meta] = "Meta"

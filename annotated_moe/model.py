@@ -214,8 +214,9 @@ def check_variations(c: ModelConfig) -> None:
             raise ValueError(f"{name} must be an int >= 1: {value!r}")
     for name in LAYER_LISTS:
         layers = getattr(c, name)
-        known = range(c.num_layers)
-        if type(layers) is not tuple or not set(layers) <= set(known):
+        if type(layers) is not tuple or not all(
+            type(i) is int and 0 <= i < c.num_layers for i in layers
+        ):
             raise ValueError(f"{name} must list layers: {layers!r}")
     check_named(c)
     check_pairs(c)

@@ -253,7 +253,7 @@ def in_chunks(
 
 
 # %% book/chapters/11_streaming.md, cell 24
-def file_of(view: np.ndarray) -> tuple[Any, str | None]:
+def file_of(view: Any) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
     (None, None) for an array in ordinary memory.

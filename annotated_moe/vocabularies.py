@@ -44,6 +44,7 @@ class MissingExtra(ImportError, ValueError):
     """A library that only some tokenizers need is not installed."""
 
 
+# %% book/chapters/19_vocabularies.md, cell 9
 def needed(module: str, what: str) -> ModuleType:
     """The library `module`, imported when something needs it."""
     try:
@@ -55,7 +56,7 @@ def needed(module: str, what: str) -> ModuleType:
         ) from None
 
 
-# %% book/chapters/19_vocabularies.md, cell 9
+# %% book/chapters/19_vocabularies.md, cell 10
 def damaged(name: str, what: str, why: str) -> ValueError:
     return ValueError(
         f"{name} is not {what} or is damaged ({why[:120]}); compare "
@@ -63,6 +64,7 @@ def damaged(name: str, what: str, why: str) -> ValueError:
     )
 
 
+# %% book/chapters/19_vocabularies.md, cell 11
 def parse_json(data: bytes, name: str, what: str) -> dict[str, Any]:
     """A JSON object, or ValueError that names the file."""
     try:
@@ -74,7 +76,7 @@ def parse_json(data: bytes, name: str, what: str) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/19_vocabularies.md, cell 10
+# %% book/chapters/19_vocabularies.md, cell 12
 class Roles:
     """A vocabulary of another kind, under SentencePiece's methods.
 
@@ -105,7 +107,7 @@ class Roles:
         return self.roles.get("unk", -1)
 
 
-# %% book/chapters/19_vocabularies.md, cell 11
+# %% book/chapters/19_vocabularies.md, cell 13
 class Table(Roles):
     """What `Tokenizer` asks of a table, beside its ids."""
 
@@ -126,7 +128,7 @@ class Table(Roles):
         raise NotImplementedError
 
 
-# %% book/chapters/19_vocabularies.md, cell 12
+# %% book/chapters/19_vocabularies.md, cell 14
 def split_at(text: str, marks: Iterable[str]) -> list[str]:
     """`text` cut around every mark, the longest first."""
     ordered = sorted(marks, key=len, reverse=True)
@@ -135,6 +137,7 @@ def split_at(text: str, marks: Iterable[str]) -> list[str]:
     return re.split(f"({'|'.join(map(re.escape, ordered))})", text)
 
 
+# %% book/chapters/19_vocabularies.md, cell 15
 def encode_marked(
     text: str,
     specials: dict[str, int],
@@ -147,7 +150,7 @@ def encode_marked(
     return ids
 
 
-# %% book/chapters/19_vocabularies.md, cell 13
+# %% book/chapters/19_vocabularies.md, cell 16
 class ByteStream:
     """Bytes to text as they come, whole characters at a time."""
 
@@ -164,7 +167,7 @@ class ByteStream:
         return self.decoder.decode(b"", True)
 
 
-# %% book/chapters/19_vocabularies.md, cell 14
+# %% book/chapters/19_vocabularies.md, cell 17
 class ByteTable(Table):
     """Every id is a string of bytes, and a text is their sum."""
 
@@ -194,7 +197,7 @@ class ByteTable(Table):
         return encode_marked(text, self.specials, self.plain)
 
 
-# %% book/chapters/19_vocabularies.md, cell 15
+# %% book/chapters/19_vocabularies.md, cell 18
 def read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     """Piece -> rank, from lines of base64 and a number."""
     ranks: dict[bytes, int] = {}
@@ -211,7 +214,7 @@ def read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     return ranks
 
 
-# %% book/chapters/19_vocabularies.md, cell 16
+# %% book/chapters/19_vocabularies.md, cell 19
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -220,6 +223,9 @@ LLAMA3_PATTERN = "|".join([
     ENDINGS, OPENER + r"\p{L}+", r"\p{N}{1,3}",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*", SPACES,
 ])
+
+
+# %% book/chapters/19_vocabularies.md, cell 20
 LLAMA4_PATTERN = "|".join([
     f"{OPENER}{UPPER}*{LOWER}+{ENDINGS}?",
     f"{OPENER}{UPPER}+{LOWER}*{ENDINGS}?",
@@ -227,24 +233,28 @@ LLAMA4_PATTERN = "|".join([
 ])
 
 
-# %% book/chapters/19_vocabularies.md, cell 17
+# %% book/chapters/19_vocabularies.md, cell 21
 def reserved(name: str, start: int, stop: int) -> list[str]:
     """Names that Meta keeps free for later."""
     stem = f"{name}_reserved" if name else "reserved"
     return [f"<|{stem}_special_token_{i}|>" for i in range(start, stop)]
 
 
+# %% book/chapters/19_vocabularies.md, cell 22
 def marks(names: str) -> list[str]:
     return [f"<|{name}|>" for name in names.split()]
 
 
-# %% book/chapters/19_vocabularies.md, cell 18
+# %% book/chapters/19_vocabularies.md, cell 23
 LLAMA3_SPECIALS = [
     *marks("begin_of_text end_of_text"), *reserved("", 0, 2),
     *marks("finetune_right_pad_id step_id start_header_id"),
     *marks("end_header_id eom_id eot_id python_tag image"),
     *reserved("", 2, 246),
 ]
+
+
+# %% book/chapters/19_vocabularies.md, cell 24
 LLAMA4_SPECIALS = [
     *marks("begin_of_text end_of_text"),
     *marks("fim_prefix fim_middle fim_suffix"),
@@ -262,7 +272,7 @@ LLAMA4_SPECIALS = [
 ]
 
 
-# %% book/chapters/19_vocabularies.md, cell 19
+# %% book/chapters/19_vocabularies.md, cell 25
 @dataclass(frozen=True)
 class MetaForm:
     """What a tiktoken file does not say about itself."""
@@ -273,6 +283,7 @@ class MetaForm:
     eot: str
 
 
+# %% book/chapters/19_vocabularies.md, cell 26
 META_FORMS = {
     128_000: MetaForm(LLAMA3_PATTERN, LLAMA3_SPECIALS,
                       "<|finetune_right_pad_id|>", "<|eot_id|>"),
@@ -281,7 +292,7 @@ META_FORMS = {
 }
 
 
-# %% book/chapters/19_vocabularies.md, cell 20
+# %% book/chapters/19_vocabularies.md, cell 27
 def stretches(text: str) -> Iterator[str]:
     """`text` in parts that tiktoken can take, cut as Meta cuts it."""
     for at in range(0, len(text), 400_000):
@@ -293,7 +304,7 @@ def stretches(text: str) -> Iterator[str]:
         yield part[start:]
 
 
-# %% book/chapters/19_vocabularies.md, cell 21
+# %% book/chapters/19_vocabularies.md, cell 28
 def byte_pairs(
     ranks: dict[bytes, int], pattern: str, name: str
 ) -> Callable[[str], list[int]]:
@@ -309,7 +320,7 @@ def byte_pairs(
     ]
 
 
-# %% book/chapters/19_vocabularies.md, cell 22
+# %% book/chapters/19_vocabularies.md, cell 29
 def open_tiktoken(data: bytes, name: str, settings: Any) -> Table:
     """Meta's `tokenizer.model`; the special tokens follow the ranks."""
     ranks = read_ranks(data, name)
@@ -332,7 +343,7 @@ def open_tiktoken(data: bytes, name: str, settings: Any) -> Table:
     return ByteTable(pieces, specials, roles, plain)
 
 
-# %% book/chapters/19_vocabularies.md, cell 26
+# %% book/chapters/19_vocabularies.md, cell 34
 TEKKEN_SPECIALS = [
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
     "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
@@ -342,7 +353,7 @@ TEKKEN_SPECIALS = [
 ]
 
 
-# %% book/chapters/19_vocabularies.md, cell 27
+# %% book/chapters/19_vocabularies.md, cell 35
 def tekken_specials(content: dict[str, Any], count: int) -> list[str]:
     """The first `count` ids: those that have a name, then filler."""
     listed = content.get("special_tokens")
@@ -354,7 +365,7 @@ def tekken_specials(content: dict[str, Any], count: int) -> list[str]:
     return names
 
 
-# %% book/chapters/19_vocabularies.md, cell 28
+# %% book/chapters/19_vocabularies.md, cell 36
 def open_tekken(data: bytes, name: str, settings: Any) -> Table:
     """Mistral's `tekken.json`; the special tokens come first."""
     content = parse_json(data, name, "a tekken file")
@@ -381,7 +392,7 @@ def open_tekken(data: bytes, name: str, settings: Any) -> Table:
                      lambda text: [count + i for i in base(text)])
 
 
-# %% book/chapters/19_vocabularies.md, cell 29
+# %% book/chapters/19_vocabularies.md, cell 37
 def byte_alphabet() -> dict[str, int]:
     """Character -> byte, as GPT-2 wrote bytes in its vocabulary."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -390,6 +401,7 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(c): b for c, b in zip(codes, shown + rest)}
 
 
+# %% book/chapters/19_vocabularies.md, cell 38
 def piece_bytes(piece: str, alphabet: dict[str, int]) -> bytes:
     """The bytes of a piece; an added token may be written as it is."""
     if all(c in alphabet for c in piece):
@@ -397,10 +409,11 @@ def piece_bytes(piece: str, alphabet: dict[str, int]) -> bytes:
     return piece.encode()
 
 
-# %% book/chapters/19_vocabularies.md, cell 30
+# %% book/chapters/19_vocabularies.md, cell 39
 LOCAL = {"Replace", "ByteFallback", "Fuse", "Metaspace", "WordPiece"}
 
 
+# %% book/chapters/19_vocabularies.md, cell 40
 def decodes_locally(decoder: dict[str, Any] | None) -> bool:
     """Whether a piece's text depends only on what stands before it."""
     if decoder is None or decoder.get("type") in LOCAL:
@@ -413,7 +426,7 @@ def decodes_locally(decoder: dict[str, Any] | None) -> bool:
     )
 
 
-# %% book/chapters/19_vocabularies.md, cell 31
+# %% book/chapters/19_vocabularies.md, cell 41
 class TextStream:
     """Ids to text by the library's own `decode`, as they come."""
 
@@ -438,7 +451,7 @@ class TextStream:
         return self.table.decode(both)[len(before) :]
 
 
-# %% book/chapters/19_vocabularies.md, cell 32
+# %% book/chapters/19_vocabularies.md, cell 42
 class TextTable(Table):
     """A `tokenizer.json` whose pieces are text, bytes if need be."""
 
@@ -466,13 +479,14 @@ class TextTable(Table):
         return TextStream(self)
 
 
-# %% book/chapters/19_vocabularies.md, cell 33
+# %% book/chapters/19_vocabularies.md, cell 43
 def is_marker(token: dict[str, Any]) -> bool:
     """Whether an added token has a meaning beyond its letters."""
     shape = re.fullmatch("<[|｜].+[|｜]>", token["content"])
     return bool(token["special"] or shape)
 
 
+# %% book/chapters/19_vocabularies.md, cell 44
 def mark(form: dict[str, Any]) -> tuple[set[str], set[str]]:
     """Flag every marker as special; all markers, and those to hide."""
     added = form["added_tokens"] = form.get("added_tokens") or []
@@ -482,6 +496,7 @@ def mark(form: dict[str, Any]) -> tuple[set[str], set[str]]:
     return {t["content"] for t in added if t["special"]}, flagged
 
 
+# %% book/chapters/19_vocabularies.md, cell 45
 def open_coder(kind: Any, form: str, plain: bool) -> Any:
     """The library's object; `plain` takes markers for letters."""
     coder = kind.from_str(form)
@@ -491,7 +506,7 @@ def open_coder(kind: Any, form: str, plain: bool) -> Any:
     return coder
 
 
-# %% book/chapters/19_vocabularies.md, cell 34
+# %% book/chapters/19_vocabularies.md, cell 46
 class Library:
     """The `tokenizers` library on one file."""
 
@@ -519,7 +534,7 @@ class Library:
         return self.coder.decode(ids, skip_special_tokens=False)
 
 
-# %% book/chapters/19_vocabularies.md, cell 35
+# %% book/chapters/19_vocabularies.md, cell 47
 class LibraryBytes(ByteTable):
     """A `tokenizer.json` whose pieces are bytes."""
 
@@ -534,7 +549,7 @@ class LibraryBytes(ByteTable):
         return self.library.encode_special(text)
 
 
-# %% book/chapters/19_vocabularies.md, cell 36
+# %% book/chapters/19_vocabularies.md, cell 48
 def roles_of(
     settings: dict[str, Any], ids: dict[str, int]
 ) -> dict[str, int]:
@@ -547,13 +562,14 @@ def roles_of(
     return roles
 
 
+# %% book/chapters/19_vocabularies.md, cell 49
 def token_text(token: Any) -> str:
     """A token is written as a string or as a table around one."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
 
-# %% book/chapters/19_vocabularies.md, cell 37
+# %% book/chapters/19_vocabularies.md, cell 50
 def open_huggingface(data: bytes, name: str, settings: Any) -> Table:
     """A `tokenizer.json`, through the library that writes them."""
     kind = needed("tokenizers", name).Tokenizer
@@ -575,12 +591,15 @@ def open_huggingface(data: bytes, name: str, settings: Any) -> Table:
     return (LibraryBytes if byte_level else TextTable)(library, roles)
 
 
-# %% book/chapters/19_vocabularies.md, cell 38
+# %% book/chapters/19_vocabularies.md, cell 51
 OPENERS: dict[str, Callable[[bytes, str, Any], Table]] = {
     "tiktoken": open_tiktoken,
     "tekken": open_tekken,
     "huggingface": open_huggingface,
 }
+
+
+# %% book/chapters/19_vocabularies.md, cell 52
 FILE_NAMES = {
     "huggingface": "tokenizer.json",
     "sentencepiece": "tokenizer.model",
@@ -590,6 +609,7 @@ FILE_NAMES = {
 TOKENIZERS = list(dict.fromkeys(FILE_NAMES.values()))
 
 
+# %% book/chapters/19_vocabularies.md, cell 53
 def open_table(
     data: bytes, name: str, beside: dict[str, bytes]
 ) -> Table | None:
@@ -600,13 +620,14 @@ def open_table(
     return opener(data, name, read_settings(beside))
 
 
-# %% book/chapters/19_vocabularies.md, cell 44
+# %% book/chapters/19_vocabularies.md, cell 60
 BESIDE = [
     "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "chat_template.json",
 ]
 
 
+# %% book/chapters/19_vocabularies.md, cell 61
 def read_beside(
     source: str | os.PathLike[str] | bytes,
 ) -> dict[str, bytes]:
@@ -618,12 +639,13 @@ def read_beside(
     return {n: p.read_bytes() for n, p in found.items() if p.is_file()}
 
 
+# %% book/chapters/19_vocabularies.md, cell 62
 def file_name(data: bytes) -> str:
     """What programs expect such a tokenizer file to be called."""
     return FILE_NAMES[kind_of(data)]
 
 
-# %% book/chapters/19_vocabularies.md, cell 45
+# %% book/chapters/19_vocabularies.md, cell 63
 def read_settings(beside: dict[str, bytes]) -> dict[str, Any]:
     """The settings of `tokenizer_config.json` and its older kin."""
     settings: dict[str, Any] = {}
@@ -635,7 +657,7 @@ def read_settings(beside: dict[str, bytes]) -> dict[str, Any]:
     return settings
 
 
-# %% book/chapters/19_vocabularies.md, cell 46
+# %% book/chapters/19_vocabularies.md, cell 64
 def specials_of(table: Any) -> dict[str, int]:
     """Special string -> id; in SentencePiece, the control pieces."""
     if isinstance(table, Table):
@@ -644,6 +666,7 @@ def specials_of(table: Any) -> dict[str, int]:
     return {table.id_to_piece(i): i for i in ids if table.is_control(i)}
 
 
+# %% book/chapters/19_vocabularies.md, cell 65
 def turn_ids(table: Any) -> tuple[int, ...]:
     """Ids that end an answer: the end of text, and of a turn."""
     found = [table.eos_id()]
@@ -652,6 +675,7 @@ def turn_ids(table: Any) -> tuple[int, ...]:
     return tuple(i for i in found if i >= 0)
 
 
+# %% book/chapters/19_vocabularies.md, cell 66
 def encode_special(table: Any, text: str) -> list[int]:
     """Ids of `text`, its special strings taken at their word."""
     if isinstance(table, Table):
@@ -662,7 +686,7 @@ def encode_special(table: Any, text: str) -> list[int]:
     )
 
 
-# %% book/chapters/19_vocabularies.md, cell 47
+# %% book/chapters/19_vocabularies.md, cell 67
 def decode_special(table: Any, ids: list[int]) -> str:
     """Text of `ids`, special ones by name."""
     if isinstance(table, Table):
@@ -677,7 +701,7 @@ def decode_special(table: Any, ids: list[int]) -> str:
     return text + table.decode(run)
 
 
-# %% book/chapters/19_vocabularies.md, cell 50
+# %% book/chapters/19_vocabularies.md, cell 70
 def named_templates(beside: dict[str, bytes]) -> dict[str, str]:
     """Name -> chat template; one without a name is the "default"."""
     if "chat_template.jinja" in beside:
@@ -694,7 +718,7 @@ def named_templates(beside: dict[str, bytes]) -> dict[str, str]:
     return {str(t.get("name")): str(t.get("template")) for t in named}
 
 
-# %% book/chapters/19_vocabularies.md, cell 51
+# %% book/chapters/19_vocabularies.md, cell 71
 def pick_template(
     beside: dict[str, bytes], name: str | None, tools: Any
 ) -> str:
@@ -712,10 +736,11 @@ def pick_template(
     return known[name]
 
 
-# %% book/chapters/19_vocabularies.md, cell 52
+# %% book/chapters/19_vocabularies.md, cell 72
 MAX_SECONDS, MAX_BYTES, MAX_TEXT = 5, 2**30, 2**22
 
 
+# %% book/chapters/19_vocabularies.md, cell 73
 def sandbox(library: ModuleType, extension: Any) -> Any:
     """The environment that published templates are written for."""
     base: Any = library.sandbox.ImmutableSandboxedEnvironment
@@ -738,7 +763,7 @@ def sandbox(library: ModuleType, extension: Any) -> Any:
     return env
 
 
-# %% book/chapters/19_vocabularies.md, cell 53
+# %% book/chapters/19_vocabularies.md, cell 74
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None,
     separators: Any = None, sort_keys: bool = False,
@@ -748,12 +773,13 @@ def to_json(
                       separators=separators, sort_keys=sort_keys)
 
 
+# %% book/chapters/19_vocabularies.md, cell 75
 def strftime_now(form: str) -> str:
     """Today, as some templates tell the model."""
     return datetime.now().strftime(form)
 
 
-# %% book/chapters/19_vocabularies.md, cell 54
+# %% book/chapters/19_vocabularies.md, cell 76
 def generation_tag(extension: Any) -> Any:
     """`{% generation %}` marks answers for training; prints them."""
     class Generation(extension):
@@ -767,7 +793,7 @@ def generation_tag(extension: Any) -> Any:
     return Generation
 
 
-# %% book/chapters/19_vocabularies.md, cell 55
+# %% book/chapters/19_vocabularies.md, cell 77
 def render(template: str, variables: dict[str, Any]) -> str:
     """Run a template here and now; only `render_apart` should."""
     library = importlib.import_module("jinja2")
@@ -783,7 +809,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     return "".join(text)
 
 
-# %% book/chapters/19_vocabularies.md, cell 56
+# %% book/chapters/19_vocabularies.md, cell 78
 def limit_process() -> None:
     """Bound what this process may take, where the system can."""
     try:
@@ -795,6 +821,7 @@ def limit_process() -> None:
         resource.setrlimit(kind, (most, most))
 
 
+# %% book/chapters/19_vocabularies.md, cell 79
 def answer(request: str) -> dict[str, str]:
     """The text of a request, or what is wrong with it."""
     limit_process()
@@ -806,7 +833,7 @@ def answer(request: str) -> dict[str, str]:
         return {"error": str(error) or type(error).__name__}
 
 
-# %% book/chapters/19_vocabularies.md, cell 57
+# %% book/chapters/19_vocabularies.md, cell 80
 def render_apart(template: str, variables: dict[str, Any]) -> str:
     """Render in a process of its own; ValueError says what failed."""
     needed("jinja2", "a chat template")
@@ -827,10 +854,11 @@ def render_apart(template: str, variables: dict[str, Any]) -> str:
     return reply["text"]
 
 
-# %% book/chapters/19_vocabularies.md, cell 60
+# %% book/chapters/19_vocabularies.md, cell 83
 PRIVATE = range(0xF0000, 0xFFFFE)           # characters without meaning
 
 
+# %% book/chapters/19_vocabularies.md, cell 84
 def stand_ins(specials: Iterable[str], used: str) -> dict[str, str]:
     """A private character for each special string, not in `used`."""
     taken = set(used)
@@ -838,6 +866,7 @@ def stand_ins(specials: Iterable[str], used: str) -> dict[str, str]:
     return dict(zip(specials, free))
 
 
+# %% book/chapters/19_vocabularies.md, cell 85
 def disarm(value: Any, hide: Callable[[str], str]) -> Any:
     """The same messages, every string in them seen by `hide`."""
     if isinstance(value, str):
@@ -850,14 +879,14 @@ def disarm(value: Any, hide: Callable[[str], str]) -> Any:
     return value
 
 
-# %% book/chapters/19_vocabularies.md, cell 61
+# %% book/chapters/19_vocabularies.md, cell 86
 def swap(text: str, table: dict[str, str]) -> str:
     """`text` with each key of `table` replaced, the longest first."""
     parts = split_at(text, table)
     return "".join([table.get(part, part) for part in parts])
 
 
-# %% book/chapters/19_vocabularies.md, cell 62
+# %% book/chapters/19_vocabularies.md, cell 87
 def noted(seen: list[str]) -> Callable[[str], str]:
     """Leaves each string as it is, and in `seen`."""
     def note(text: str) -> str:
@@ -867,6 +896,7 @@ def noted(seen: list[str]) -> Callable[[str], str]:
     return note
 
 
+# %% book/chapters/19_vocabularies.md, cell 88
 def check_messages(messages: Any, given: dict[str, Any]) -> str:
     """All that was typed; ValueError for what is no conversation."""
     rows = isinstance(messages, (list, tuple)) and messages
@@ -884,7 +914,7 @@ def check_messages(messages: Any, given: dict[str, Any]) -> str:
     return "\n".join(typed)
 
 
-# %% book/chapters/19_vocabularies.md, cell 63
+# %% book/chapters/19_vocabularies.md, cell 89
 def token_names(table: Any, settings: dict[str, Any]) -> dict[str, str]:
     """`bos_token` and its kin, which templates print."""
     names = {i: name for name, i in specials_of(table).items()}
@@ -896,7 +926,7 @@ def token_names(table: Any, settings: dict[str, Any]) -> dict[str, str]:
     return own | given
 
 
-# %% book/chapters/19_vocabularies.md, cell 64
+# %% book/chapters/19_vocabularies.md, cell 90
 def chat_ids(
     table: Any,
     beside: dict[str, bytes],
@@ -924,7 +954,7 @@ def chat_ids(
     )
 
 
-# %% book/chapters/19_vocabularies.md, cell 65
+# %% book/chapters/19_vocabularies.md, cell 91
 def chat_text(
     table: Any, beside: dict[str, bytes], messages: Any,
     template: str | None, **variables: Any,
@@ -941,6 +971,6 @@ def chat_text(
     return text, {mark: s for s, mark in hidden.items()}
 
 
-# %% book/chapters/19_vocabularies.md, cell 68
+# %% book/chapters/19_vocabularies.md, cell 94
 if __name__ == "__main__" and "__file__" in globals():
     sys.stdout.write(json.dumps(answer(sys.stdin.read())))

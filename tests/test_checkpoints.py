@@ -695,10 +695,10 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     (tmp_path / "file").write_text("")
     complaint(tmp_path / "file", "not a folder")
     complaint(tmp_path, tmp_path, "neither ckpt-0/")
-    config = '{"architectures": ["MixtralForCausalLM"], "hidden_size": 8}'
+    config = '{"architectures": ["GemmaForCausalLM"], "hidden_size": 8}'
     (tmp_path / "config.json").write_text(config)
     save_file({"a": SMALL}, tmp_path / "model.safetensors")
-    complaint(tmp_path, "MixtralForCausalLM", "other layouts are not supported")
+    complaint(tmp_path, "GemmaForCausalLM", "other layouts are not supported")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "f4", ""])

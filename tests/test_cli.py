@@ -143,7 +143,8 @@ def test_help_lists_what_there_is():
     code, out, err = run("--help")
     assert code == 0 and err == ""
     rows = [line.split() for line in out.splitlines() if line.startswith("    ")]
-    assert [row[0] for row in rows] == ["generate", "convert", "info", "plan"]
+    want = ["generate", "convert", "quantize", "info", "plan"]
+    assert [row[0] for row in rows] == want
 
 
 def test_a_reader_who_leaves_is_no_error():

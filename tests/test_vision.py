@@ -181,7 +181,7 @@ def test_images_that_do_not_fit(gold, images, said):
 
 
 def test_a_model_without_eyes():
-    with pytest.raises(ValueError, match="sees nothing"):
+    with pytest.raises(ValueError, match="is blind"):
         am.load(dtype="float32").logits([[5]], images=[None])
 
 

@@ -330,11 +330,11 @@ class DecoderLayer(hk.Module):
             h, positions, cache, layer, c, self.kind
         )
         y, losses = feed_forward(x, c, train, self.kind)
-        return h + after(y, "rms_norm_3", c), cache, losses
+        return h + post_normed(y, "rms_norm_3", c), cache, losses
 
 
 # %% book/chapters/08_model.md, cell 22
-def after(
+def post_normed(
     y: Float32[Array, "B T D"], name: str, c: ModelConfig
 ) -> Float32[Array, "B T D"]:
     """What a sublayer adds: normed, in the models that do."""
@@ -355,7 +355,7 @@ def attention_half(
     """h after attention, what the experts read of it, the cache."""
     x = RMSNorm(c.norm_eps, "rms_norm")(h).astype(c.dtype)
     y, cache = attention_of(c, kind)(x, positions, cache, layer)
-    h = h + after(y, "rms_norm_1", c)
+    h = h + post_normed(y, "rms_norm_1", c)
     return h, RMSNorm(c.norm_eps, "rms_norm_2")(h), cache
 
 
@@ -693,7 +693,7 @@ def period(c: ModelConfig) -> int:
 def place_in(c: ModelConfig, slot: int, repeat: Any) -> Place:
     """The place of layer `slot` of the period, in the nth repeat."""
     first, step = place_of(c, slot), period(c)
-    if step == c.num_layers:
+    if step == c.num_layers > 1:
         return first
     after = place_of(c, slot + step)
     return Place(*(a + repeat * (b - a) for a, b in zip(first, after)))

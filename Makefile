@@ -80,7 +80,8 @@ wheel-notebooks: env
 	$(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL) .
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL)/venv/bin/pip install --quiet -c requirements.txt \
-		$(WHEEL)/*.whl ipykernel matplotlib jupytext nbmake pytest-xdist
+		$(WHEEL)/*.whl ipykernel matplotlib jupytext nbmake pytest-xdist \
+		tokenizers tiktoken jinja2
 	cp book/chapters/*.ipynb $(WHEEL)/empty
 	cd $(WHEEL)/empty && \
 		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .

@@ -65,11 +65,27 @@ lint: env
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 
+# Tests compile thousands of programs and run most of them once: with few
+# passes of the compiler that is a third less work. Notebooks have all of them.
 unit: env
-	$(BIN)/pytest -n 2 --dist worksteal tests
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+		$(BIN)/pytest -n 2 --dist worksteal --durations=20 tests
+
+# Every notebook, in an empty directory. Their outputs are kept: the book
+# shows them, and runs again only a page whose notebook they are not from.
+RAN := .ran
+SOURCES := $(wildcard book/chapters/*.md annotated_moe/*.py)
 
 notebooks: env
-	$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=300 book/chapters
+	rm -rf $(RAN) _build/.jupyter_cache && mkdir $(RAN)
+	cp book/chapters/*.ipynb $(RAN)
+	cd $(RAN) && $(CURDIR)/$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=300 \
+		--overwrite -c /dev/null .
+	$(BIN)/python scripts/keep_outputs.py $(RAN) _build/.jupyter_cache
+	@touch $(RAN)/.done
+
+$(RAN)/.done: $(SOURCES)
+	@$(MAKE) notebooks
 
 # What a reader in Colab has: a fresh environment, an empty directory.
 # Outside of `_build`, where nbmake looks for no notebook.
@@ -87,7 +103,7 @@ wheel-notebooks: env
 		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
 	rm -rf $(WHEEL)
 
-book-html: env
+book-html: env $(RAN)/.done
 	rm -rf _build/html _build/.doctrees _build/jupyter_execute
 	$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going .
 
@@ -101,6 +117,6 @@ train: env
 	$(BIN)/python scripts/train_small.py
 
 clean:
-	rm -rf $(VENV) $(WHEEL) _build dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL) $(RAN) _build dist build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ PORT ?= 8000
 PROMPT ?= In the beginning
 override export PROMPT := $(value PROMPT)
 
-# Compiled programs are kept: the book then runs what the tests compiled.
+# Compiled programs are kept: the next run of tests or notebooks takes less.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
@@ -28,7 +28,7 @@ help:
 	@echo 'make sync              write notebooks and package from the chapters'
 	@echo 'make check             fail if they differ from the chapters'
 	@echo 'make book              build the book, serve it, open it'
-	@echo 'make book-html         build the book; a warning is an error'
+	@echo 'make book-html         build the book, run what is new; a warning is an error'
 	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'
 	@echo 'make train             train the small model again'
 	@echo 'make lint | unit | notebooks | env | clean'

@@ -31,7 +31,11 @@ from annotated_moe import checkpoints as ck
 from annotated_moe.checkpoints import CheckpointError, Part
 from annotated_moe.model import ModelConfig, Variations
 from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.vision import vision_names, write_vision
+from annotated_moe.vision import (
+    IMAGE_IDS,
+    vision_names,
+    write_vision,
+)
 
 
 # %% book/chapters/10_convert.md, cell 6
@@ -245,7 +249,7 @@ def family_settings(name: str, config: ModelConfig) -> dict[str, Any]:
         "architectures": [name],
         family.text: {**text, "model_type": "llama4_text"},
         "vision_config": write_vision(values["vision"]),
-        "image_token_index": values["vision"]["image_id"],
+        **{n: values["vision"][o] for n, o in IMAGE_IDS.items()},
     }
 
 

@@ -1424,8 +1424,8 @@ class SeeingModel(StreamModel):
 
 
 # %% book/chapters/08_model.md, cell 124
-class Model(SeeingModel):
-    """Logits, and text or ids that go on from a prompt."""
+class TextModel(SeeingModel):
+    """Texts that go on from prompts."""
 
     def generate(
         self, prompts: Any, images: Any = None, **options: Any
@@ -1444,6 +1444,11 @@ class Model(SeeingModel):
         options.setdefault("stop_ids", self.config.stop_ids)
         new = self.generate_ids(rows, **options)
         return [self.words().decode(row) for row in new]
+
+
+# %% book/chapters/08_model.md, cell 125
+class Model(TextModel):
+    """Logits, and text or ids that go on from a prompt."""
 
     def stream(
         self, prompt: str, max_new_tokens: int = 32,
@@ -1465,7 +1470,7 @@ class Model(SeeingModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 130
+# %% book/chapters/08_model.md, cell 131
 PRESETS = {"grok-1": ModelConfig()} | {
     name: ModelConfig(**settings)
     for family in (llama, mixtral, llama4)

@@ -595,6 +595,13 @@ def read_vision(
         **values, shuffle=round(1 / ratio), d_model=d_model,
         rope_base=rope,
     )
+    check_twins(raw, c)
+    return c
+
+
+# %% book/chapters/17_vision.md, cell 64
+def check_twins(raw: Mapping[str, Any], c: VisionConfig) -> None:
+    """ValueError where a size has another value by another name."""
     twins = [("projector_input_dim", c.features),
              ("projector_output_dim", c.features),
              ("intermediate_size", c.width * c.shuffle**2)]
@@ -602,10 +609,9 @@ def read_vision(
         if raw.get(name, size) != size:
             raise ValueError(
                 f"vision_config: {name} must be {size}: {raw[name]!r}")
-    return c
 
 
-# %% book/chapters/17_vision.md, cell 64
+# %% book/chapters/17_vision.md, cell 65
 def check_fields(raw: Any) -> dict[str, Any]:
     """`raw` less what has no meaning; ValueError for the unknown."""
     if not isinstance(raw, dict):
@@ -626,7 +632,7 @@ def check_fields(raw: Any) -> dict[str, Any]:
     return kept
 
 
-# %% book/chapters/17_vision.md, cell 65
+# %% book/chapters/17_vision.md, cell 66
 def rope_theta(raw: dict[str, Any]) -> Any:
     """RoPE's base, in the newer or the older spelling."""
     rope = raw.get("rope_parameters") or {}
@@ -638,7 +644,7 @@ def rope_theta(raw: dict[str, Any]) -> Any:
     return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 
-# %% book/chapters/17_vision.md, cell 66
+# %% book/chapters/17_vision.md, cell 67
 def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     """What `read_vision` reads, from a VisionConfig as a dict."""
     named = {name: c[ours] for name, ours in VISION_FIELDS.items()}
@@ -654,7 +660,7 @@ def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 67
+# %% book/chapters/17_vision.md, cell 68
 def canvas(
     height: int, width: int, c: VisionConfig, most: int = 16
 ) -> tuple[int, int]:
@@ -672,7 +678,7 @@ def canvas(
     return min(fits, key=math.prod)
 
 
-# %% book/chapters/17_vision.md, cell 69
+# %% book/chapters/17_vision.md, cell 70
 def fitted(
     height: int, width: int, grid: tuple[int, int], size: int
 ) -> tuple[int, int]:
@@ -688,7 +694,7 @@ def fitted(
     return tall, max(fit, 1)
 
 
-# %% book/chapters/17_vision.md, cell 70
+# %% book/chapters/17_vision.md, cell 71
 def shares(old: int, new: int) -> Float64[np.ndarray, "new old"]:
     """What each of `new` pixels takes of each of `old`."""
     scale = old / new
@@ -698,7 +704,7 @@ def shares(old: int, new: int) -> Float64[np.ndarray, "new old"]:
     return w / w.sum(axis=1, keepdims=True)
 
 
-# %% book/chapters/17_vision.md, cell 71
+# %% book/chapters/17_vision.md, cell 72
 def whole(
     w: Float64[np.ndarray, "new old"],
 ) -> tuple[Float64[np.ndarray, "new old"], int]:
@@ -712,7 +718,7 @@ def whole(
     return np.floor(w * 2**places + 0.5), places
 
 
-# %% book/chapters/17_vision.md, cell 72
+# %% book/chapters/17_vision.md, cell 73
 def taps(
     w: Float64[np.ndarray, "new old"],
 ) -> tuple[Int[np.ndarray, "few new"], Int32[np.ndarray, "few new"]]:
@@ -724,7 +730,7 @@ def taps(
     return inside, own.astype(np.int32)
 
 
-# %% book/chapters/17_vision.md, cell 73
+# %% book/chapters/17_vision.md, cell 74
 def stretched(
     pixels: UInt8[np.ndarray, "..."], new: int, axis: int
 ) -> UInt8[np.ndarray, "..."]:
@@ -740,7 +746,7 @@ def stretched(
     return np.moveaxis(levels, -1, axis)
 
 
-# %% book/chapters/17_vision.md, cell 74
+# %% book/chapters/17_vision.md, cell 75
 def resized(
     pixels: UInt8[np.ndarray, "y x C"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} C"]:
@@ -751,7 +757,7 @@ def resized(
     return stretched(stretched(pixels, width, 1), height, 0)
 
 
-# %% book/chapters/17_vision.md, cell 77
+# %% book/chapters/17_vision.md, cell 78
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -768,7 +774,7 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 78
+# %% book/chapters/17_vision.md, cell 79
 @dataclass(frozen=True)
 class ImageSettings:
     """How a picture becomes tiles; Llama 4's unless told otherwise."""
@@ -779,7 +785,7 @@ class ImageSettings:
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
 
 
-# %% book/chapters/17_vision.md, cell 79
+# %% book/chapters/17_vision.md, cell 80
 def normalized(
     levels: UInt8[np.ndarray, "I C Y X"], how: ImageSettings
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -796,7 +802,7 @@ def normalized(
     return x.astype(np.float32)
 
 
-# %% book/chapters/17_vision.md, cell 81
+# %% book/chapters/17_vision.md, cell 82
 def cut(
     pixels: UInt8[np.ndarray, "y x C"], size: int
 ) -> UInt8[np.ndarray, "I C {size} {size}"]:
@@ -807,7 +813,7 @@ def cut(
     return tiles.transpose(0, 2, 4, 1, 3).reshape(-1, c, size, size)
 
 
-# %% book/chapters/17_vision.md, cell 82
+# %% book/chapters/17_vision.md, cell 83
 def image_tiles(
     pixels: Any, c: VisionConfig, how: ImageSettings = ImageSettings()
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -829,7 +835,7 @@ def image_tiles(
     return normalized(tiles, how)
 
 
-# %% book/chapters/17_vision.md, cell 83
+# %% book/chapters/17_vision.md, cell 84
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 
@@ -844,7 +850,7 @@ def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     return f"<|image_start|>{lines}{whole}"
 
 
-# %% book/chapters/17_vision.md, cell 87
+# %% book/chapters/17_vision.md, cell 88
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 IMAGE_FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True,
@@ -861,7 +867,7 @@ IMAGE_IGNORED = (
 )
 
 
-# %% book/chapters/17_vision.md, cell 88
+# %% book/chapters/17_vision.md, cell 89
 def preprocessor_config(c: VisionConfig) -> dict[str, Any]:
     """Llama 4's, as Hugging Face's layout has it in a file."""
     size = {"height": c.image_size, "width": c.image_size}
@@ -876,15 +882,17 @@ def preprocessor_config(c: VisionConfig) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 89
-def image_object(files: Mapping[str, bytes]) -> dict[str, Any]:
+# %% book/chapters/17_vision.md, cell 90
+def image_object(
+    files: Mapping[str, bytes], c: VisionConfig
+) -> dict[str, Any]:
     """The settings among the files beside a tokenizer, less nulls."""
     found = {
         name: parse_json(files[name], repr(name), "a JSON object")
         for name in IMAGE_FILES if name in files
     }
     processor = found.get("processor_config.json", {})
-    check_processor(processor)
+    check_processor(processor, c)
     own = found.get("preprocessor_config.json")
     raw = processor.get("image_processor", own)
     if not isinstance(raw, dict):
@@ -896,7 +904,7 @@ def image_object(files: Mapping[str, bytes]) -> dict[str, Any]:
     return {k: v for k, v in raw.items() if v is not None}
 
 
-# %% book/chapters/17_vision.md, cell 90
+# %% book/chapters/17_vision.md, cell 91
 MARKS = marks("image_start image image_end patch tile_x_separator "
               "tile_y_separator")
 START, IMAGE, END, PATCH, NEXT, LINE = MARKS
@@ -908,17 +916,19 @@ PROCESSOR_MARKS = {
 }
 
 
-def check_processor(raw: Mapping[str, Any]) -> None:
-    """ValueError if a prompt's marks are called otherwise."""
-    for name, mark in PROCESSOR_MARKS.items():
-        if raw.get(name, mark) != mark:
+def check_processor(raw: Mapping[str, Any], c: VisionConfig) -> None:
+    """ValueError if marks are called otherwise, or otherwise many."""
+    counts = {"patch_size": c.patch_size,
+              "pixel_shuffle_ratio": 1 / c.shuffle}
+    for name, value in {**PROCESSOR_MARKS, **counts}.items():
+        if raw.get(name, value) != value:
             raise ValueError(
                 f"processor_config.json: {name} is {raw[name]!r}; "
-                f"only {mark!r} is supported"
+                f"only {value!r} is supported"
             )
 
 
-# %% book/chapters/17_vision.md, cell 91
+# %% book/chapters/17_vision.md, cell 92
 def check_settings(raw: Mapping[str, Any], c: VisionConfig) -> None:
     """ValueError for a setting that is unknown, or not ours."""
     fixed = IMAGE_FIXED | {
@@ -937,7 +947,7 @@ def check_settings(raw: Mapping[str, Any], c: VisionConfig) -> None:
                 f"only {fixed[name]!r} is supported")
 
 
-# %% book/chapters/17_vision.md, cell 92
+# %% book/chapters/17_vision.md, cell 93
 def positive(values: Any, count: int, name: str) -> tuple[float, ...]:
     """`count` numbers above 0, or ValueError."""
     good = isinstance(values, list) and len(values) == count
@@ -951,12 +961,12 @@ def positive(values: Any, count: int, name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-# %% book/chapters/17_vision.md, cell 93
+# %% book/chapters/17_vision.md, cell 94
 def image_settings(
     files: Mapping[str, bytes], c: VisionConfig
 ) -> ImageSettings:
     """The settings beside a tokenizer; ValueError if unsupported."""
-    raw = image_object(files)
+    raw = image_object(files, c)
     check_settings(raw, c)
     most, n = raw["max_patches"], c.channels
     if type(most) is not int or not 1 <= most <= 1024:
@@ -969,7 +979,7 @@ def image_settings(
         positive(raw["image_std"], n, "image_std"))
 
 
-# %% book/chapters/17_vision.md, cell 94
+# %% book/chapters/17_vision.md, cell 95
 def mark_ids(
     specials: Mapping[str, int], c: VisionConfig
 ) -> dict[str, int]:
@@ -989,7 +999,7 @@ def mark_ids(
     return {mark: specials[mark] for mark in MARKS}
 
 
-# %% book/chapters/17_vision.md, cell 95
+# %% book/chapters/17_vision.md, cell 96
 def image_ids(
     grid: tuple[int, int], ids: Mapping[str, int], c: VisionConfig
 ) -> list[int]:
@@ -997,7 +1007,7 @@ def image_ids(
     return [ids[m] for m in re.findall(r"<.*?>", image_text(*grid, c))]
 
 
-# %% book/chapters/17_vision.md, cell 96
+# %% book/chapters/17_vision.md, cell 97
 def place_images(
     prompt: list[int], images: list[Any], ids: Mapping[str, int],
     how: ImageSettings, c: VisionConfig,
@@ -1025,7 +1035,7 @@ def place_images(
     return new, np.concatenate(tiles)
 
 
-# %% book/chapters/17_vision.md, cell 97
+# %% book/chapters/17_vision.md, cell 98
 def read_prompt(
     prompt: Any, images: list[Any], words: Any, c: VisionConfig
 ) -> tuple[list[int], Float32[np.ndarray, "I C Y X"]]:
@@ -1041,7 +1051,7 @@ def read_prompt(
     return place_images(list(prompt), images, ids, how, c)
 
 
-# %% book/chapters/17_vision.md, cell 98
+# %% book/chapters/17_vision.md, cell 99
 def read_image(
     path: str | os.PathLike[str],
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -1059,7 +1069,7 @@ def read_image(
         ) from None
 
 
-# %% book/chapters/17_vision.md, cell 99
+# %% book/chapters/17_vision.md, cell 100
 def opaque(picture: Any, library: Any) -> Any:
     """The picture in RGB, on white where one sees through it."""
     clear = "A" in picture.getbands() or "transparency" in picture.info

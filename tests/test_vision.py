@@ -443,6 +443,7 @@ def test_settings_are_read():
     (beside({"sharpen": True}), "'sharpen', unknown"),
     (beside({"image_processor_type": "CLIP"}), "image_processor_type is 'CLIP'"),
     (beside({"patch_token": "<p>"}, "processor_config.json"), "patch_token is '<p>'"),
+    (beside({"patch_size": 14}, "processor_config.json"), "patch_size is 14; only 4"),
     ({"preprocessor_config.json": b"[]"}, "'preprocessor_config.json' is not"),
 ])
 def test_settings_that_are_refused(files, said):
@@ -465,6 +466,8 @@ def test_metas_layout_has_metas_settings(words, folder, tmp_path):
     (tmp_path / "params.json").touch()
     found = ck.find_tokenizer(tmp_path, c)
     assert vision.image_settings(found.beside, SMALL) == vision.ImageSettings()
+    assert list(convert.unsaid(tmp_path, c)) == ["preprocessor_config.json"]
+    assert not convert.unsaid(folder, c)
 
 
 def test_a_picture_from_a_file(tmp_path, monkeypatch):

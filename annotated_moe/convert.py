@@ -560,8 +560,9 @@ def check_options(to: str, most: int | None) -> int:
 # %% book/chapters/10_convert.md, cell 46
 def unsaid(folder: Path, c: ModelConfig) -> Plan:
     """The file of settings that a folder of Meta's has not."""
-    there = any((folder / name).exists() for name in IMAGE_FILES)
-    if c.vision is None or there or not (folder / "params.json").exists():
+    names = ck.names_in(folder)
+    said = names & set(IMAGE_FILES) or "params.json" not in names
+    if c.vision is None or said:
         return {}
     text = json.dumps(preprocessor_config(c.vision), indent=1)
     return {IMAGE_FILES[0]: [around(text.encode())]}

@@ -757,7 +757,7 @@ def resized(
     return stretched(stretched(pixels, width, 1), height, 0)
 
 
-# %% book/chapters/17_vision.md, cell 78
+# %% book/chapters/17_vision.md, cell 79
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -774,7 +774,7 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 79
+# %% book/chapters/17_vision.md, cell 80
 @dataclass(frozen=True)
 class ImageSettings:
     """How a picture becomes tiles; Llama 4's unless told otherwise."""
@@ -785,7 +785,7 @@ class ImageSettings:
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
 
 
-# %% book/chapters/17_vision.md, cell 80
+# %% book/chapters/17_vision.md, cell 81
 def normalized(
     levels: UInt8[np.ndarray, "I C Y X"], how: ImageSettings
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -802,7 +802,7 @@ def normalized(
     return x.astype(np.float32)
 
 
-# %% book/chapters/17_vision.md, cell 82
+# %% book/chapters/17_vision.md, cell 83
 def cut(
     pixels: UInt8[np.ndarray, "y x C"], size: int
 ) -> UInt8[np.ndarray, "I C {size} {size}"]:
@@ -813,7 +813,7 @@ def cut(
     return tiles.transpose(0, 2, 4, 1, 3).reshape(-1, c, size, size)
 
 
-# %% book/chapters/17_vision.md, cell 83
+# %% book/chapters/17_vision.md, cell 84
 def image_tiles(
     pixels: Any, c: VisionConfig, how: ImageSettings = ImageSettings()
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -835,7 +835,7 @@ def image_tiles(
     return normalized(tiles, how)
 
 
-# %% book/chapters/17_vision.md, cell 84
+# %% book/chapters/17_vision.md, cell 85
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 
@@ -850,16 +850,22 @@ def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     return f"<|image_start|>{lines}{whole}"
 
 
-# %% book/chapters/17_vision.md, cell 88
+# %% book/chapters/17_vision.md, cell 89
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+IMAGE_FIELDS = ("size", "image_mean", "image_std", "max_patches",
+                "rescale_factor")
+
+
+# %% book/chapters/17_vision.md, cell 90
 IMAGE_FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True,
     "resample": 2, "resize_to_max_canvas": False,   # 2: linear
     "do_center_crop": False, "do_pad": False,
     "image_processor_type": "Llama4ImageProcessor",
 }
-IMAGE_FIELDS = ("size", "image_mean", "image_std", "max_patches",
-                "rescale_factor")
+
+
+# %% book/chapters/17_vision.md, cell 91
 IMAGE_IGNORED = (
     "processor_class", "data_format", "default_to_square", "device",
     "do_convert_rgb", "input_data_format", "return_tensors",
@@ -867,7 +873,7 @@ IMAGE_IGNORED = (
 )
 
 
-# %% book/chapters/17_vision.md, cell 89
+# %% book/chapters/17_vision.md, cell 92
 def preprocessor_config(c: VisionConfig) -> dict[str, Any]:
     """Llama 4's, as Hugging Face's layout has it in a file."""
     size = {"height": c.image_size, "width": c.image_size}
@@ -882,7 +888,7 @@ def preprocessor_config(c: VisionConfig) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 90
+# %% book/chapters/17_vision.md, cell 93
 def image_object(
     files: Mapping[str, bytes], c: VisionConfig
 ) -> dict[str, Any]:
@@ -904,10 +910,13 @@ def image_object(
     return {k: v for k, v in raw.items() if v is not None}
 
 
-# %% book/chapters/17_vision.md, cell 91
+# %% book/chapters/17_vision.md, cell 94
 MARKS = marks("image_start image image_end patch tile_x_separator "
               "tile_y_separator")
 START, IMAGE, END, PATCH, NEXT, LINE = MARKS
+
+
+# %% book/chapters/17_vision.md, cell 95
 PROCESSOR_MARKS = {
     "start_of_image_token": START, "end_of_image_token": END,
     "image_token": IMAGE, "fake_image_token": IMAGE,
@@ -916,6 +925,7 @@ PROCESSOR_MARKS = {
 }
 
 
+# %% book/chapters/17_vision.md, cell 96
 def check_processor(raw: Mapping[str, Any], c: VisionConfig) -> None:
     """ValueError if marks are called otherwise, or otherwise many."""
     counts = {"patch_size": c.patch_size,
@@ -928,7 +938,7 @@ def check_processor(raw: Mapping[str, Any], c: VisionConfig) -> None:
             )
 
 
-# %% book/chapters/17_vision.md, cell 92
+# %% book/chapters/17_vision.md, cell 97
 def check_settings(raw: Mapping[str, Any], c: VisionConfig) -> None:
     """ValueError for a setting that is unknown, or not ours."""
     fixed = IMAGE_FIXED | {
@@ -947,7 +957,7 @@ def check_settings(raw: Mapping[str, Any], c: VisionConfig) -> None:
                 f"only {fixed[name]!r} is supported")
 
 
-# %% book/chapters/17_vision.md, cell 93
+# %% book/chapters/17_vision.md, cell 98
 def positive(values: Any, count: int, name: str) -> tuple[float, ...]:
     """`count` numbers above 0, or ValueError."""
     good = isinstance(values, list) and len(values) == count
@@ -961,7 +971,7 @@ def positive(values: Any, count: int, name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-# %% book/chapters/17_vision.md, cell 94
+# %% book/chapters/17_vision.md, cell 99
 def image_settings(
     files: Mapping[str, bytes], c: VisionConfig
 ) -> ImageSettings:
@@ -979,7 +989,7 @@ def image_settings(
         positive(raw["image_std"], n, "image_std"))
 
 
-# %% book/chapters/17_vision.md, cell 95
+# %% book/chapters/17_vision.md, cell 100
 def mark_ids(
     specials: Mapping[str, int], c: VisionConfig
 ) -> dict[str, int]:
@@ -999,7 +1009,7 @@ def mark_ids(
     return {mark: specials[mark] for mark in MARKS}
 
 
-# %% book/chapters/17_vision.md, cell 96
+# %% book/chapters/17_vision.md, cell 101
 def image_ids(
     grid: tuple[int, int], ids: Mapping[str, int], c: VisionConfig
 ) -> list[int]:
@@ -1007,7 +1017,7 @@ def image_ids(
     return [ids[m] for m in re.findall(r"<.*?>", image_text(*grid, c))]
 
 
-# %% book/chapters/17_vision.md, cell 97
+# %% book/chapters/17_vision.md, cell 102
 def place_images(
     prompt: list[int], images: list[Any], ids: Mapping[str, int],
     how: ImageSettings, c: VisionConfig,
@@ -1035,7 +1045,7 @@ def place_images(
     return new, np.concatenate(tiles)
 
 
-# %% book/chapters/17_vision.md, cell 98
+# %% book/chapters/17_vision.md, cell 103
 def read_prompt(
     prompt: Any, images: list[Any], words: Any, c: VisionConfig
 ) -> tuple[list[int], Float32[np.ndarray, "I C Y X"]]:
@@ -1051,7 +1061,7 @@ def read_prompt(
     return place_images(list(prompt), images, ids, how, c)
 
 
-# %% book/chapters/17_vision.md, cell 99
+# %% book/chapters/17_vision.md, cell 104
 def read_image(
     path: str | os.PathLike[str],
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -1069,7 +1079,7 @@ def read_image(
         ) from None
 
 
-# %% book/chapters/17_vision.md, cell 100
+# %% book/chapters/17_vision.md, cell 105
 def opaque(picture: Any, library: Any) -> Any:
     """The picture in RGB, on white where one sees through it."""
     clear = "A" in picture.getbands() or "transparency" in picture.info

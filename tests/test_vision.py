@@ -81,8 +81,14 @@ def test_a_picture_belongs_to_its_row(gold, model):
     """Rows with and without an image, and rows of unequal length."""
     ids, (one, two) = gold["input_ids"], pictures(gold)
     tokens = np.stack([np.where(ids[0] == 60, 3, ids[0]), ids[1]])
+    tiles = vision.check_images(tokens, [None, two], SMALL)
+    np.testing.assert_array_equal(tiles, two)
+    places = vision.places_of(tokens, 60)
+    assert (places[0] == -1).all() and list(places[1, 5:9]) == [0, 1, 2, 3]
+    tokens = ids.copy()
     tokens[0, 9:] = 0
-    y = model.logits(tokens, [9, 14], images=[None, two])
+    y = np.asarray(model.logits(tokens, [9, 14], images=[one, two]))
+    np.testing.assert_allclose(y[0, :9], gold["logits"][0, :9], atol=1e-4)
     np.testing.assert_allclose(y[1], gold["logits"][1], atol=1e-4)
     mask = np.ones((2, 14), bool)
     mask[0, :3] = False                         # padding on the left

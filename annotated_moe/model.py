@@ -1416,16 +1416,37 @@ class SeeingModel(StreamModel):
         pictures, eyes = images_of(images), self.config.vision
         if eyes is None and pictures:
             raise ValueError("this model is blind: leave out images")
-        text = isinstance(prompt, str)
-        bare = eyes is None or not (text and IMAGE in prompt)
-        if eyes is None or bare and not pictures:
-            return self.text_ids(prompt) if text else prompt, None
+        text = not isinstance(prompt, (list, tuple, np.ndarray))
+        ids = self.text_ids(prompt) if text else prompt
+        bare = not pictures and not (text and IMAGE in prompt)
+        if eyes is None or bare:
+            return ids, None
         return read_prompt(prompt, pictures, self.words(), eyes)
 
 
 # %% book/chapters/08_model.md, cell 124
-class TextModel(SeeingModel):
-    """Texts that go on from prompts."""
+class ShownModel(SeeingModel):
+    """Several prompts at once."""
+
+    def all_with_images(
+        self, prompts: Any, images: Any
+    ) -> tuple[list[list[int]], list[Any]]:
+        """`with_images` for each prompt; an error says for which."""
+        rows, tiles = [], []
+        shown = images_each(prompts, images)
+        for i, (prompt, own) in enumerate(zip(prompts, shown)):
+            try:
+                row, seen = self.with_images(prompt, own)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from None
+            rows.append(row)
+            tiles.append(seen)
+        return rows, tiles
+
+
+# %% book/chapters/08_model.md, cell 125
+class TextModel(ShownModel):
+    """Texts that go on from texts."""
 
     def generate(
         self, prompts: Any, images: Any = None, **options: Any
@@ -1436,9 +1457,7 @@ class TextModel(SeeingModel):
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list, not one str")
-        shown = images_each(prompts, images)
-        pairs = list(map(self.with_images, prompts, shown))
-        rows, tiles = [p[0] for p in pairs], [p[1] for p in pairs]
+        rows, tiles = self.all_with_images(prompts, images)
         if any(one is not None for one in tiles):
             options["images"] = tiles
         options.setdefault("stop_ids", self.config.stop_ids)
@@ -1446,7 +1465,7 @@ class TextModel(SeeingModel):
         return [self.words().decode(row) for row in new]
 
 
-# %% book/chapters/08_model.md, cell 125
+# %% book/chapters/08_model.md, cell 126
 class Model(TextModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -1470,7 +1489,7 @@ class Model(TextModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 131
+# %% book/chapters/08_model.md, cell 132
 PRESETS = {"grok-1": ModelConfig()} | {
     name: ModelConfig(**settings)
     for family in (llama, mixtral, llama4)

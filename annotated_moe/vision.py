@@ -1026,9 +1026,9 @@ def place_images(
     count, waiting = prompt.count(ids[IMAGE]), iter(images)
     if count != len(images):
         raise ValueError(
-            f"a prompt holds {IMAGE} {count} times and has "
-            f"{len(images)} images: each {IMAGE} stands for one; in a "
-            "chat, the template writes it"
+            f"{count} times {IMAGE} in the prompt, for {len(images)} "
+            "images: it stands for one; in a chat, the template has "
+            "to write it"
         )
     new: list[int] = []
     tiles = [np.zeros((0, c.channels, c.image_size, c.image_size),

@@ -400,10 +400,12 @@ def test_the_command_line(talker, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prompts, images, said", [
-    (["a<|image|>"], None, "holds <.image.> 1 times and has 0 images"),
-    (["a"], [picture(4, 4)], "holds <.image.> 0 times and has 1 images"),
-    (["<|image|>"], [[picture(4, 4)] * 2], "1 times and has 2 images"),
+    (["a<|image|>"], None, "prompt 0: 1 times <.image.> in the prompt, for 0 images"),
+    (["a"], [picture(4, 4)], "0 times <.image.> in the prompt, for 1 images"),
+    (["<|image|>"], [[picture(4, 4)] * 2], "1 times .* for 2 images"),
+    (["a", "<|image|>"], [None] * 2, "prompt 1: 1 times"),
     (["<|image|>"], [None, None], "2 images for 1 prompts"),
+    ([b"<|image|>"], None, "a prompt must be a str"),
     (["<|image|>"], picture(4, 4), "images must be a list"),
     (["<|image|>"], [picture(4, 4) / 255], "not float64 of shape"),
     (["<|image|>"], [picture(4, 4)[..., 0]], r"not uint8 of shape \(4, 4\)"),

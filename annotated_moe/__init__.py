@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 156
+# %% book/chapters/09_checkpoints.md, cell 157
 from typing import Any
 
 import annotated_moe.meta  # noqa: F401, `load` learns its layout
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 157
+# %% book/chapters/09_checkpoints.md, cell 158
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

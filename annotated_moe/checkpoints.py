@@ -42,8 +42,11 @@ from annotated_moe.quantization import QuantizedTensor, quantize
 from annotated_moe.streaming import StreamedModel
 from annotated_moe.tokenizer import Tokenizer
 from annotated_moe.vision import (
+    IMAGE_FILES,
+    IMAGE_IDS,
     VISION_HF,
     VisionConfig,
+    preprocessor_config,
     read_vision,
     vision_config,
     vision_names,
@@ -1507,9 +1510,8 @@ def seeing_config(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
     """A model that sees: its text's fields, and its encoder's."""
-    known = {family.text, "vision_config", "image_token_index",
-             "boi_token_index", "eoi_token_index", "dtype",
-             "torch_dtype", "tie_word_embeddings"}
+    known = {family.text, "vision_config", "dtype", "torch_dtype",
+             "tie_word_embeddings", *IMAGE_IDS}
     refuse_unknown(path, set(raw) - family.ignored, known)
     text = raw.get(family.text)
     if not isinstance(text, dict):
@@ -1518,8 +1520,9 @@ def seeing_config(
     text = {k: v for k, v in {**above, **text}.items() if k[:1] != "_"}
     config = config_of(path, family, text)
     try:
-        eyes = read_vision(raw.get("vision_config"), config.d_model,
-                           raw.get("image_token_index", 200092))
+        eyes = read_vision(
+            raw.get("vision_config"), config.d_model, raw
+        )
         return replace(config, vision=eyes)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -1897,16 +1900,26 @@ def find_tokenizer(
             f"{path} has {tokenizer.vocab_size} pieces, but the "
             f"model's vocabulary is {config.vocab_size}"
         )
+    if config.vision is not None and (folder / "params.json").exists():
+        meta_images(tokenizer, config.vision)
     return tokenizer
 
 
 # %% book/chapters/09_checkpoints.md, cell 151
+def meta_images(tokenizer: Tokenizer, eyes: VisionConfig) -> None:
+    """Put beside a tokenizer of Meta's what its program takes."""
+    if not set(IMAGE_FILES) & set(tokenizer.beside):
+        text = json.dumps(preprocessor_config(eyes), indent=1)
+        tokenizer.beside[IMAGE_FILES[0]] = text.encode()
+
+
+# %% book/chapters/09_checkpoints.md, cell 152
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 152
+# %% book/chapters/09_checkpoints.md, cell 153
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1923,7 +1936,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 153
+# %% book/chapters/09_checkpoints.md, cell 154
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1945,14 +1958,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 154
+# %% book/chapters/09_checkpoints.md, cell 155
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 155
+# %% book/chapters/09_checkpoints.md, cell 156
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 172
+# %% book/chapters/09_checkpoints.md, cell 173
 import argparse
 import atexit
 import gc
@@ -27,15 +27,17 @@ from annotated_moe.convert import add_convert, add_quantize
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
 from annotated_moe.streaming import StreamedModel, watched
+from annotated_moe.vision import IMAGE, read_image
+from annotated_moe.vocabularies import split_at
 
 
-# %% book/chapters/09_checkpoints.md, cell 173
+# %% book/chapters/09_checkpoints.md, cell 174
 def say(text: str) -> None:
     """Status goes to stderr: stdout holds the text and nothing else."""
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 174
+# %% book/chapters/09_checkpoints.md, cell 175
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
@@ -48,7 +50,7 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
-# %% book/chapters/09_checkpoints.md, cell 175
+# %% book/chapters/09_checkpoints.md, cell 176
 def open_model(
     path: str | None, devices: int, dtype: str, stream: bool = False
 ) -> tuple[Model, str]:
@@ -69,14 +71,14 @@ def open_model(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 176
+# %% book/chapters/09_checkpoints.md, cell 177
 def room(model: Model, prompt: list[int]) -> int:
     """At most 128 new tokens, and never more than the context holds."""
     left = model.config.context - len(prompt) + 1
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 177
+# %% book/chapters/09_checkpoints.md, cell 178
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
@@ -89,28 +91,46 @@ def read_on(
     yield text.flush()
 
 
-# %% book/chapters/09_checkpoints.md, cell 178
-def prompt_ids(model: Model, args: argparse.Namespace) -> list[int]:
-    """Ids of the prompt, or of the conversation that it opens."""
-    if not args.chat:
-        return model.text_ids(args.prompt)
-    message = {"role": "user", "content": args.prompt}
-    return model.words().chat([message])
-
-
 # %% book/chapters/09_checkpoints.md, cell 179
+def prompt_ids(
+    model: Model, args: argparse.Namespace, images: list[Any]
+) -> tuple[list[int], Any]:
+    """Ids and tiles of the prompt, or the conversation it opens."""
+    prompt = args.prompt
+    if images and IMAGE not in prompt:
+        prompt = IMAGE * len(images) + prompt
+    if args.chat:
+        content = message_parts(prompt) if images else prompt
+        message = {"role": "user", "content": content}
+        prompt = model.words().chat([message])
+    return model.with_images(prompt, images)
+
+
+# %% book/chapters/09_checkpoints.md, cell 180
+def message_parts(prompt: str) -> list[dict[str, str]]:
+    """A message's content, its images apart from its text."""
+    return [
+        {"type": "image"} if part == IMAGE
+        else {"type": "text", "text": part}
+        for part in split_at(prompt, [IMAGE]) if part
+    ]
+
+
+# %% book/chapters/09_checkpoints.md, cell 181
 def ends(model: Model, chat: bool) -> tuple[int, ...]:
     """The ids that end a text; in a chat, a turn as well."""
     ids = model.config.stop_ids
     return ids + model.words().turn_ids if chat else ids
 
 
-# %% book/chapters/09_checkpoints.md, cell 180
+# %% book/chapters/09_checkpoints.md, cell 182
 def run_generate(args: argparse.Namespace) -> None:
+    images = [read_image(path) for path in args.image]
     model, status = open_model(
         args.model, args.devices, args.dtype, args.stream
     )
-    prompt, new = prompt_ids(model, args), args.max_new_tokens
+    prompt, tiles = prompt_ids(model, args, images)
+    new = args.max_new_tokens
     ids = model.stream_ids(
         prompt,
         max_new_tokens=room(model, prompt) if new is None else new,
@@ -119,6 +139,7 @@ def run_generate(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         seed=args.seed,
         stop_ids=ends(model, args.chat),
+        image=tiles,
     )
     say(f"{status}\nCompiling, which takes some seconds ...\n")
     if isinstance(model, StreamedModel):
@@ -127,7 +148,7 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(start, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/09_checkpoints.md, cell 181
+# %% book/chapters/09_checkpoints.md, cell 183
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -139,7 +160,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
-# %% book/chapters/09_checkpoints.md, cell 182
+# %% book/chapters/09_checkpoints.md, cell 184
 def rate(times: list[float]) -> str:
     """The first two tokens waited for a compiler and do not count."""
     text = f"{len(times)} new tokens"
@@ -151,7 +172,7 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/09_checkpoints.md, cell 183
+# %% book/chapters/09_checkpoints.md, cell 185
 def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
@@ -161,7 +182,7 @@ def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-# %% book/chapters/09_checkpoints.md, cell 184
+# %% book/chapters/09_checkpoints.md, cell 186
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or args.model or checkpoints.small_model())
     config, read, where = checkpoints.find_layout(folder)
@@ -180,11 +201,11 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 185
+# %% book/chapters/09_checkpoints.md, cell 187
 FOLDER = "checkpoint folder [the small model]"
 
 
-# %% book/chapters/09_checkpoints.md, cell 186
+# %% book/chapters/09_checkpoints.md, cell 188
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
@@ -195,6 +216,9 @@ def add_generate(commands: Any) -> None:
     add("--prompt", required=True, help="text to go on from")
     text = "the prompt is a user's message to an instruct model"
     add("--chat", action="store_true", help=text)
+    text = "show it a picture; again for more; <|image|> says where"
+    add("--image", action="append", default=[], metavar="FILE",
+        help=text)
     add("--max-new-tokens", **number, help="[128, or what fits]")
     add("--temperature", **real, default=0.8, help="0 is greedy [0.8]")
     add("--top-p", **real, default=0.95, help="nucleus [0.95]")
@@ -207,7 +231,7 @@ def add_generate(commands: Any) -> None:
     add("--stream", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 187
+# %% book/chapters/09_checkpoints.md, cell 189
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -218,7 +242,7 @@ def add_info(commands: Any) -> None:
     sub.add_argument("--verify", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 188
+# %% book/chapters/09_checkpoints.md, cell 190
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -226,7 +250,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
-# %% book/chapters/09_checkpoints.md, cell 189
+# %% book/chapters/09_checkpoints.md, cell 191
 def make_parser() -> argparse.ArgumentParser:
     text = "Run the mixture-of-experts model that the book builds."
     parser = Parser("annotated-moe", description=text)
@@ -239,7 +263,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 190
+# %% book/chapters/09_checkpoints.md, cell 192
 def spare_collector() -> None:
     """Look for no garbage in what was imported, nor at the exit.
 
@@ -249,7 +273,7 @@ def spare_collector() -> None:
     atexit.register(gc.disable)
 
 
-# %% book/chapters/09_checkpoints.md, cell 191
+# %% book/chapters/09_checkpoints.md, cell 193
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     if argv is None:

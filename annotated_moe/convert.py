@@ -31,7 +31,13 @@ from annotated_moe import checkpoints as ck
 from annotated_moe.checkpoints import CheckpointError, Part
 from annotated_moe.model import ModelConfig, Variations
 from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.vision import vision_names, write_vision
+from annotated_moe.vision import (
+    IMAGE_FILES,
+    IMAGE_IDS,
+    preprocessor_config,
+    vision_names,
+    write_vision,
+)
 
 
 # %% book/chapters/10_convert.md, cell 6
@@ -245,7 +251,7 @@ def family_settings(name: str, config: ModelConfig) -> dict[str, Any]:
         "architectures": [name],
         family.text: {**text, "model_type": "llama4_text"},
         "vision_config": write_vision(values["vision"]),
-        "image_token_index": values["vision"]["image_id"],
+        **{n: values["vision"][o] for n, o in IMAGE_IDS.items()},
     }
 
 
@@ -552,6 +558,17 @@ def check_options(to: str, most: int | None) -> int:
 
 
 # %% book/chapters/10_convert.md, cell 46
+def unsaid(folder: Path, c: ModelConfig) -> Plan:
+    """The file of settings that a folder of Meta's has not."""
+    names = ck.names_in(folder)
+    said = names & set(IMAGE_FILES) or "params.json" not in names
+    if c.vision is None or said:
+        return {}
+    text = json.dumps(preprocessor_config(c.vision), indent=1)
+    return {IMAGE_FILES[0]: [around(text.encode())]}
+
+
+# %% book/chapters/10_convert.md, cell 47
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -573,11 +590,12 @@ def convert(
     check_target(folder, target)
     settings = settings_for(config)
     plan = plan_for(read(where, config), config, most)
+    plan |= unsaid(folder, config)
     job = partial(job_of, folder, to, most)
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 47
+# %% book/chapters/10_convert.md, cell 48
 def carry_out(
     folder: Path,
     target: Path,
@@ -604,7 +622,7 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 57
+# %% book/chapters/10_convert.md, cell 58
 class Bar:
     """Progress on stderr: a line that moves, or one each tenth."""
 
@@ -626,7 +644,7 @@ class Bar:
         print(wide, end=end, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/10_convert.md, cell 58
+# %% book/chapters/10_convert.md, cell 59
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def size_of(word: str) -> int:
@@ -638,7 +656,7 @@ def size_of(word: str) -> int:
     return int(number) * UNITS[unit]
 
 
-# %% book/chapters/10_convert.md, cell 59
+# %% book/chapters/10_convert.md, cell 60
 def run_convert(args: argparse.Namespace) -> None:
     most = args.max_shard_size
     size = None if most is None else size_of(most)
@@ -652,7 +670,7 @@ def run_convert(args: argparse.Namespace) -> None:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 60
+# %% book/chapters/10_convert.md, cell 61
 def add_convert(commands: Any) -> None:
     """The subcommand `convert`, for `annotated-moe`'s parser."""
     text = "write a checkpoint in another layout, a block at a time"
@@ -666,7 +684,7 @@ def add_convert(commands: Any) -> None:
     add("--max-shard-size", metavar="SIZE", help=size)
 
 
-# %% book/chapters/10_convert.md, cell 63
+# %% book/chapters/10_convert.md, cell 64
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
@@ -693,11 +711,11 @@ class Rounded:
         return rounded(np.asarray(self.source), self)
 
 
-# %% book/chapters/10_convert.md, cell 64
+# %% book/chapters/10_convert.md, cell 65
 BFLOAT16 = ck.CODES["BF16"]
 
 
-# %% book/chapters/10_convert.md, cell 65
+# %% book/chapters/10_convert.md, cell 66
 def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
@@ -713,7 +731,7 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     return out
 
 
-# %% book/chapters/10_convert.md, cell 66
+# %% book/chapters/10_convert.md, cell 67
 def to_round(w: Any, path: str, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
@@ -722,7 +740,7 @@ def to_round(w: Any, path: str, what: str) -> Any:
     return ck.Stack([to_round(m, path, what) for m in matrices])
 
 
-# %% book/chapters/10_convert.md, cell 67
+# %% book/chapters/10_convert.md, cell 68
 def in_8_bits(path: str, w: Any) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not ck.may_be_quantized(path):
@@ -731,7 +749,7 @@ def in_8_bits(path: str, w: Any) -> Any:
     return QuantizedTensor(*(to_round(w, path, n) for n in names))
 
 
-# %% book/chapters/10_convert.md, cell 68
+# %% book/chapters/10_convert.md, cell 69
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -754,12 +772,12 @@ def quantize_files(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 69
+# %% book/chapters/10_convert.md, cell 70
 def run_quantize(args: argparse.Namespace) -> None:
     quantize_files(args.source, args.target, Bar())
 
 
-# %% book/chapters/10_convert.md, cell 70
+# %% book/chapters/10_convert.md, cell 71
 def add_quantize(commands: Any) -> None:
     """The subcommand `quantize`, for `annotated-moe`'s parser."""
     text = "write a checkpoint with matrices of 8-bit integers"

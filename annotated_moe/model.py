@@ -50,12 +50,14 @@ from annotated_moe.quantization import Row
 from annotated_moe.rms_norm import RMSNorm
 from annotated_moe.tokenizer import Tokenizer
 from annotated_moe.vision import (
+    IMAGE,
     Seen,
     VisionConfig,
     check_images,
     image_features,
     merge,
     places_of,
+    read_prompt,
     vision_params,
 )
 
@@ -1377,24 +1379,101 @@ class StreamModel(IdModel):
 
 
 # %% book/chapters/08_model.md, cell 122
-class Model(StreamModel):
-    """Logits, and text or ids that go on from a prompt."""
+def images_of(given: Any) -> list[Any]:
+    """One prompt's pictures: None, one, or several, as a list."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
-    def generate(self, prompts: Any, **options: Any) -> list[str]:
+
+def images_each(prompts: list, images: Any) -> list[Any]:
+    """What each prompt shows; ValueError for another number."""
+    if images is None:
+        return [None] * len(prompts)
+    if not isinstance(images, (list, tuple)):
+        raise TypeError("images must be a list: a picture a prompt")
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"{len(images)} images for {len(prompts)} prompts: give "
+            "a picture, a list of pictures, or None for each"
+        )
+    return list(images)
+
+
+# %% book/chapters/08_model.md, cell 123
+class SeeingModel(StreamModel):
+    """Prompts in which pictures stand."""
+
+    def with_images(
+        self, prompt: Any, images: Any = None
+    ) -> tuple[list[int], Any]:
+        """Ids of a prompt, and tiles of its images or None.
+
+        `prompt` is text, or ids such as `tokenizer.chat` gives; each
+        `<|image|>` in it stands for one of `images`: one array uint8
+        [height, width, 3], or a list. ValueError for what fits not.
+        """
+        pictures, eyes = images_of(images), self.config.vision
+        if eyes is None and pictures:
+            raise ValueError("this model is blind: leave out images")
+        text = not isinstance(prompt, (list, tuple, np.ndarray))
+        ids = self.text_ids(prompt) if text else prompt
+        bare = not pictures and not (text and IMAGE in prompt)
+        if eyes is None or bare:
+            return ids, None
+        return read_prompt(prompt, pictures, self.words(), eyes)
+
+
+# %% book/chapters/08_model.md, cell 124
+class ShownModel(SeeingModel):
+    """Several prompts at once."""
+
+    def all_with_images(
+        self, prompts: Any, images: Any
+    ) -> tuple[list[list[int]], list[Any]]:
+        """`with_images` for each prompt; an error says for which."""
+        rows, tiles = [], []
+        shown = images_each(prompts, images)
+        for i, (prompt, own) in enumerate(zip(prompts, shown)):
+            try:
+                row, seen = self.with_images(prompt, own)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from None
+            rows.append(row)
+            tiles.append(seen)
+        return rows, tiles
+
+
+# %% book/chapters/08_model.md, cell 125
+class TextModel(ShownModel):
+    """Texts that go on from texts."""
+
+    def generate(
+        self, prompts: Any, images: Any = None, **options: Any
+    ) -> list[str]:
         """New text for each text. Options: those of `generate_ids`;
-        `stop_ids` is the end of text unless given.
+        `stop_ids` is the end of text unless given. `images`: for each
+        prompt None, or what `with_images` takes.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list, not one str")
-        rows = [self.text_ids(prompt) for prompt in prompts]
+        rows, tiles = self.all_with_images(prompts, images)
+        if any(one is not None for one in tiles):
+            options["images"] = tiles
         options.setdefault("stop_ids", self.config.stop_ids)
         new = self.generate_ids(rows, **options)
         return [self.words().decode(row) for row in new]
+
+
+# %% book/chapters/08_model.md, cell 126
+class Model(TextModel):
+    """Logits, and text or ids that go on from a prompt."""
 
     def stream(
         self, prompt: str, max_new_tokens: int = 32,
         temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = None,
         seed: Any = 0, stop_ids: Collection[int] | None = None,
+        images: Any = None,
     ) -> Iterator[str]:
         """The new text of one prompt, piece by piece as it comes.
 
@@ -1402,14 +1481,15 @@ class Model(StreamModel):
         space before a first word, of new text too.
         """
         stop = self.config.stop_ids if stop_ids is None else stop_ids
+        row, tiles = self.with_images(prompt, images)
         ids = self.stream_ids(
-            self.text_ids(prompt), max_new_tokens, temperature, top_p,
-            top_k, seed, stop,
+            row, max_new_tokens, temperature, top_p, top_k, seed,
+            stop, tiles,
         )
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 128
+# %% book/chapters/08_model.md, cell 132
 PRESETS = {"grok-1": ModelConfig()} | {
     name: ModelConfig(**settings)
     for family in (llama, mixtral, llama4)

@@ -13,6 +13,8 @@ patches cannot.
 
 # %% book/chapters/17_vision.md, cell 1
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -21,10 +23,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Float64, Int, Int32, UInt8
 
 from annotated_moe.attention import attend
 from annotated_moe.rope import rope_angles
+from annotated_moe.vocabularies import (
+    encode_marked,
+    marks,
+    needed,
+    parse_json,
+    specials_of,
+)
 
 
 # %% book/chapters/17_vision.md, cell 3
@@ -37,6 +46,8 @@ class Tiling:
     channels: int = 3
     shuffle: int = 2                # so many patches squared: one row
     image_id: int = 200092          # the token that a row replaces
+    start_id: int = 200080          # stands before an image,
+    end_id: int = 200081            # and after it
 
     @property
     def grid(self) -> int:
@@ -556,8 +567,21 @@ VISION_FIXED = {
 
 
 # %% book/chapters/17_vision.md, cell 62
-def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
-    """A `vision_config` of Hugging Face; ValueError if unsupported."""
+IMAGE_IDS = {                   # fields of the whole configuration
+    "image_token_index": "image_id",
+    "boi_token_index": "start_id",
+    "eoi_token_index": "end_id",
+}
+
+
+# %% book/chapters/17_vision.md, cell 63
+def read_vision(
+    raw: Any, d_model: int, ids: Mapping[str, Any]
+) -> VisionConfig:
+    """A `vision_config` of Hugging Face; ValueError if unsupported.
+
+    `ids` are the fields around it; IMAGE_IDS names three of them.
+    """
     raw = check_fields(raw)
     missing = sorted(set(VISION_FIELDS) - set(raw))
     if missing:
@@ -566,10 +590,18 @@ def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
     ratio, rope = raw.get("pixel_shuffle_ratio", 0.5), rope_theta(raw)
     if type(ratio) is not float or not 0 < ratio <= 1 or 1 / ratio % 1:
         raise ValueError(f"pixel_shuffle_ratio must be 1/n: {ratio!r}")
+    values |= {o: ids[n] for n, o in IMAGE_IDS.items() if n in ids}
     c = VisionConfig(
         **values, shuffle=round(1 / ratio), d_model=d_model,
-        rope_base=rope, image_id=image_id,
+        rope_base=rope,
     )
+    check_twins(raw, c)
+    return c
+
+
+# %% book/chapters/17_vision.md, cell 64
+def check_twins(raw: Mapping[str, Any], c: VisionConfig) -> None:
+    """ValueError where a size has another value by another name."""
     twins = [("projector_input_dim", c.features),
              ("projector_output_dim", c.features),
              ("intermediate_size", c.width * c.shuffle**2)]
@@ -577,10 +609,9 @@ def read_vision(raw: Any, d_model: int, image_id: Any) -> VisionConfig:
         if raw.get(name, size) != size:
             raise ValueError(
                 f"vision_config: {name} must be {size}: {raw[name]!r}")
-    return c
 
 
-# %% book/chapters/17_vision.md, cell 63
+# %% book/chapters/17_vision.md, cell 65
 def check_fields(raw: Any) -> dict[str, Any]:
     """`raw` less what has no meaning; ValueError for the unknown."""
     if not isinstance(raw, dict):
@@ -601,7 +632,7 @@ def check_fields(raw: Any) -> dict[str, Any]:
     return kept
 
 
-# %% book/chapters/17_vision.md, cell 64
+# %% book/chapters/17_vision.md, cell 66
 def rope_theta(raw: dict[str, Any]) -> Any:
     """RoPE's base, in the newer or the older spelling."""
     rope = raw.get("rope_parameters") or {}
@@ -613,7 +644,7 @@ def rope_theta(raw: dict[str, Any]) -> Any:
     return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 
-# %% book/chapters/17_vision.md, cell 65
+# %% book/chapters/17_vision.md, cell 67
 def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     """What `read_vision` reads, from a VisionConfig as a dict."""
     named = {name: c[ours] for name, ours in VISION_FIELDS.items()}
@@ -629,7 +660,7 @@ def write_vision(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17_vision.md, cell 66
+# %% book/chapters/17_vision.md, cell 68
 def canvas(
     height: int, width: int, c: VisionConfig, most: int = 16
 ) -> tuple[int, int]:
@@ -647,7 +678,7 @@ def canvas(
     return min(fits, key=math.prod)
 
 
-# %% book/chapters/17_vision.md, cell 68
+# %% book/chapters/17_vision.md, cell 70
 def fitted(
     height: int, width: int, grid: tuple[int, int], size: int
 ) -> tuple[int, int]:
@@ -663,22 +694,70 @@ def fitted(
     return tall, max(fit, 1)
 
 
-# %% book/chapters/17_vision.md, cell 69
-def resized(
-    pixels: np.ndarray, height: int, width: int
-) -> np.ndarray:
-    """uint8 [height, width, C], by linear interpolation.
+# %% book/chapters/17_vision.md, cell 71
+def shares(old: int, new: int) -> Float64[np.ndarray, "new old"]:
+    """What each of `new` pixels takes of each of `old`."""
+    scale = old / new
+    centre = (np.arange(new) + 0.5) * scale
+    away = np.abs(np.arange(old) + 0.5 - centre[:, None])
+    w = np.maximum(1 - away / max(scale, 1), 0)
+    return w / w.sum(axis=1, keepdims=True)
 
-    Where it shrinks, each pixel is a mean over all that it covers.
+
+# %% book/chapters/17_vision.md, cell 72
+def whole(
+    w: Float64[np.ndarray, "new old"],
+) -> tuple[Float64[np.ndarray, "new old"], int]:
+    """Shares as whole numbers below 2**15, and their binary places.
+
+    Source: PyTorch, `compute_index_ranges_int16_weights`.
     """
-    shape = (height, width, pixels.shape[2])
-    y = jax.image.resize(
-        jnp.asarray(pixels, jnp.float32), shape, "linear"
-    )
-    return np.asarray(jnp.clip(jnp.round(y), 0, 255)).astype(np.uint8)
+    places = 0
+    while places < 22 and w.max() * 2 ** (places + 1) + 0.5 < 2**15:
+        places += 1
+    return np.floor(w * 2**places + 0.5), places
 
 
-# %% book/chapters/17_vision.md, cell 70
+# %% book/chapters/17_vision.md, cell 73
+def taps(
+    w: Float64[np.ndarray, "new old"],
+) -> tuple[Int[np.ndarray, "few new"], Int32[np.ndarray, "few new"]]:
+    """Which old pixels each new one looks at, and their shares."""
+    few = np.arange((w > 0).sum(axis=1).max())[:, None]
+    index = (w > 0).argmax(axis=1) + few                    # [few, new]
+    inside = np.minimum(index, w.shape[1] - 1)
+    own = np.where(index == inside, w[np.arange(len(w)), inside], 0)
+    return inside, own.astype(np.int32)
+
+
+# %% book/chapters/17_vision.md, cell 74
+def stretched(
+    pixels: UInt8[np.ndarray, "..."], new: int, axis: int
+) -> UInt8[np.ndarray, "..."]:
+    """`pixels` with `new` of them along `axis`."""
+    old = np.moveaxis(pixels, axis, -1)                     # a view
+    if new == old.shape[-1]:
+        return pixels
+    w, places = whole(shares(old.shape[-1], new))
+    sums = np.full((*old.shape[:-1], new), 2**places // 2, np.int32)
+    for index, share in zip(*taps(w)):
+        sums += old[..., index] * share
+    levels = (sums >> places).clip(0, 255).astype(np.uint8)
+    return np.moveaxis(levels, -1, axis)
+
+
+# %% book/chapters/17_vision.md, cell 75
+def resized(
+    pixels: UInt8[np.ndarray, "y x C"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} C"]:
+    """The picture in another size, by linear interpolation.
+
+    Source: torchvision, `resize` of bytes with antialiasing.
+    """
+    return stretched(stretched(pixels, width, 1), height, 0)
+
+
+# %% book/chapters/17_vision.md, cell 79
 def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -695,36 +774,71 @@ def check_pixels(pixels: Any, c: VisionConfig) -> np.ndarray:
     return pixels
 
 
-# %% book/chapters/17_vision.md, cell 71
+# %% book/chapters/17_vision.md, cell 80
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes tiles; Llama 4's unless told otherwise."""
+
+    most: int = 16                          # tiles of a canvas
+    factor: float = 1 / 255                 # to which levels are scaled
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+# %% book/chapters/17_vision.md, cell 81
+def normalized(
+    levels: UInt8[np.ndarray, "I C Y X"], how: ImageSettings
+) -> Float32[np.ndarray, "I C Y X"]:
+    """Levels as numbers around 0, each step rounded to bfloat16.
+
+    Source: Llama 4's image processor, `rescale_and_normalize`.
+    """
+    x = levels * np.float32(how.factor)
+    mean, deviation = (
+        np.array(z, np.float32)[:, None, None].astype(jnp.bfloat16)
+        for z in (how.mean, how.deviation)
+    )
+    x = (x.astype(jnp.bfloat16) - mean) / deviation
+    return x.astype(np.float32)
+
+
+# %% book/chapters/17_vision.md, cell 83
+def cut(
+    pixels: UInt8[np.ndarray, "y x C"], size: int
+) -> UInt8[np.ndarray, "I C {size} {size}"]:
+    """Tiles from left to right, from the top down."""
+    height, width, c = pixels.shape
+    rows, columns = height // size, width // size
+    tiles = pixels.reshape(rows, size, columns, size, c)
+    return tiles.transpose(0, 2, 4, 1, 3).reshape(-1, c, size, size)
+
+
+# %% book/chapters/17_vision.md, cell 84
 def image_tiles(
-    pixels: Any, c: VisionConfig, most: int = 16
+    pixels: Any, c: VisionConfig, how: ImageSettings = ImageSettings()
 ) -> Float32[np.ndarray, "I C Y X"]:
     """A picture, uint8 [height, width, C], as tiles from -1 to 1.
 
     With more than one tile the last is the whole picture, squeezed.
     ValueError for what is no picture.
-    Source: Llama 4's image processor; mean and deviation 0.5.
+    Source: Llama 4's image processor.
     """
     pixels, s = check_pixels(pixels, c), c.image_size
     height, width, channels = pixels.shape
-    rows, columns = canvas(height, width, c, most)
-    part = resized(pixels, *fitted(height, width, (rows, columns), s))
-    full = np.zeros((rows * s, columns * s, channels), np.uint8)
+    grid = canvas(height, width, c, how.most)
+    part = resized(pixels, *fitted(height, width, grid, s))
+    full = np.zeros((grid[0] * s, grid[1] * s, channels), np.uint8)
     full[: part.shape[0], : part.shape[1]] = part
-    tiles = full.reshape(rows, s, columns, s, channels).swapaxes(1, 2)
-    tiles = tiles.reshape(-1, s, s, channels)
+    tiles = cut(full, s)
     if len(tiles) > 1:
-        tiles = np.concatenate([tiles, resized(pixels, s, s)[None]])
-    scaled = tiles.transpose(0, 3, 1, 2).astype(np.float32) / 255
-    return (scaled - np.float32(0.5)) / np.float32(0.5)
+        tiles = np.concatenate([tiles, cut(resized(pixels, s, s), s)])
+    return normalized(tiles, how)
 
 
-# %% book/chapters/17_vision.md, cell 72
+# %% book/chapters/17_vision.md, cell 85
 def image_text(rows: int, columns: int, c: VisionConfig) -> str:
     """What stands for an image in a prompt, in Llama 4's tokens.
 
-    `tokenizer.encode(text, specials=True)` makes ids of it, and
-    `generate_ids([ids], images=[tiles])` reads those.
     Source: Llama 4's processor, `_prompt_split_image`.
     """
     tile = "<|patch|>" * c.rows
@@ -734,3 +848,243 @@ def image_text(rows: int, columns: int, c: VisionConfig) -> str:
         return f"<|image_start|>{whole}"
     lines = f"{line}<|tile_y_separator|>" * rows
     return f"<|image_start|>{lines}{whole}"
+
+
+# %% book/chapters/17_vision.md, cell 89
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+IMAGE_FIELDS = ("size", "image_mean", "image_std", "max_patches",
+                "rescale_factor")
+
+
+# %% book/chapters/17_vision.md, cell 90
+IMAGE_FIXED = {
+    "do_resize": True, "do_rescale": True, "do_normalize": True,
+    "resample": 2, "resize_to_max_canvas": False,   # 2: linear
+    "do_center_crop": False, "do_pad": False,
+    "image_processor_type": "Llama4ImageProcessor",
+}
+
+
+# %% book/chapters/17_vision.md, cell 91
+IMAGE_IGNORED = (
+    "processor_class", "data_format", "default_to_square", "device",
+    "do_convert_rgb", "input_data_format", "return_tensors",
+    "disable_grouping",
+)
+
+
+# %% book/chapters/17_vision.md, cell 92
+def preprocessor_config(c: VisionConfig) -> dict[str, Any]:
+    """Llama 4's, as Hugging Face's layout has it in a file."""
+    size = {"height": c.image_size, "width": c.image_size}
+    own = ImageSettings()
+    return {
+        "image_processor_type": "Llama4ImageProcessor",
+        "do_resize": True, "size": size, "resample": 2,
+        "max_patches": own.most, "resize_to_max_canvas": False,
+        "do_rescale": True, "rescale_factor": own.factor,
+        "do_normalize": True, "image_mean": list(own.mean),
+        "image_std": list(own.deviation),
+    }
+
+
+# %% book/chapters/17_vision.md, cell 93
+def image_object(
+    files: Mapping[str, bytes], c: VisionConfig
+) -> dict[str, Any]:
+    """The settings among the files beside a tokenizer, less nulls."""
+    found = {
+        name: parse_json(files[name], repr(name), "a JSON object")
+        for name in IMAGE_FILES if name in files
+    }
+    processor = found.get("processor_config.json", {})
+    check_processor(processor, c)
+    own = found.get("preprocessor_config.json")
+    raw = processor.get("image_processor", own)
+    if not isinstance(raw, dict):
+        raise ValueError(
+            "no preprocessor_config.json beside the tokenizer says how "
+            "an image is prepared: copy it from the model's release, "
+            "or give generate_ids tiles that are ready"
+        )
+    return {k: v for k, v in raw.items() if v is not None}
+
+
+# %% book/chapters/17_vision.md, cell 94
+MARKS = marks("image_start image image_end patch tile_x_separator "
+              "tile_y_separator")
+START, IMAGE, END, PATCH, NEXT, LINE = MARKS
+
+
+# %% book/chapters/17_vision.md, cell 95
+PROCESSOR_MARKS = {
+    "start_of_image_token": START, "end_of_image_token": END,
+    "image_token": IMAGE, "fake_image_token": IMAGE,
+    "patch_token": PATCH, "tile_x_separator_token": NEXT,
+    "tile_y_separator_token": LINE,
+}
+
+
+# %% book/chapters/17_vision.md, cell 96
+def check_processor(raw: Mapping[str, Any], c: VisionConfig) -> None:
+    """ValueError if marks are called otherwise, or otherwise many."""
+    counts = {"patch_size": c.patch_size,
+              "pixel_shuffle_ratio": 1 / c.shuffle}
+    for name, value in {**PROCESSOR_MARKS, **counts}.items():
+        if raw.get(name, value) != value:
+            raise ValueError(
+                f"processor_config.json: {name} is {raw[name]!r}; "
+                f"only {value!r} is supported"
+            )
+
+
+# %% book/chapters/17_vision.md, cell 97
+def check_settings(raw: Mapping[str, Any], c: VisionConfig) -> None:
+    """ValueError for a setting that is unknown, or not ours."""
+    fixed = IMAGE_FIXED | {
+        "size": {"height": c.image_size, "width": c.image_size}}
+    for name in sorted({*IMAGE_FIELDS} - set(raw)):
+        raise ValueError(f"preprocessor_config.json lacks {name!r}")
+    for name, value in raw.items():
+        if name not in {*fixed, *IMAGE_FIELDS, *IMAGE_IGNORED}:
+            raise ValueError(
+                f"preprocessor_config.json has {name[:40]!r}, unknown")
+        if name == "image_processor_type":
+            value = str(value).removesuffix("Fast")
+        if fixed.get(name, value) != value:
+            raise ValueError(
+                f"preprocessor_config.json: {name} is {value!r}; "
+                f"only {fixed[name]!r} is supported")
+
+
+# %% book/chapters/17_vision.md, cell 98
+def positive(values: Any, count: int, name: str) -> tuple[float, ...]:
+    """`count` numbers above 0, or ValueError."""
+    good = isinstance(values, list) and len(values) == count
+    if not good or not all(
+        type(v) in (int, float) and 0 < v < math.inf for v in values
+    ):
+        raise ValueError(
+            f"preprocessor_config.json: {name} must be {count} "
+            f"positive numbers: {values!r}"
+        )
+    return tuple(values)
+
+
+# %% book/chapters/17_vision.md, cell 99
+def image_settings(
+    files: Mapping[str, bytes], c: VisionConfig
+) -> ImageSettings:
+    """The settings beside a tokenizer; ValueError if unsupported."""
+    raw = image_object(files, c)
+    check_settings(raw, c)
+    most, n = raw["max_patches"], c.channels
+    if type(most) is not int or not 1 <= most <= 1024:
+        raise ValueError(
+            "preprocessor_config.json: max_patches must be a whole "
+            f"number from 1 to 1024: {most!r}")
+    factor = positive([raw["rescale_factor"]], 1, "rescale_factor")
+    return ImageSettings(
+        most, factor[0], positive(raw["image_mean"], n, "image_mean"),
+        positive(raw["image_std"], n, "image_std"))
+
+
+# %% book/chapters/17_vision.md, cell 100
+def mark_ids(
+    specials: Mapping[str, int], c: VisionConfig
+) -> dict[str, int]:
+    """The marks' ids; ValueError if the vocabulary has not these."""
+    known = {START: c.start_id, END: c.end_id, PATCH: c.image_id}
+    for mark in MARKS:
+        if mark not in specials:
+            raise ValueError(
+                f"the tokenizer has no {mark!r}: give generate_ids "
+                "ids and tiles instead of text and images"
+            )
+        if specials[mark] != known.get(mark, specials[mark]):
+            raise ValueError(
+                f"{mark} is {specials[mark]} in the tokenizer, but "
+                f"{known[mark]} in the model's configuration"
+            )
+    return {mark: specials[mark] for mark in MARKS}
+
+
+# %% book/chapters/17_vision.md, cell 101
+def image_ids(
+    grid: tuple[int, int], ids: Mapping[str, int], c: VisionConfig
+) -> list[int]:
+    """`image_text` as ids."""
+    return [ids[m] for m in re.findall(r"<.*?>", image_text(*grid, c))]
+
+
+# %% book/chapters/17_vision.md, cell 102
+def place_images(
+    prompt: list[int], images: list[Any], ids: Mapping[str, int],
+    how: ImageSettings, c: VisionConfig,
+) -> tuple[list[int], Float32[np.ndarray, "I C Y X"]]:
+    """The prompt with its images written out, and all their tiles."""
+    count, waiting = prompt.count(ids[IMAGE]), iter(images)
+    if count != len(images):
+        raise ValueError(
+            f"{count} times {IMAGE} in the prompt, for {len(images)} "
+            "images: it stands for one; in a chat, the template has "
+            "to write it"
+        )
+    new: list[int] = []
+    tiles = [np.zeros((0, c.channels, c.image_size, c.image_size),
+                      np.float32)]
+    for token in prompt:
+        if token != ids[IMAGE]:
+            new.append(token)
+            continue
+        pixels = check_pixels(next(waiting), c)
+        tiles.append(image_tiles(pixels, c, how))
+        height, width, _ = pixels.shape
+        grid = canvas(height, width, c, how.most)
+        new += image_ids(grid, ids, c)
+    return new, np.concatenate(tiles)
+
+
+# %% book/chapters/17_vision.md, cell 103
+def read_prompt(
+    prompt: Any, images: list[Any], words: Any, c: VisionConfig
+) -> tuple[list[int], Float32[np.ndarray, "I C Y X"]]:
+    """Ids and tiles of a text, or of ids, with images.
+
+    `words` is a Tokenizer. ValueError if something does not fit.
+    """
+    ids = mark_ids(specials_of(words.processor), c)
+    if isinstance(prompt, str):
+        mark = {IMAGE: ids[IMAGE]}
+        prompt = encode_marked(prompt, mark, words.encode)
+    how = image_settings(words.beside, c)
+    return place_images(list(prompt), images, ids, how, c)
+
+
+# %% book/chapters/17_vision.md, cell 104
+def read_image(
+    path: str | os.PathLike[str],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The picture in a file; ValueError if it cannot be read."""
+    library = needed("PIL.Image", "an image file", "images")
+    turned = needed("PIL.ImageOps", "an image file", "images")
+    try:
+        with library.open(path) as file:
+            picture = turned.exif_transpose(file)
+            return np.asarray(opaque(picture, library))
+    except (OSError, ValueError, SyntaxError,
+            library.DecompressionBombError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} cannot be read as an image: {error}"
+        ) from None
+
+
+# %% book/chapters/17_vision.md, cell 105
+def opaque(picture: Any, library: Any) -> Any:
+    """The picture in RGB, on white where one sees through it."""
+    clear = "A" in picture.getbands() or "transparency" in picture.info
+    if not clear:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = library.new("RGBA", picture.size, "white")
+    return library.alpha_composite(white, picture).convert("RGB")

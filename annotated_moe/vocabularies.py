@@ -45,14 +45,16 @@ class MissingExtra(ImportError, ValueError):
 
 
 # %% book/chapters/19_vocabularies.md, cell 9
-def needed(module: str, what: str) -> ModuleType:
+def needed(
+    module: str, what: str, extra: str = "tokenizers"
+) -> ModuleType:
     """The library `module`, imported when something needs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise MissingExtra(
             f"{what} needs the library {module!r}: "
-            "pip install 'annotated-moe[tokenizers]'"
+            f"pip install 'annotated-moe[{extra}]'"
         ) from None
 
 
@@ -624,6 +626,7 @@ def open_table(
 BESIDE = [
     "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json",
 ]
 
 

@@ -7,6 +7,7 @@ three pictures at a tile size of 16.
 """
 
 import json
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +20,24 @@ from safetensors.numpy import save_file
 
 import annotated_moe as am
 from annotated_moe import checkpoints as ck
-from annotated_moe import convert, sharding, vision, vocabularies
+from annotated_moe import cli, convert, sharding, vision
 from annotated_moe.model import Model
 from annotated_moe.vision import VisionConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = VisionConfig(
     image_size=16, patch_size=4, width=16, layers=2, heads=2, d_ff=64,
-    features=24, d_model=32, image_id=60,
+    features=24, d_model=32, image_id=60, start_id=61, end_id=62,
 )
 FEATURES = 1e-5         # most that a feature may differ from the recorded
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """Programs that run once are not worth optimizing."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +81,14 @@ def test_a_picture_belongs_to_its_row(gold, model):
     """Rows with and without an image, and rows of unequal length."""
     ids, (one, two) = gold["input_ids"], pictures(gold)
     tokens = np.stack([np.where(ids[0] == 60, 3, ids[0]), ids[1]])
+    tiles = vision.check_images(tokens, [None, two], SMALL)
+    np.testing.assert_array_equal(tiles, two)
+    places = vision.places_of(tokens, 60)
+    assert (places[0] == -1).all() and list(places[1, 5:9]) == [0, 1, 2, 3]
+    tokens = ids.copy()
     tokens[0, 9:] = 0
-    y = model.logits(tokens, [9, 14], images=[None, two])
+    y = np.asarray(model.logits(tokens, [9, 14], images=[one, two]))
+    np.testing.assert_allclose(y[0, :9], gold["logits"][0, :9], atol=1e-4)
     np.testing.assert_allclose(y[1], gold["logits"][1], atol=1e-4)
     mask = np.ones((2, 14), bool)
     mask[0, :3] = False                         # padding on the left
@@ -118,8 +133,8 @@ def test_sixteen_bits(gold, model):
     exact = vision.image_features(eyes, gold["pixel_values"], SMALL)
     np.testing.assert_allclose(
         exact, gold["projected"], rtol=0, atol=FEATURES)
-    coarse = vision.image_features(
-        eyes, gold["pixel_values"], SMALL, "bfloat16")
+    coarse, exact = np.asarray(vision.image_features(
+        eyes, gold["pixel_values"], SMALL, "bfloat16")), np.asarray(exact)
     assert 0 < np.std(coarse - exact) < 0.02 * np.std(exact)
 
 
@@ -137,27 +152,8 @@ def test_each_part_is_needed(gold, model, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(vision, name, other)
             y = jax.jit(partial(run, c=SMALL))(eyes, tiles)
-        wrong = abs(y - gold["projected"]).max()
+        wrong = np.abs(np.asarray(y) - gold["projected"]).max()
         assert wrong > 40 * FEATURES, (name, wrong)
-
-
-def test_a_prompt_in_words_with_a_picture(gold, model):
-    """What `image_text` writes is ids if special strings are taken."""
-    marks = ("<|image_start|>", "<|image|>", "<|image_end|>", "<|patch|>")
-    specials = {mark: 57 + i for i, mark in enumerate(marks)}
-    pieces = [bytes([97 + i]) for i in range(57)] + [m.encode() for m in marks]
-
-    def plain(text):
-        return [ord(letter) - 97 for letter in text]
-
-    table = vocabularies.ByteTable(pieces, specials, {}, plain)
-    text = vision.image_text(1, 1, SMALL) + "abcdefg"
-    ids = vocabularies.encode_special(table, text)
-    assert ids == [57, 58, 60, 60, 60, 60, 59, *range(7)]
-    new = model.generate_ids([ids, ids], 5, images=pictures(gold))
-    assert [len(row) for row in new] == [5, 5] and new[0] != new[1]
-    with pytest.raises(ValueError, match="image token 60 4 times"):
-        model.generate_ids([ids], 1)
 
 
 @pytest.mark.parametrize("images, said", [
@@ -180,9 +176,12 @@ def test_images_that_do_not_fit(gold, images, said):
         vision.check_images(gold["input_ids"], images, SMALL)
 
 
-def test_a_model_without_eyes():
+def test_a_model_without_eyes(model):
+    blind = replace(model, config=replace(model.config, vision=None))
     with pytest.raises(ValueError, match="is blind"):
-        am.load(dtype="float32").logits([[5]], images=[None])
+        blind.logits([[5]], images=[None])
+    with pytest.raises(ValueError, match="is blind"):
+        blind.generate(["a"], images=[picture(4, 4)])
 
 
 @pytest.mark.parametrize("change, said", [
@@ -243,7 +242,7 @@ def test_every_parameter_has_a_rule():
 
 
 def test_tiles_are_those_of_the_reference():
-    """Up to a level of 255 in resizing, and bfloat16 in scaling."""
+    """Each bit of them."""
     recorded = np.load(FIXTURES / "image_tiles.npz")
     c = replace(SMALL, image_size=16)
     grids = [(2, 3), (1, 1), (4, 3)]
@@ -255,7 +254,7 @@ def test_tiles_are_those_of_the_reference():
         wanted = recorded[f"tiles{i}"].astype(np.float32)
         assert vision.canvas(h, w, c) == grids[i]
         assert tiles.shape == wanted.shape
-        np.testing.assert_allclose(tiles, wanted, atol=2 / 255 + 2**-8)
+        np.testing.assert_array_equal(tiles, wanted)
         text = vision.image_text(*grids[i], c)
         assert text.count("<|patch|>") == len(tiles) * c.rows
 
@@ -272,3 +271,228 @@ def test_init_params_has_the_encoder(model):
     mine = {p for p in ck.expected(model.config) if p[:6] == "vision"}
     assert mine == set(vision.vision_shapes(SMALL))
     assert isinstance(model, Model)
+
+
+# Words and pictures
+
+
+IDS = {"<|image_start|>": 61, "<|image|>": 59, "<|image_end|>": 62,
+       "<|patch|>": 60, "<|tile_x_separator|>": 58, "<|tile_y_separator|>": 63}
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{% if part.type == 'image' %}"
+    "<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def tokenizer_json(specials=IDS):
+    """One token a letter, and the marks: 64 in all."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ|<>_. "[:58]
+    vocab = {"Ġ" if x == " " else x: i for i, x in enumerate(letters)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": mark, "special": True, **flags}
+             for mark, i in sorted(specials.items(), key=lambda pair: pair[1])]
+    level = {"type": "ByteLevel", "add_prefix_space": False,
+             "trim_offsets": True, "use_regex": True}
+    return json.dumps({
+        "version": "1.0", "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": level, "post_processor": None, "decoder": level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer, and beside it how images are prepared."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("words")
+    settings = vision.preprocessor_config(SMALL)
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return am.Tokenizer(folder / "tokenizer.json")
+
+
+def picture(height, width):
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([7 * x + y, 9 * y, x * y], -1).astype(np.uint8)
+
+
+ONE = [61, 59, *[60] * 4, 62]                   # a picture of one tile
+
+
+@pytest.fixture(scope="module")
+def talker(model, words):
+    return replace(model, tokenizer=words)
+
+
+def test_a_prompt_in_words_with_a_picture(talker):
+    """The same as ids and tiles that were made by hand."""
+    small, wide = picture(16, 16), picture(9, 12)
+    prompts = ["abcdef<|image|>g", "<|image|>"]
+    new = talker.generate(prompts, images=[small, [wide]], max_new_tokens=5)
+    rows = [[*range(6), *ONE, 6], ONE]
+    tiles = [vision.image_tiles(p, SMALL) for p in (small, wide)]
+    ids = talker.generate_ids(rows, 5, images=tiles, stop_ids=(2,))
+    assert new == [talker.tokenizer.decode(row) for row in ids]
+    swapped = talker.generate_ids(rows, 5, images=tiles[::-1], stop_ids=(2,))
+    assert new != [talker.tokenizer.decode(row) for row in swapped]
+
+
+def test_several_tiles_and_several_pictures(words, talker):
+    wide, tall = picture(16, 32), picture(30, 7)
+    ids, tiles = talker.with_images("<|image|>a<|image|>", [wide, tall])
+    tile = [60] * 4
+    assert ids == [61, *tile, 58, *tile, 63, 59, *tile, 62, 0,
+                   61, *tile, 63, *tile, 63, 59, *tile, 62]
+    want = [vision.image_tiles(wide, SMALL), vision.image_tiles(tall, SMALL)]
+    np.testing.assert_array_equal(tiles, np.concatenate(want))
+    # The first two tiles are halves of the picture, the third all of it.
+    levels = tiles[:2] * 0.5 + 0.5
+    halves = np.stack([wide[:, :16], wide[:, 16:]]).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(levels, halves / 255, atol=2**-8)
+    tiles = vision.check_images([ids], [tiles], SMALL)
+    assert len(tiles) == 6
+
+
+def test_a_stream_has_its_picture(talker, monkeypatch):
+    def stream_ids(model, prompt, *options):
+        assert prompt == [0, *ONE] and options[0] == 3
+        assert options[-1].shape == (1, 3, 16, 16)
+        return iter([1, 2])
+
+    monkeypatch.setattr(Model, "stream_ids", stream_ids)
+    text = talker.stream("a<|image|>", 3, images=picture(4, 4))
+    assert "".join(text) == "bc"
+
+
+def test_words_without_a_picture(talker):
+    assert talker.with_images("<|patch|>") == (
+        talker.tokenizer.encode("<|patch|>"), None)
+    assert 60 not in talker.tokenizer.encode("<|patch|>")
+
+
+def test_the_command_line(talker, tmp_path, monkeypatch):
+    """A file becomes the tiles of its picture, in a chat too."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = picture(16, 16)
+    path = str(tmp_path / "a.png")
+    image.fromarray(pixels).save(path)
+    asked = []
+
+    def stream_ids(model, prompt, **options):
+        asked.append((prompt, options["image"]))
+        return iter([0])
+
+    monkeypatch.setattr(cli, "open_model", lambda *_: (talker, ""))
+    monkeypatch.setattr(Model, "stream_ids", stream_ids)
+    for prompt, ids in (("ab", [*ONE, 0, 1]), ("a<|image|>b", [0, *ONE, 1])):
+        for chat in ([], ["--chat"]):
+            line = ["generate", "--prompt", prompt, "--image", path, *chat]
+            assert cli.main(line) == 0
+            got, tiles = asked.pop()
+            assert got == ids
+            np.testing.assert_array_equal(
+                tiles, vision.image_tiles(pixels, SMALL))
+    assert cli.main(["generate", "--prompt", "ab"]) == 0
+    assert asked.pop() == ([0, 1], None)
+
+
+@pytest.mark.parametrize("prompts, images, said", [
+    (["a<|image|>"], None, "prompt 0: 1 times <.image.> in the prompt, for 0 images"),
+    (["a"], [picture(4, 4)], "0 times <.image.> in the prompt, for 1 images"),
+    (["<|image|>"], [[picture(4, 4)] * 2], "1 times .* for 2 images"),
+    (["a", "<|image|>"], [None] * 2, "prompt 1: 1 times"),
+    (["<|image|>"], [None, None], "2 images for 1 prompts"),
+    ([b"<|image|>"], None, "a prompt must be a str"),
+    (["<|image|>"], picture(4, 4), "images must be a list"),
+    (["<|image|>"], [picture(4, 4) / 255], "not float64 of shape"),
+    (["<|image|>"], [picture(4, 4)[..., 0]], r"not uint8 of shape \(4, 4\)"),
+    (["<|image|>"], [picture(4, 4)[..., :1]], "has not 3 channels"),
+])
+def test_pictures_that_do_not_fit(talker, prompts, images, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        talker.generate(prompts, images=images)
+
+
+def beside(change, name="preprocessor_config.json"):
+    raw = vision.preprocessor_config(SMALL) | change
+    raw = {k: v for k, v in raw.items() if v != "gone"}
+    return {name: json.dumps(raw).encode()}
+
+
+def test_settings_are_read():
+    read = vision.image_settings
+    assert read(beside({}), SMALL) == vision.ImageSettings()
+    other = {"max_patches": 4, "image_mean": [0.4, 0.5, 0.6], "device": None,
+             "image_processor_type": "Llama4ImageProcessorFast"}
+    how = read(beside(other), SMALL)
+    assert (how.most, how.mean) == (4, (0.4, 0.5, 0.6))
+    newer = {"image_processor": vision.preprocessor_config(SMALL) | other}
+    files = {"processor_config.json": json.dumps(newer).encode()}
+    assert read(files, SMALL) == how
+    photo = picture(48, 48)
+    assert len(vision.image_tiles(photo, SMALL, how)) == 5
+    shift = vision.image_tiles(photo, SMALL) - vision.image_tiles(
+        photo, SMALL, replace(how, most=16))
+    np.testing.assert_allclose(
+        shift.mean((0, 2, 3)), [-0.2, 0, 0.2], atol=0.01)
+
+
+@pytest.mark.parametrize("files, said", [
+    ({}, "no preprocessor_config.json beside the tokenizer"),
+    (beside({"size": {"height": 336, "width": 336}}), "size is .* only"),
+    (beside({"resize_to_max_canvas": True}), "only False is supported"),
+    (beside({"resample": 3}), "resample is 3; only 2"),
+    (beside({"max_patches": "gone"}), "lacks 'max_patches'"),
+    (beside({"max_patches": 0}), "whole number from 1"),
+    (beside({"image_std": [0.5, 0, 0.5]}), "image_std must be 3 positive"),
+    (beside({"sharpen": True}), "'sharpen', unknown"),
+    (beside({"image_processor_type": "CLIP"}), "image_processor_type is 'CLIP'"),
+    (beside({"patch_token": "<p>"}, "processor_config.json"), "patch_token is '<p>'"),
+    (beside({"patch_size": 14}, "processor_config.json"), "patch_size is 14; only 4"),
+    ({"preprocessor_config.json": b"[]"}, "'preprocessor_config.json' is not"),
+])
+def test_settings_that_are_refused(files, said):
+    with pytest.raises(ValueError, match=said):
+        vision.image_settings(files, SMALL)
+
+
+def test_marks_that_are_not_the_models(words):
+    with pytest.raises(ValueError, match="has no '<.image_start.>'"):
+        vision.mark_ids({}, SMALL)
+    with pytest.raises(ValueError, match="61 in the tokenizer, but 57 in"):
+        vision.mark_ids(IDS, replace(SMALL, start_id=57))
+
+
+def test_metas_layout_has_metas_settings(words, folder, tmp_path):
+    """Its files say nothing of images; elsewhere that is refused."""
+    (tmp_path / "tokenizer.json").write_bytes(words.model_bytes)
+    c = ck.find_layout(folder)[0]
+    assert not ck.find_tokenizer(tmp_path, c).beside
+    (tmp_path / "params.json").touch()
+    found = ck.find_tokenizer(tmp_path, c)
+    assert vision.image_settings(found.beside, SMALL) == vision.ImageSettings()
+    assert list(convert.unsaid(tmp_path, c)) == ["preprocessor_config.json"]
+    assert not convert.unsaid(folder, c)
+
+
+def test_a_picture_from_a_file(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    pixels = picture(5, 7)
+    turned = image.fromarray(pixels)
+    turned.getexif()[0x0112] = 6                # a camera held upright
+    turned.save(tmp_path / "a.png", exif=turned.getexif())
+    read = vision.read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(read, np.rot90(pixels, -1))
+    clear = np.dstack([pixels, np.full((5, 7), 0, np.uint8)])
+    image.fromarray(clear).save(tmp_path / "b.png")
+    assert (vision.read_image(tmp_path / "b.png") == 255).all()
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    for name in ("c.png", "d.png"):
+        with pytest.raises(ValueError, match=name):
+            vision.read_image(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ValueError, match=r"annotated-moe\[images\]"):
+        vision.read_image(tmp_path / "a.png")

@@ -592,10 +592,10 @@ def test_generate_chat_prompts_with_the_template(tmp_path):
     small = am.load()
     model = Model(small.config, small.params, chatty("byte level", tmp_path))
     args = argparse.Namespace(prompt="Hello world", chat=True)
-    assert cli.prompt_ids(model, args) == model.tokenizer.chat(HELLO)
+    assert cli.prompt_ids(model, args, [])[0] == model.tokenizer.chat(HELLO)
     assert set(cli.ends(model, True)) == {*cli.ends(model, False), 1}
     args.chat = False
-    assert cli.prompt_ids(model, args) == model.tokenizer.encode("Hello world")
+    assert cli.prompt_ids(model, args, [])[0] == model.tokenizer.encode("Hello world")
     assert made("llama 3").turn_ids == (266, 274)
 
 

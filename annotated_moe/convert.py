@@ -704,7 +704,7 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
     groups = ck.groups_for(r.path, inputs)
-    step = max(1, ck.BLOCK // (4 * inputs))
+    step = max(1, ck.BLOCK // (16 * inputs))
     for start in range(0, w.shape[1], step):
         some = slice(start, start + step)
         new, good = round_block(w[:, some], groups, r.what)

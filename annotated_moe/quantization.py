@@ -252,6 +252,29 @@ Weight = jax.Array | QuantizedTensor | Row | OwnProduct
 
 
 # %% book/chapters/06_quantization.md, cell 67
+def cut_as_bits(
+    w: Float[Array, "*L D F"], index: Index
+) -> Float[Array, "D F"]:
+    """w[index] of 16-bit floats, read as the integers they are."""
+    w, index = jax.lax.optimization_barrier((w, index))
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits[index], w.dtype)
+
+
+# %% book/chapters/06_quantization.md, cell 68
+def pick(
+    w: Float[Array, "*L D F"], index: Index
+) -> Float[Array, "D F"]:
+    """w[index], of which a CPU does not widen more than that."""
+    if not index or w.dtype != jnp.bfloat16:
+        return w[index]
+    index = tuple(jnp.asarray(i, jnp.int32) for i in index)
+    return jax.lax.platform_dependent(
+        w, index, cpu=cut_as_bits, default=lambda w, index: w[index]
+    )
+
+
+# %% book/chapters/06_quantization.md, cell 69
 def matmul(
     x: Float[Array, "N D"], w: Weight, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -271,11 +294,11 @@ def matmul(
         return jax.lax.platform_dependent(
             x, w, index, cpu=tiled_matmul, default=whole_matmul
         )
-    w = w[index].astype(x.dtype)
+    w = pick(w, index).astype(x.dtype)
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/06_quantization.md, cell 68
+# %% book/chapters/06_quantization.md, cell 70
 def check_fits(x: Any, w: Any, index: Index) -> None:
     """Raise ValueError unless x [N, D] times w[index] [D, F] exists."""
     if isinstance(w, QuantizedTensor):

@@ -234,3 +234,19 @@ def test_groups_divide_whatever_the_width():
     )["decoder_layer/linear_1"]["w"]
     assert q.scales.shape == (1, 4, 3)
     np.testing.assert_allclose(dequantize(q), 1, rtol=0.01)
+
+
+def test_a_cpu_widens_no_stack_of_bfloat16_weights():
+    """Scratch of a model in bfloat16: less than half of its weights."""
+    wide = {"num_layers": 8, "d_model": 64, "d_ff": 128, "dtype": "bfloat16"}
+    config = replace(FAMILY["mixtral"], **wide)
+    shapes = {path: jax.ShapeDtypeStruct(shape, "bfloat16")
+              for path, shape in expected(config).items()}
+    params = {}
+    for path, shape in shapes.items():
+        module, leaf = path.rsplit("/", 1)
+        params.setdefault(module, {})[leaf] = shape
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    compiled = model.all_logits.lower(params, ids, config).compile()
+    scratch = compiled.memory_analysis().temp_size_in_bytes
+    assert scratch < sum(w.size for w in shapes.values())

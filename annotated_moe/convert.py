@@ -722,7 +722,7 @@ def round_block(
 ) -> tuple[Array, Bool[Array, ""]]:
     """`weight` or `scales` of some columns, and if all are finite."""
     q = quantize(w, groups)
-    return getattr(q, what), jnp.isfinite(q.scales).all()
+    return getattr(q, what), jnp.isfinite(w).all()
 
 
 # %% book/chapters/10_convert.md, cell 67

@@ -76,8 +76,9 @@ def quantize(
         raise ValueError(f"{groups} groups do not divide {d} inputs")
     grouped = w.astype(jnp.float32).reshape(*lead, groups, -1, f)
     peak = jnp.max(jnp.abs(grouped), axis=-2)               # [*E, G, F]
+    # Of the weights: a maximum may lose a NaN on a CPU.
     traced = isinstance(peak, jax.core.Tracer)
-    if not traced and not jnp.isfinite(peak).all():
+    if not traced and not jnp.isfinite(w).all():
         raise ValueError("cannot quantize a weight with NaN or inf")
     scales = bfloat16_scales(peak)
     step = jnp.where(scales == 0, 1, scales)

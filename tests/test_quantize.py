@@ -250,3 +250,9 @@ def test_a_cpu_widens_no_stack_of_bfloat16_weights():
     compiled = model.all_logits.lower(params, ids, config).compile()
     scratch = compiled.memory_analysis().temp_size_in_bytes
     assert scratch < sum(w.size for w in shapes.values())
+
+
+def test_a_nan_among_many_is_not_lost_in_a_maximum():
+    w = jnp.ones((512, 512)).at[3, 5].set(jnp.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        am.quantization.quantize(w)

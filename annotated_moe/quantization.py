@@ -3,10 +3,10 @@
 in bfloat16 half of that, and the published files half of that again,
 because nearly every weight is an eight-bit integer that shares a scale
 with its neighbours. This chapter builds the format, derives how wrong
-it can make a matrix product, and measures that the product is no worse.
-It ends with a product that reads the integers a tile at a time and
-never writes the matrix out in a wider type, so that what was saved on
-disk stays saved while the model runs.
+it can make a matrix product and a logit, and measures that neither is
+worse. It ends with a product that reads the integers a tile at a time
+and never writes the matrix out in a wider type, so that what was saved
+on disk stays saved while the model runs.
 """
 
 # %% book/chapters/06_quantization.md, cell 1
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 Index = tuple[Any, ...]                                     # of a stack
 
@@ -76,8 +76,9 @@ def quantize(
         raise ValueError(f"{groups} groups do not divide {d} inputs")
     grouped = w.astype(jnp.float32).reshape(*lead, groups, -1, f)
     peak = jnp.max(jnp.abs(grouped), axis=-2)               # [*E, G, F]
+    # Of the weights: a maximum may lose a NaN on a CPU.
     traced = isinstance(peak, jax.core.Tracer)
-    if not traced and not jnp.isfinite(peak).all():
+    if not traced and not jnp.isfinite(w).all():
         raise ValueError("cannot quantize a weight with NaN or inf")
     scales = bfloat16_scales(peak)
     step = jnp.where(scales == 0, 1, scales)
@@ -114,7 +115,39 @@ def dequantize(
     return w.reshape(q.shape).astype(dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 28
+# %% book/chapters/06_quantization.md, cell 19
+def step_of_each_weight(q: QuantizedTensor) -> Float32[Array, "*E D F"]:
+    """What one more in a weight's integer adds: its group's scale."""
+    scales = q.scales.astype(jnp.float32)                   # [*E, G, F]
+    return jnp.repeat(scales, group_size(q), axis=-2)
+
+
+# %% book/chapters/06_quantization.md, cell 33
+def change_bound(
+    gradients: Any, quantized: Any
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """How far 8 bits move a number: the worst case, and typically.
+
+    `gradients` holds the number's derivative by each float weight,
+    `quantized` what the weights became: pytrees with the same leaves,
+    float arrays in the one, in the other a `QuantizedTensor` for each
+    that was rounded. To first order in the step. ValueError when
+    scales do not fit. Source: the triangle inequality; Bennett (1948).
+    """
+    def reach(q, g):
+        rounded = isinstance(q, QuantizedTensor)
+        return g * step_of_each_weight(q) if rounded else 0 * g
+
+    def whole(q):
+        return isinstance(q, QuantizedTensor)
+
+    parts = jax.tree.map(reach, quantized, gradients, is_leaf=whole)
+    every = [part.ravel() for part in jax.tree.leaves(parts)]
+    far = jnp.concatenate(every)                    # of each weight
+    return jnp.abs(far).sum() / 2, jnp.sqrt((far**2).sum() / 12)
+
+
+# %% book/chapters/06_quantization.md, cell 41
 def whole_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -132,7 +165,7 @@ def whole_matmul(
     return jnp.sum(y * scales[:, None], axis=0)
 
 
-# %% book/chapters/06_quantization.md, cell 38
+# %% book/chapters/06_quantization.md, cell 51
 def read_rows(
     stack: Shaped[Array, "*E D F"],
     index: Index,
@@ -145,14 +178,14 @@ def read_rows(
     return tile.reshape(rows, stack.shape[-1])
 
 
-# %% book/chapters/06_quantization.md, cell 39
+# %% book/chapters/06_quantization.md, cell 52
 def tile_rows(group: int, target: int) -> int:
     """The divisor of `group` nearest to `target`, as a ratio."""
     divisors = [t for t in range(1, group + 1) if group % t == 0]
     return min(divisors, key=lambda t: max(t / target, target / t))
 
 
-# %% book/chapters/06_quantization.md, cell 42
+# %% book/chapters/06_quantization.md, cell 55
 def tiled_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -181,7 +214,7 @@ def tiled_matmul(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/06_quantization.md, cell 51
+# %% book/chapters/06_quantization.md, cell 64
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Row:
@@ -204,7 +237,7 @@ class Row:
         return len(self.shape)
 
 
-# %% book/chapters/06_quantization.md, cell 52
+# %% book/chapters/06_quantization.md, cell 65
 class OwnProduct:
     """A matrix [D, F] that is no array, but can be multiplied by."""
 
@@ -215,11 +248,34 @@ class OwnProduct:
         raise NotImplementedError
 
 
-# %% book/chapters/06_quantization.md, cell 53
+# %% book/chapters/06_quantization.md, cell 66
 Weight = jax.Array | QuantizedTensor | Row | OwnProduct
 
 
-# %% book/chapters/06_quantization.md, cell 54
+# %% book/chapters/06_quantization.md, cell 67
+def cut_as_bits(
+    w: Float[Array, "*L D F"], index: Index
+) -> Float[Array, "D F"]:
+    """w[index] of 16-bit floats, read as the integers they are."""
+    w, index = jax.lax.optimization_barrier((w, index))
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits[index], w.dtype)
+
+
+# %% book/chapters/06_quantization.md, cell 68
+def pick(
+    w: Float[Array, "*L D F"], index: Index
+) -> Float[Array, "D F"]:
+    """w[index], of which a CPU does not widen more than that."""
+    if not index or w.dtype != jnp.bfloat16:
+        return w[index]
+    index = tuple(jnp.asarray(i, jnp.int32) for i in index)
+    return jax.lax.platform_dependent(
+        w, index, cpu=cut_as_bits, default=lambda w, index: w[index]
+    )
+
+
+# %% book/chapters/06_quantization.md, cell 69
 def matmul(
     x: Float[Array, "N D"], w: Weight, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -239,11 +295,11 @@ def matmul(
         return jax.lax.platform_dependent(
             x, w, index, cpu=tiled_matmul, default=whole_matmul
         )
-    w = w[index].astype(x.dtype)
+    w = pick(w, index).astype(x.dtype)
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/06_quantization.md, cell 55
+# %% book/chapters/06_quantization.md, cell 70
 def check_fits(x: Any, w: Any, index: Index) -> None:
     """Raise ValueError unless x [N, D] times w[index] [D, F] exists."""
     if isinstance(w, QuantizedTensor):

@@ -22,8 +22,7 @@ from typing import Any, NoReturn
 import jax
 from jax.sharding import Mesh
 
-from annotated_moe import checkpoints, hosts, scale
-from annotated_moe.convert import add_convert, add_quantize
+from annotated_moe import checkpoints, hosts
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
 from annotated_moe.streaming import StreamedModel, watched
@@ -227,19 +226,46 @@ class Parser(argparse.ArgumentParser):
 
 
 # %% book/chapters/09_checkpoints.md, cell 192
-def make_parser() -> argparse.ArgumentParser:
-    text = "Run the mixture-of-experts model that the book builds."
-    parser = Parser("annotated-moe", description=text)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_generate(commands)
-    add_convert(commands)
-    add_quantize(commands)
-    add_info(commands)
+def add_convert(commands: Any) -> None:
+    from annotated_moe import convert
+
+    convert.add_convert(commands)
+
+
+def add_quantize(commands: Any) -> None:
+    from annotated_moe import convert
+
+    convert.add_quantize(commands)
+
+
+def add_plan(commands: Any) -> None:
+    from annotated_moe import scale
+
     scale.add_plan(commands)
-    return parser
 
 
 # %% book/chapters/09_checkpoints.md, cell 193
+ADD = {
+    "generate": add_generate,
+    "convert": add_convert,
+    "quantize": add_quantize,
+    "info": add_info,
+    "plan": add_plan,
+}
+
+
+# %% book/chapters/09_checkpoints.md, cell 194
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """For one command, or for all where it is none of them."""
+    text = "Run the mixture-of-experts model that the book builds."
+    parser = Parser("annotated-moe", description=text)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in [ADD[command]] if command in ADD else ADD.values():
+        add(commands)
+    return parser
+
+
+# %% book/chapters/09_checkpoints.md, cell 195
 def spare_collector() -> None:
     """Look for no garbage in what was imported, nor at the exit.
 
@@ -249,12 +275,13 @@ def spare_collector() -> None:
     atexit.register(gc.disable)
 
 
-# %% book/chapters/09_checkpoints.md, cell 194
+# %% book/chapters/09_checkpoints.md, cell 196
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     if argv is None:
         spare_collector()
-    args = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = make_parser(words[0] if words else "").parse_args(words)
     try:
         args.run(args)
         sys.stdout.flush()

@@ -7,7 +7,7 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 159
+# %% book/chapters/09_checkpoints.md, cell 160
 import gc
 from typing import Any
 
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 160
+# %% book/chapters/09_checkpoints.md, cell 161
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

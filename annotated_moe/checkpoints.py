@@ -22,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -430,13 +431,20 @@ def read_pickled(path: Path, seen: Seen | None = None) -> Tensor:
 
 
 # %% book/chapters/09_checkpoints.md, cell 44
+def zeros(make: Any, shape: Any, dtype: Any, *_: Any) -> jax.Array:
+    """In place of every initial value of a layer."""
+    return jnp.zeros(shape, dtype)
+
+
+# %% book/chapters/09_checkpoints.md, cell 45
 @cache
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; layers are stacked in front."""
-    tree = jax.eval_shape(
-        lambda seed: init_params(jax.random.key(seed), config),
-        jax.ShapeDtypeStruct((), jnp.uint32),
-    )
+    def made() -> Any:
+        with hk.custom_creator(zeros):
+            return init_params(jax.random.key(0), config)
+
+    tree = jax.eval_shape(lambda: hk.transform(made).apply({}, None))
     return {
         f"{module}/{name}": tuple(leaf.shape)
         for module, leaves in tree.items()
@@ -444,7 +452,7 @@ def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 45
+# %% book/chapters/09_checkpoints.md, cell 46
 def grok_paths(config: ModelConfig) -> list[str]:
     """The release's path of every file, in the files' order."""
     paths = []
@@ -458,7 +466,7 @@ def grok_paths(config: ModelConfig) -> list[str]:
     return sorted(paths)
 
 
-# %% book/chapters/09_checkpoints.md, cell 46
+# %% book/chapters/09_checkpoints.md, cell 47
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token makes use of."""
     sizes = {path: math.prod(s) for path, s in expected(config).items()}
@@ -468,7 +476,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, total - idle // config.num_experts
 
 
-# %% book/chapters/09_checkpoints.md, cell 51
+# %% book/chapters/09_checkpoints.md, cell 52
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -494,11 +502,11 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 52
+# %% book/chapters/09_checkpoints.md, cell 53
 MOST_JSON = 2**24
 
 
-# %% book/chapters/09_checkpoints.md, cell 53
+# %% book/chapters/09_checkpoints.md, cell 54
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's pairs as a dict; ValueError for a name met twice."""
     names = [name for name, _ in pairs]
@@ -508,7 +516,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-# %% book/chapters/09_checkpoints.md, cell 54
+# %% book/chapters/09_checkpoints.md, cell 55
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
@@ -524,7 +532,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09_checkpoints.md, cell 55
+# %% book/chapters/09_checkpoints.md, cell 56
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -534,7 +542,7 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 56
+# %% book/chapters/09_checkpoints.md, cell 57
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     pairs: dict[str, Any] = {
         n: tuple(v) for n, v in values.items() if type(v) is list
@@ -551,13 +559,13 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09_checkpoints.md, cell 57
+# %% book/chapters/09_checkpoints.md, cell 58
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09_checkpoints.md, cell 58
+# %% book/chapters/09_checkpoints.md, cell 59
 def grok_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -580,7 +588,7 @@ def grok_config(path: Path) -> ModelConfig:
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 60
+# %% book/chapters/09_checkpoints.md, cell 61
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
     scales = tuple(w.scales.shape)
@@ -596,18 +604,18 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 61
+# %% book/chapters/09_checkpoints.md, cell 62
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
     words = path.endswith("/w") and not path.startswith("vision/")
     return words and "/router/" not in path
 
 
-# %% book/chapters/09_checkpoints.md, cell 62
+# %% book/chapters/09_checkpoints.md, cell 63
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
-# %% book/chapters/09_checkpoints.md, cell 63
+# %% book/chapters/09_checkpoints.md, cell 64
 def check_tensor(
     where: Path, name: str, w: Any, shape: tuple[int, ...]
 ) -> None:
@@ -628,7 +636,7 @@ def check_tensor(
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 64
+# %% book/chapters/09_checkpoints.md, cell 65
 def names_in(folder: Path) -> set[str]:
     """The names in a folder, or a CheckpointError."""
     try:
@@ -644,7 +652,7 @@ def names_in(folder: Path) -> set[str]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 65
+# %% book/chapters/09_checkpoints.md, cell 66
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
     files = [f"tensor{i:05d}_000" for i in range(len(names))]
@@ -662,7 +670,7 @@ def grok_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% book/chapters/09_checkpoints.md, cell 66
+# %% book/chapters/09_checkpoints.md, cell 67
 def our_path(name: str) -> tuple[str, int | None]:
     """transformer/decoder_layer_3/a/w -> decoder_layer/a/w and 3."""
     top, rest = name.split("/", 1)
@@ -672,7 +680,7 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 67
+# %% book/chapters/09_checkpoints.md, cell 68
 @dataclass(frozen=True, eq=False)
 class Stack:
     """Arrays of one shape and dtype behind one another, not copied.
@@ -702,7 +710,7 @@ class Stack:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 69
 def stack_layers(where: Path, path: str, parts: list) -> Any:
     """One lazily stacked tensor from those of all layers."""
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
@@ -721,7 +729,7 @@ def stack_layers(where: Path, path: str, parts: list) -> Any:
     return QuantizedTensor(weights, Stack([w.scales for w in pairs]))
 
 
-# %% book/chapters/09_checkpoints.md, cell 69
+# %% book/chapters/09_checkpoints.md, cell 70
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
@@ -744,11 +752,11 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 70
+# %% book/chapters/09_checkpoints.md, cell 71
 BYTES_READ: Counter[str] = Counter()            # path of a parameter
 
 
-# %% book/chapters/09_checkpoints.md, cell 71
+# %% book/chapters/09_checkpoints.md, cell 72
 def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
     """`source[index]`, the bytes it takes counted under `path`."""
     block = np.asarray(source[index])
@@ -756,7 +764,7 @@ def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
     return block
 
 
-# %% book/chapters/09_checkpoints.md, cell 72
+# %% book/chapters/09_checkpoints.md, cell 73
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any, path: str = ""
 ) -> jax.Array:
@@ -782,7 +790,7 @@ def on_devices(
     return make(shape, where, shards)
 
 
-# %% book/chapters/09_checkpoints.md, cell 73
+# %% book/chapters/09_checkpoints.md, cell 74
 def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
@@ -797,7 +805,7 @@ def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     return on_devices(w, spec, mesh, dtype, path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 74
+# %% book/chapters/09_checkpoints.md, cell 75
 def place_quantized(
     w: QuantizedTensor, spec: P, mesh: Mesh | None, path: str = ""
 ) -> QuantizedTensor:
@@ -814,7 +822,7 @@ def place_quantized(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 75
+# %% book/chapters/09_checkpoints.md, cell 76
 @dataclass(frozen=True)
 class Repeated:
     """`source` with each row of axis -2 `times` times, not copied."""
@@ -838,7 +846,7 @@ class Repeated:
         return block[..., skip : skip + stop - start, :]
 
 
-# %% book/chapters/09_checkpoints.md, cell 78
+# %% book/chapters/09_checkpoints.md, cell 79
 CODES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -847,7 +855,7 @@ CODES: dict[str, np.dtype] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 79
+# %% book/chapters/09_checkpoints.md, cell 80
 def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     """What a safetensors file says it holds, and where that begins."""
     size = int.from_bytes(data[:8].tobytes(), "little")
@@ -867,7 +875,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-# %% book/chapters/09_checkpoints.md, cell 80
+# %% book/chapters/09_checkpoints.md, cell 81
 def whole_numbers(values: Any, most: int) -> bool:
     """Whether `values` is a list of at most eight sizes or offsets."""
     return (
@@ -877,7 +885,7 @@ def whole_numbers(values: Any, most: int) -> bool:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 81
+# %% book/chapters/09_checkpoints.md, cell 82
 def entry_of(
     name: str, entry: Any, most: int
 ) -> tuple[int, int, np.dtype, tuple[int, ...]]:
@@ -906,7 +914,7 @@ def entry_of(
     return span[0], span[1], dtype, tuple(shape)
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 83
 def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> view of `data`, the bytes of a safetensors file."""
     header, start = read_header(data)
@@ -930,7 +938,7 @@ def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 84
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a safetensors file, mapped, not copied.
 
@@ -947,11 +955,11 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 85
+# %% book/chapters/09_checkpoints.md, cell 86
 BLOCK = 2**24
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 87
 class Lazy:
     """An array-like with shape and dtype that reads on indexing."""
 
@@ -976,7 +984,7 @@ class Lazy:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 88
 @dataclass(frozen=True, eq=False)
 class Joined:
     """Arrays behind one another along the last axis, not copied."""
@@ -1001,7 +1009,7 @@ class Joined:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 89
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
@@ -1025,7 +1033,7 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
             yield from pieces(w[i])
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 90
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -1039,7 +1047,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 90
+# %% book/chapters/09_checkpoints.md, cell 91
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -1062,7 +1070,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 92
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -1072,7 +1080,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 93
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -1087,7 +1095,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 94
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -1100,11 +1108,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 95
 TILE = 128
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 96
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -1117,13 +1125,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 97
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 99
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -1139,7 +1147,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 100
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -1157,7 +1165,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 101
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1170,11 +1178,11 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 102
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 103
 PARTS = {
     "config.json",
     "model.safetensors",
@@ -1184,7 +1192,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 104
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1192,12 +1200,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 105
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 106
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1213,7 +1221,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 107
 def refuse_streamed(model: Model) -> None:
     if isinstance(model, StreamedModel):
         raise CheckpointError(
@@ -1222,7 +1230,7 @@ def refuse_streamed(model: Model) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 108
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1249,7 +1257,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 109
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1269,7 +1277,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 110
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1277,7 +1285,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 111
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1285,7 +1293,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 112
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1308,7 +1316,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 113
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1329,7 +1337,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 114
 Change = Callable[[Any, ModelConfig], Any]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w, c: w, lambda w, c: w),
@@ -1348,14 +1356,14 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 115
 def split(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two halves of the last axis."""
     half = w.shape[-1] // 2
     return w[..., :half], w[..., half:]
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 116
 @dataclass(frozen=True, eq=False)
 class Halves(Lazy):
     """[D, heads * size], each head's halves from neighbours' rows.
@@ -1383,7 +1391,7 @@ class Halves(Lazy):
         return turned[start - first : stop - first].T
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 117
 class Neighbours(Halves):
     """The way back: `source` is [D, heads * size], or a bias."""
 
@@ -1393,7 +1401,7 @@ class Neighbours(Halves):
         return pairs.swapaxes(1, 2).reshape(part.shape)[index]
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 118
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1416,7 +1424,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 119
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1441,7 +1449,7 @@ class Family:
     text: str = ""                  # the object with most of the fields
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 120
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1449,12 +1457,12 @@ HOUSEKEEPING = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 121
 def fields_named(words: str) -> frozenset[str]:
     return frozenset(f"{HOUSEKEEPING} {words}".split())
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 122
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
@@ -1469,7 +1477,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 123
 def relative(
     weights: Any, fields: dict, defaults: dict, read: Any, write: Any,
     ignored: str = llama.HUB_IGNORED, special: str = "",
@@ -1484,7 +1492,7 @@ def relative(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 124
 NORM = "norm_topk_prob"
 FAMILIES["LlamaForCausalLM"] = relative(
     llama.WEIGHTS, llama.FIELDS, llama.HUB_DEFAULTS,
@@ -1514,7 +1522,7 @@ FAMILIES["Llama4ForCausalLM"] = relative(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 125
 FAMILIES["Llama4ForConditionalGeneration"] = replace(
     FAMILIES["Llama4ForCausalLM"],
     weights=llama4.WEIGHTS + VISION_HF,
@@ -1523,7 +1531,7 @@ FAMILIES["Llama4ForConditionalGeneration"] = replace(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 126
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1537,14 +1545,14 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 127
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
     return settings_of(path, family_of(path, raw), raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 128
 def settings_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1554,7 +1562,7 @@ def settings_of(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 128
+# %% book/chapters/09_checkpoints.md, cell 129
 def seeing_config(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1577,7 +1585,7 @@ def seeing_config(
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 129
+# %% book/chapters/09_checkpoints.md, cell 130
 def config_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1596,7 +1604,7 @@ def config_of(
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 130
+# %% book/chapters/09_checkpoints.md, cell 131
 def check_fields(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> None:
@@ -1616,7 +1624,7 @@ def check_fields(
     check_scheme(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 131
+# %% book/chapters/09_checkpoints.md, cell 132
 def check_scheme(path: Path, raw: dict[str, Any]) -> None:
     """CheckpointError for quantized weights of another format."""
     scheme = raw.get("quantization_config") or {}
@@ -1630,12 +1638,12 @@ def check_scheme(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 133
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 134
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1653,7 +1661,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 134
+# %% book/chapters/09_checkpoints.md, cell 135
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1678,7 +1686,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 135
+# %% book/chapters/09_checkpoints.md, cell 136
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1688,7 +1696,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 136
+# %% book/chapters/09_checkpoints.md, cell 137
 @dataclass(frozen=True)
 class Theirs:
     """What a folder holds in a family's layout, and what was taken."""
@@ -1706,7 +1714,7 @@ class Theirs:
         return self.arrays[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 137
+# %% book/chapters/09_checkpoints.md, cell 138
 def take(
     t: Theirs, name: str, row: tuple[str, str, str], shape: tuple
 ) -> Any:
@@ -1724,7 +1732,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 138
+# %% book/chapters/09_checkpoints.md, cell 139
 def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     """One of our stacks, from a tensor a layer, or one an expert."""
     theirs, path, _ = row
@@ -1749,7 +1757,7 @@ def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 139
+# %% book/chapters/09_checkpoints.md, cell 140
 def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     """The same for the encoder of images, which has its own layers."""
     theirs, path, _ = row
@@ -1759,7 +1767,7 @@ def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts) if stacked else parts[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 140
+# %% book/chapters/09_checkpoints.md, cell 141
 def layers_of(path: str, config: ModelConfig) -> list[int]:
     """The layers that have a parameter, in the order of its stack."""
     of = stack_of(path.rsplit("/", 1)[0])
@@ -1770,7 +1778,7 @@ def layers_of(path: str, config: ModelConfig) -> list[int]:
     return [layer for layer, kind in every if kind.experts == wanted]
 
 
-# %% book/chapters/09_checkpoints.md, cell 141
+# %% book/chapters/09_checkpoints.md, cell 142
 def check_head(t: Theirs, table: np.ndarray) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     name = f"{t.family.prefix}lm_head.weight"
@@ -1786,11 +1794,11 @@ def check_head(t: Theirs, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 142
+# %% book/chapters/09_checkpoints.md, cell 143
 NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files have it
 
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 144
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1814,14 +1822,14 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 144
+# %% book/chapters/09_checkpoints.md, cell 145
 def groups_for(path: str, inputs: int, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = ("/linear_1/w", "/multi_head_attention/linear/w")
     return math.gcd(inputs, most) if path.endswith(cut) else 1
 
 
-# %% book/chapters/09_checkpoints.md, cell 145
+# %% book/chapters/09_checkpoints.md, cell 146
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix of the kinds that Grok-1 quantizes, in 8 bits."""
     def one(path: str, w: Any) -> Any:
@@ -1836,12 +1844,12 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 146
+# %% book/chapters/09_checkpoints.md, cell 147
 Layout = tuple[ModelConfig, Callable, Path]
 DETECTORS: list[Callable[[Path, set[str]], Layout | None]] = []
 
 
-# %% book/chapters/09_checkpoints.md, cell 147
+# %% book/chapters/09_checkpoints.md, cell 148
 def find_layout(folder: Path) -> Layout:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1863,7 +1871,7 @@ def find_layout(folder: Path) -> Layout:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 148
+# %% book/chapters/09_checkpoints.md, cell 149
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1871,13 +1879,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 149
+# %% book/chapters/09_checkpoints.md, cell 150
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 150
+# %% book/chapters/09_checkpoints.md, cell 151
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1888,7 +1896,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 151
+# %% book/chapters/09_checkpoints.md, cell 152
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1903,7 +1911,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 152
+# %% book/chapters/09_checkpoints.md, cell 153
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1928,7 +1936,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 153
+# %% book/chapters/09_checkpoints.md, cell 154
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1953,13 +1961,13 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 154
+# %% book/chapters/09_checkpoints.md, cell 155
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 155
+# %% book/chapters/09_checkpoints.md, cell 156
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1976,7 +1984,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 156
+# %% book/chapters/09_checkpoints.md, cell 157
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1998,14 +2006,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 157
+# %% book/chapters/09_checkpoints.md, cell 158
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 158
+# %% book/chapters/09_checkpoints.md, cell 159
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

@@ -7,8 +7,12 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 157
+# %% book/chapters/09_checkpoints.md, cell 161
+import gc
 from typing import Any
+
+looking = gc.isenabled()
+gc.disable()
 
 import annotated_moe.meta  # noqa: F401, `load` learns its layout
 from annotated_moe.checkpoints import (
@@ -21,6 +25,9 @@ from annotated_moe.model import PRESETS, Model, ModelConfig
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.sharding import make_mesh
 from annotated_moe.tokenizer import Tokenizer
+
+if looking:
+    gc.enable()
 
 __all__ = [
     "PRESETS",
@@ -36,7 +43,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 158
+# %% book/chapters/09_checkpoints.md, cell 162
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

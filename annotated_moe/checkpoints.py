@@ -22,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -107,13 +108,20 @@ class Reader:
         self.at += size
         return self.data[self.at - size : self.at]
 
+    def byte(self) -> int:
+        """The next byte. Most of what is read is single bytes."""
+        if self.at == len(self.data):
+            self.take(1)                    # says that there is none
+        self.at += 1
+        return self.data[self.at - 1]
+
     def number(self, width: int, signed: bool = False) -> int:
         return int.from_bytes(self.take(width), "little", signed=signed)
 
     def text(self) -> str:
         """At most 255 bytes, behind a byte that counts them."""
         try:
-            return str(self.take(self.number(1)), "utf-8")
+            return str(self.take(self.byte()), "utf-8")
         except UnicodeDecodeError:
             raise CheckpointError(
                 f"is malformed before byte {self.at}: this is no text"
@@ -217,12 +225,12 @@ PUSH: dict[str, Callable[[Machine], Any]] = {
     "NONE": lambda m: None,
     "NEWTRUE": lambda m: True,
     "NEWFALSE": lambda m: False,
-    "BININT1": lambda m: m.number(1),
+    "BININT1": Machine.byte,
     "BININT2": lambda m: m.number(2),
     "BININT": lambda m: m.number(4, signed=True),
-    "LONG1": lambda m: m.number(m.number(1), signed=True),
+    "LONG1": lambda m: m.number(m.byte(), signed=True),
     "SHORT_BINUNICODE": Machine.text,
-    "SHORT_BINBYTES": lambda m: m.take(m.number(1)),
+    "SHORT_BINBYTES": lambda m: m.take(m.byte()),
     "BINBYTES": lambda m: m.take(m.number(4)),
     "BINBYTES8": lambda m: m.take(m.number(8)),
     "EMPTY_TUPLE": lambda m: (),
@@ -237,7 +245,7 @@ PUSH: dict[str, Callable[[Machine], Any]] = {
 
 # %% book/chapters/09_checkpoints.md, cell 18
 PUSH |= {
-    "BINGET": lambda m: recall(m, m.number(1)),
+    "BINGET": lambda m: recall(m, m.byte()),
     "LONG_BINGET": lambda m: recall(m, m.number(4)),
     "STACK_GLOBAL": named,
     "REDUCE": lambda m: call(m, (ARRAY, DTYPE)),
@@ -259,7 +267,7 @@ OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 # %% book/chapters/09_checkpoints.md, cell 20
 def step(machine: Machine, push: dict = PUSH, do: dict = DO) -> bool:
     """Carry out one instruction; False when it was STOP."""
-    code = machine.number(1)
+    code = machine.byte()
     name = OPCODES.get(code)
     if name in push:
         machine.stack.append(push[name](machine))
@@ -365,7 +373,51 @@ def as_tensor(node: Any) -> Tensor:
 
 
 # %% book/chapters/09_checkpoints.md, cell 30
-def read_pickled(path: Path) -> Tensor:
+Span = tuple[int, int, np.dtype, tuple[int, ...]]   # begin, end, ...
+
+
+def spans_of(data: memoryview, w: Tensor) -> list[Span]:
+    """Where in its file each array of a tensor lies, and as what."""
+    start = np.frombuffer(data, np.uint8).ctypes.data
+    arrays: Any = [w]
+    if isinstance(w, QuantizedTensor):
+        arrays = [w.weight, w.scales]
+    spans = []
+    for array in arrays:
+        begin = array.ctypes.data - start
+        end = begin + array.nbytes
+        spans.append((begin, end, array.dtype, array.shape))
+    return spans
+
+
+def around(data: memoryview, spans: list[Span]) -> list[memoryview]:
+    """What a file holds beside its arrays: the program."""
+    begins, ends, *_ = zip(*sorted(s[:2] for s in spans), strict=True)
+    pairs = zip((0, *ends), (*begins, len(data)), strict=True)
+    return [data[a:b] for a, b in pairs]
+
+
+# %% book/chapters/09_checkpoints.md, cell 31
+Seen = dict[int, tuple[memoryview, list[Span]]]     # by a file's length
+
+
+def interpret(data: memoryview, seen: Seen) -> Tensor:
+    """The tensor in a file, from one like it if that was `seen`."""
+    if len(data) in seen:
+        like, spans = seen[len(data)]
+        if around(data, spans) == around(like, spans):
+            arrays = [
+                np.frombuffer(data[a:b], dtype).reshape(shape)
+                for a, b, dtype, shape in spans
+            ]
+            return QuantizedTensor(*arrays) if arrays[1:] else arrays[0]
+    w = as_tensor(parse(data))
+    seen[len(data)] = data, spans_of(data, w)
+    return w
+
+
+# %% book/chapters/09_checkpoints.md, cell 32
+def read_pickled(path: Path, seen: Seen | None = None) -> Tensor:
     """One tensor of a Grok-1 file, mapped into memory, not copied.
 
     Raises CheckpointError, naming the file. Nothing in it is run.
@@ -376,19 +428,26 @@ def read_pickled(path: Path) -> Tensor:
         message = f"{path} is not readable: {error}"
         raise CheckpointError(message) from None
     try:
-        return as_tensor(parse(data))
+        return interpret(data, {} if seen is None else seen)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 41
+# %% book/chapters/09_checkpoints.md, cell 44
+def zeros(make: Any, shape: Any, dtype: Any, *_: Any) -> jax.Array:
+    """In place of every initial value of a layer."""
+    return jnp.zeros(shape, dtype)
+
+
+# %% book/chapters/09_checkpoints.md, cell 45
 @cache
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; layers are stacked in front."""
-    tree = jax.eval_shape(
-        lambda seed: init_params(jax.random.key(seed), config),
-        jax.ShapeDtypeStruct((), jnp.uint32),
-    )
+    def made() -> Any:
+        with hk.custom_creator(zeros):
+            return init_params(jax.random.key(0), config)
+
+    tree = jax.eval_shape(lambda: hk.transform(made).apply({}, None))
     return {
         f"{module}/{name}": tuple(leaf.shape)
         for module, leaves in tree.items()
@@ -396,7 +455,7 @@ def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 42
+# %% book/chapters/09_checkpoints.md, cell 46
 def grok_paths(config: ModelConfig) -> list[str]:
     """The release's path of every file, in the files' order."""
     paths = []
@@ -410,7 +469,7 @@ def grok_paths(config: ModelConfig) -> list[str]:
     return sorted(paths)
 
 
-# %% book/chapters/09_checkpoints.md, cell 43
+# %% book/chapters/09_checkpoints.md, cell 47
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token makes use of."""
     sizes = {path: math.prod(s) for path, s in expected(config).items()}
@@ -420,7 +479,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, total - idle // config.num_experts
 
 
-# %% book/chapters/09_checkpoints.md, cell 48
+# %% book/chapters/09_checkpoints.md, cell 52
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -446,11 +505,11 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 49
+# %% book/chapters/09_checkpoints.md, cell 53
 MOST_JSON = 2**24
 
 
-# %% book/chapters/09_checkpoints.md, cell 50
+# %% book/chapters/09_checkpoints.md, cell 54
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's pairs as a dict; ValueError for a name met twice."""
     names = [name for name, _ in pairs]
@@ -460,7 +519,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-# %% book/chapters/09_checkpoints.md, cell 51
+# %% book/chapters/09_checkpoints.md, cell 55
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
@@ -476,7 +535,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09_checkpoints.md, cell 52
+# %% book/chapters/09_checkpoints.md, cell 56
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -486,7 +545,7 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 53
+# %% book/chapters/09_checkpoints.md, cell 57
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     pairs: dict[str, Any] = {
         n: tuple(v) for n, v in values.items() if type(v) is list
@@ -503,13 +562,13 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09_checkpoints.md, cell 54
+# %% book/chapters/09_checkpoints.md, cell 58
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09_checkpoints.md, cell 55
+# %% book/chapters/09_checkpoints.md, cell 59
 def grok_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -532,7 +591,7 @@ def grok_config(path: Path) -> ModelConfig:
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 57
+# %% book/chapters/09_checkpoints.md, cell 61
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
     scales = tuple(w.scales.shape)
@@ -548,18 +607,18 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 58
+# %% book/chapters/09_checkpoints.md, cell 62
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
     words = path.endswith("/w") and not path.startswith("vision/")
     return words and "/router/" not in path
 
 
-# %% book/chapters/09_checkpoints.md, cell 59
+# %% book/chapters/09_checkpoints.md, cell 63
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
-# %% book/chapters/09_checkpoints.md, cell 60
+# %% book/chapters/09_checkpoints.md, cell 64
 def check_tensor(
     where: Path, name: str, w: Any, shape: tuple[int, ...]
 ) -> None:
@@ -580,7 +639,7 @@ def check_tensor(
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 61
+# %% book/chapters/09_checkpoints.md, cell 65
 def names_in(folder: Path) -> set[str]:
     """The names in a folder, or a CheckpointError."""
     try:
@@ -596,7 +655,7 @@ def names_in(folder: Path) -> set[str]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 62
+# %% book/chapters/09_checkpoints.md, cell 66
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
     files = [f"tensor{i:05d}_000" for i in range(len(names))]
@@ -614,7 +673,7 @@ def grok_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% book/chapters/09_checkpoints.md, cell 63
+# %% book/chapters/09_checkpoints.md, cell 67
 def our_path(name: str) -> tuple[str, int | None]:
     """transformer/decoder_layer_3/a/w -> decoder_layer/a/w and 3."""
     top, rest = name.split("/", 1)
@@ -624,7 +683,7 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 64
+# %% book/chapters/09_checkpoints.md, cell 68
 @dataclass(frozen=True, eq=False)
 class Stack:
     """Arrays of one shape and dtype behind one another, not copied.
@@ -654,7 +713,7 @@ class Stack:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 65
+# %% book/chapters/09_checkpoints.md, cell 69
 def stack_layers(where: Path, path: str, parts: list) -> Any:
     """One lazily stacked tensor from those of all layers."""
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
@@ -673,16 +732,17 @@ def stack_layers(where: Path, path: str, parts: list) -> Any:
     return QuantizedTensor(weights, Stack([w.scales for w in pairs]))
 
 
-# %% book/chapters/09_checkpoints.md, cell 66
+# %% book/chapters/09_checkpoints.md, cell 70
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
     files = grok_files(folder, names)
     tensors: dict[str, Any] = {}
     layers: dict[str, dict[int, Tensor]] = {}
+    seen: Seen = {}
     for file, name in zip(files, names, strict=True):
         path, layer = our_path(name)
-        w = read_pickled(file)
+        w = read_pickled(file, seen)
         if layer is None:
             check_tensor(file, name, w, shapes[path])
             tensors[path] = w
@@ -695,11 +755,11 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 67
+# %% book/chapters/09_checkpoints.md, cell 71
 BYTES_READ: Counter[str] = Counter()            # path of a parameter
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 72
 def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
     """`source[index]`, the bytes it takes counted under `path`."""
     block = np.asarray(source[index])
@@ -707,7 +767,7 @@ def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
     return block
 
 
-# %% book/chapters/09_checkpoints.md, cell 69
+# %% book/chapters/09_checkpoints.md, cell 73
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any, path: str = ""
 ) -> jax.Array:
@@ -733,7 +793,7 @@ def on_devices(
     return make(shape, where, shards)
 
 
-# %% book/chapters/09_checkpoints.md, cell 70
+# %% book/chapters/09_checkpoints.md, cell 74
 def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
@@ -748,7 +808,7 @@ def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     return on_devices(w, spec, mesh, dtype, path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 71
+# %% book/chapters/09_checkpoints.md, cell 75
 def place_quantized(
     w: QuantizedTensor, spec: P, mesh: Mesh | None, path: str = ""
 ) -> QuantizedTensor:
@@ -765,7 +825,7 @@ def place_quantized(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 72
+# %% book/chapters/09_checkpoints.md, cell 76
 @dataclass(frozen=True)
 class Repeated:
     """`source` with each row of axis -2 `times` times, not copied."""
@@ -789,7 +849,7 @@ class Repeated:
         return block[..., skip : skip + stop - start, :]
 
 
-# %% book/chapters/09_checkpoints.md, cell 75
+# %% book/chapters/09_checkpoints.md, cell 79
 CODES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -798,7 +858,7 @@ CODES: dict[str, np.dtype] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 76
+# %% book/chapters/09_checkpoints.md, cell 80
 def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     """What a safetensors file says it holds, and where that begins."""
     size = int.from_bytes(data[:8].tobytes(), "little")
@@ -818,7 +878,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-# %% book/chapters/09_checkpoints.md, cell 77
+# %% book/chapters/09_checkpoints.md, cell 81
 def whole_numbers(values: Any, most: int) -> bool:
     """Whether `values` is a list of at most eight sizes or offsets."""
     return (
@@ -828,7 +888,7 @@ def whole_numbers(values: Any, most: int) -> bool:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 78
+# %% book/chapters/09_checkpoints.md, cell 82
 def entry_of(
     name: str, entry: Any, most: int
 ) -> tuple[int, int, np.dtype, tuple[int, ...]]:
@@ -857,7 +917,7 @@ def entry_of(
     return span[0], span[1], dtype, tuple(shape)
 
 
-# %% book/chapters/09_checkpoints.md, cell 79
+# %% book/chapters/09_checkpoints.md, cell 83
 def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> view of `data`, the bytes of a safetensors file."""
     header, start = read_header(data)
@@ -881,7 +941,7 @@ def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 80
+# %% book/chapters/09_checkpoints.md, cell 84
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a safetensors file, mapped, not copied.
 
@@ -898,11 +958,11 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 86
 BLOCK = 2**24
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 87
 class Lazy:
     """An array-like with shape and dtype that reads on indexing."""
 
@@ -927,7 +987,7 @@ class Lazy:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 84
+# %% book/chapters/09_checkpoints.md, cell 88
 @dataclass(frozen=True, eq=False)
 class Joined:
     """Arrays behind one another along the last axis, not copied."""
@@ -952,7 +1012,7 @@ class Joined:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 85
+# %% book/chapters/09_checkpoints.md, cell 89
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
@@ -976,7 +1036,7 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
             yield from pieces(w[i])
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 90
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -990,7 +1050,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 91
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -1013,7 +1073,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 92
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -1023,7 +1083,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 93
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -1038,7 +1098,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 90
+# %% book/chapters/09_checkpoints.md, cell 94
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -1051,11 +1111,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 95
 TILE = 128
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 96
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -1068,13 +1128,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 97
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 99
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -1090,7 +1150,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 100
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -1108,7 +1168,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 101
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1121,11 +1181,11 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 98
+# %% book/chapters/09_checkpoints.md, cell 102
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 103
 PARTS = {
     "config.json",
     "model.safetensors",
@@ -1135,7 +1195,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 104
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1143,12 +1203,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 105
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 106
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1164,7 +1224,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 107
 def refuse_streamed(model: Model) -> None:
     if isinstance(model, StreamedModel):
         raise CheckpointError(
@@ -1173,7 +1233,7 @@ def refuse_streamed(model: Model) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 108
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1200,7 +1260,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 109
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1220,7 +1280,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 110
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1228,7 +1288,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 111
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1236,7 +1296,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 112
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1259,7 +1319,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 113
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1280,7 +1340,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 114
 Change = Callable[[Any, ModelConfig], Any]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w, c: w, lambda w, c: w),
@@ -1299,14 +1359,14 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 115
 def split(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two halves of the last axis."""
     half = w.shape[-1] // 2
     return w[..., :half], w[..., half:]
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 116
 @dataclass(frozen=True, eq=False)
 class Halves(Lazy):
     """[D, heads * size], each head's halves from neighbours' rows.
@@ -1334,7 +1394,7 @@ class Halves(Lazy):
         return turned[start - first : stop - first].T
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 117
 class Neighbours(Halves):
     """The way back: `source` is [D, heads * size], or a bias."""
 
@@ -1344,7 +1404,7 @@ class Neighbours(Halves):
         return pairs.swapaxes(1, 2).reshape(part.shape)[index]
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 118
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1367,7 +1427,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 119
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1392,7 +1452,7 @@ class Family:
     text: str = ""                  # the object with most of the fields
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 120
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1400,12 +1460,12 @@ HOUSEKEEPING = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 121
 def fields_named(words: str) -> frozenset[str]:
     return frozenset(f"{HOUSEKEEPING} {words}".split())
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 122
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
@@ -1420,7 +1480,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 123
 def relative(
     weights: Any, fields: dict, defaults: dict, read: Any, write: Any,
     ignored: str = llama.HUB_IGNORED, special: str = "",
@@ -1435,7 +1495,7 @@ def relative(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 124
 NORM = "norm_topk_prob"
 FAMILIES["LlamaForCausalLM"] = relative(
     llama.WEIGHTS, llama.FIELDS, llama.HUB_DEFAULTS,
@@ -1465,7 +1525,7 @@ FAMILIES["Llama4ForCausalLM"] = relative(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 125
 FAMILIES["Llama4ForConditionalGeneration"] = replace(
     FAMILIES["Llama4ForCausalLM"],
     weights=llama4.WEIGHTS + VISION_HF,
@@ -1474,7 +1534,7 @@ FAMILIES["Llama4ForConditionalGeneration"] = replace(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 126
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1488,14 +1548,14 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 127
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
     return settings_of(path, family_of(path, raw), raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 128
 def settings_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1505,7 +1565,7 @@ def settings_of(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 129
 def seeing_config(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1528,7 +1588,7 @@ def seeing_config(
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 130
 def config_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1547,7 +1607,7 @@ def config_of(
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 131
 def check_fields(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> None:
@@ -1567,7 +1627,7 @@ def check_fields(
     check_scheme(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 128
+# %% book/chapters/09_checkpoints.md, cell 132
 def check_scheme(path: Path, raw: dict[str, Any]) -> None:
     """CheckpointError for quantized weights of another format."""
     scheme = raw.get("quantization_config") or {}
@@ -1581,12 +1641,12 @@ def check_scheme(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 129
+# %% book/chapters/09_checkpoints.md, cell 133
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 130
+# %% book/chapters/09_checkpoints.md, cell 134
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1604,7 +1664,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 131
+# %% book/chapters/09_checkpoints.md, cell 135
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1629,7 +1689,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 136
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1639,7 +1699,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 137
 @dataclass(frozen=True)
 class Theirs:
     """What a folder holds in a family's layout, and what was taken."""
@@ -1657,7 +1717,7 @@ class Theirs:
         return self.arrays[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 134
+# %% book/chapters/09_checkpoints.md, cell 138
 def take(
     t: Theirs, name: str, row: tuple[str, str, str], shape: tuple
 ) -> Any:
@@ -1675,7 +1735,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 135
+# %% book/chapters/09_checkpoints.md, cell 139
 def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     """One of our stacks, from a tensor a layer, or one an expert."""
     theirs, path, _ = row
@@ -1700,7 +1760,7 @@ def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 136
+# %% book/chapters/09_checkpoints.md, cell 140
 def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     """The same for the encoder of images, which has its own layers."""
     theirs, path, _ = row
@@ -1710,7 +1770,7 @@ def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts) if stacked else parts[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 137
+# %% book/chapters/09_checkpoints.md, cell 141
 def layers_of(path: str, config: ModelConfig) -> list[int]:
     """The layers that have a parameter, in the order of its stack."""
     of = stack_of(path.rsplit("/", 1)[0])
@@ -1721,7 +1781,7 @@ def layers_of(path: str, config: ModelConfig) -> list[int]:
     return [layer for layer, kind in every if kind.experts == wanted]
 
 
-# %% book/chapters/09_checkpoints.md, cell 138
+# %% book/chapters/09_checkpoints.md, cell 142
 def check_head(t: Theirs, table: np.ndarray) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     name = f"{t.family.prefix}lm_head.weight"
@@ -1737,11 +1797,11 @@ def check_head(t: Theirs, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 139
+# %% book/chapters/09_checkpoints.md, cell 143
 NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files have it
 
 
-# %% book/chapters/09_checkpoints.md, cell 140
+# %% book/chapters/09_checkpoints.md, cell 144
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1765,14 +1825,14 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 141
+# %% book/chapters/09_checkpoints.md, cell 145
 def groups_for(path: str, inputs: int, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = ("/linear_1/w", "/multi_head_attention/linear/w")
     return math.gcd(inputs, most) if path.endswith(cut) else 1
 
 
-# %% book/chapters/09_checkpoints.md, cell 142
+# %% book/chapters/09_checkpoints.md, cell 146
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix of the kinds that Grok-1 quantizes, in 8 bits."""
     def one(path: str, w: Any) -> Any:
@@ -1787,12 +1847,12 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 147
 Layout = tuple[ModelConfig, Callable, Path]
 DETECTORS: list[Callable[[Path, set[str]], Layout | None]] = []
 
 
-# %% book/chapters/09_checkpoints.md, cell 144
+# %% book/chapters/09_checkpoints.md, cell 148
 def find_layout(folder: Path) -> Layout:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1814,7 +1874,7 @@ def find_layout(folder: Path) -> Layout:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 145
+# %% book/chapters/09_checkpoints.md, cell 149
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1822,23 +1882,24 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 146
+# %% book/chapters/09_checkpoints.md, cell 150
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 147
+# %% book/chapters/09_checkpoints.md, cell 151
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
         return open_folder(where)
     files = [n for n in names_in(where) if n.startswith("tensor")]
-    tensors = {n: read_pickled(where / n) for n in sorted(files)}
+    seen: Seen = {}
+    tensors = {n: read_pickled(where / n, seen) for n in sorted(files)}
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 148
+# %% book/chapters/09_checkpoints.md, cell 152
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1853,7 +1914,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 149
+# %% book/chapters/09_checkpoints.md, cell 153
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1878,7 +1939,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 150
+# %% book/chapters/09_checkpoints.md, cell 154
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1905,7 +1966,7 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 151
+# %% book/chapters/09_checkpoints.md, cell 155
 def meta_images(tokenizer: Tokenizer, eyes: VisionConfig) -> None:
     """Put beside a tokenizer of Meta's what its program takes."""
     if not set(IMAGE_FILES) & set(tokenizer.beside):
@@ -1913,13 +1974,13 @@ def meta_images(tokenizer: Tokenizer, eyes: VisionConfig) -> None:
         tokenizer.beside[IMAGE_FILES[0]] = text.encode()
 
 
-# %% book/chapters/09_checkpoints.md, cell 152
+# %% book/chapters/09_checkpoints.md, cell 156
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 153
+# %% book/chapters/09_checkpoints.md, cell 157
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1936,7 +1997,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 154
+# %% book/chapters/09_checkpoints.md, cell 158
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -1958,14 +2019,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 155
+# %% book/chapters/09_checkpoints.md, cell 159
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 156
+# %% book/chapters/09_checkpoints.md, cell 160
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

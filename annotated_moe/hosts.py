@@ -12,9 +12,11 @@ instead of waiting for it for ever.
 
 # %% book/chapters/12_hosts.md, cell 1
 import argparse
+import atexit
 import functools
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -98,6 +100,7 @@ def join_from(args: argparse.Namespace) -> None:
     check_join(args.hosts, n, i, PATIENCE)
     print(f"Process {i} of {n}: meeting at {args.hosts}, for at most "
           f"{3 * PATIENCE} s ...", file=sys.stderr, flush=True)
+    set_guard(i)
     join(args.hosts, n, i, args.devices // n)
 
 
@@ -113,6 +116,45 @@ def reserve_stdout(process: int) -> None:
 
 
 # %% book/chapters/12_hosts.md, cell 25
+GUARD = """
+import sys
+done = lost = False
+for line in sys.stdin:
+    if line == "said\\n":
+        sys.exit()
+    if line == "done\\n":
+        done = True
+    else:
+        words = line.replace("_", " ")
+        lost = lost or "coordination service" in words
+        lost = lost or "JAX distributed service" in words
+        if not lost:
+            print(line, end="", file=sys.stderr, flush=True)
+if lost or not done:
+    sys.exit(sys.argv[1 if lost else 2])
+"""
+
+
+# %% book/chapters/12_hosts.md, cell 26
+def set_guard(process: int) -> None:
+    """Have it said in a line if this process is ended; see `GUARD`."""
+    name = f"annotated-moe: process {process}: ended, "
+    lost = ("because another process never came, is gone or was silent"
+            f" for {PATIENCE} s; see what each one said")
+    killed = "and not by itself; was it killed, or out of memory?"
+    mine = os.dup(2)
+    guard = subprocess.Popen(
+        [sys.executable, "-c", GUARD, name + lost, name + killed],
+        stdin=subprocess.PIPE, start_new_session=True,
+    )
+    assert guard.stdin is not None
+    os.dup2(guard.stdin.fileno(), 2)
+    guard.stdin.close()
+    sys.stderr = os.fdopen(mine, "w", 1, errors="backslashreplace")
+    atexit.register(os.write, 2, b"done\n")
+
+
+# %% book/chapters/12_hosts.md, cell 27
 def leave(error: BaseException, process: int) -> NoReturn:
     """Say in a line why, and end this process without waiting."""
     bad_input = isinstance(error, (ValueError, OSError))
@@ -121,17 +163,19 @@ def leave(error: BaseException, process: int) -> NoReturn:
         line += "; has another process ended? See what each one said"
     text = f"annotated-moe: process {process}: {line}"
     print(text, file=sys.stderr, flush=True)
+    if sys.stderr.fileno() != 2:            # which is the guard's
+        os.write(2, b"said\n")
     os._exit(2 if bad_input else 3)
 
 
-# %% book/chapters/12_hosts.md, cell 26
+# %% book/chapters/12_hosts.md, cell 28
 def check_alone(args: argparse.Namespace) -> None:
     """ValueError for options that mean nothing without --hosts."""
     if args.processes is not None or args.process is not None:
         raise ValueError("--processes and --process go with --hosts")
 
 
-# %% book/chapters/12_hosts.md, cell 27
+# %% book/chapters/12_hosts.md, cell 29
 Command = Callable[[argparse.Namespace], Any]
 
 

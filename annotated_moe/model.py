@@ -534,7 +534,7 @@ def init_kind(keys: Array, config: ModelConfig, kind: Kind) -> Params:
     h = jnp.zeros((1, 1, config.d_model))
     positions = jnp.zeros((1, 1), jnp.int32)
     init = partial(layer_function(config, kind).init, train=True)
-    return jax.vmap(lambda k: init(k, h, positions))(keys)
+    return jax.lax.map(lambda k: init(k, h, positions), keys)
 
 
 def flat_paths(params: Params) -> list[tuple[str, str]]:

@@ -278,7 +278,8 @@ def spread_heads(
     if copies == 1:
         return k, v
     flat = [z.reshape(*z.shape[:2], -1) for z in (k, v)]    # [B, T, KH]
-    whole = constrain(jnp.stack(flat))        # gathered in one exchange
-    heads = jnp.repeat(whole.reshape(2, *k.shape), copies, axis=3)
-    k, v = constrain(heads, None, None, None, "model")
-    return k, v
+    whole = constrain(jnp.stack(flat, 2))     # gathered in one exchange
+    b, t, *head = k.shape
+    heads = jnp.repeat(whole.reshape(b, t, 2, *head), copies, axis=3)
+    heads = constrain(heads, None, None, None, "model")
+    return heads[:, :, 0], heads[:, :, 1]

@@ -543,6 +543,14 @@ def test_the_slice_compiled_again(capsys):
 
 
 @needs_tpu
+def test_copied_heads_do_not_copy_the_cache(capsys):
+    job = ["plan", "grok-1", "--topology", "v5e:4x8", "--mesh", "2x16", "--json"]
+    assert cli.main(job) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["moved"] < 1.15 * sum(plan["needs"].values())
+
+
+@needs_tpu
 @pytest.mark.parametrize("name", ["v5p:3x3x3", "v5e:x", "v6e:"])
 def test_slices_that_do_not_exist(name):
     with pytest.raises(ValueError, match=f"no slice '{name}'"):

@@ -14,6 +14,7 @@ import math
 import os
 import pickletools
 import tempfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -963,14 +964,15 @@ BLOCK = 2**24
 
 
 # %% book/chapters/09_checkpoints.md, cell 87
-class Lazy:
+class Lazy(ABC):
     """An array-like with shape and dtype that reads on indexing."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    @abstractmethod
     def __getitem__(self, index: Any) -> Any:
-        raise NotImplementedError
+        """The part of the array that `index` names."""
 
     @property
     def itemsize(self) -> int:

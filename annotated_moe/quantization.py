@@ -10,6 +10,7 @@ on disk stays saved while the model runs.
 """
 
 # %% book/chapters/06_quantization.md, cell 1
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,14 +239,14 @@ class Row:
 
 
 # %% book/chapters/06_quantization.md, cell 65
-class OwnProduct:
+class OwnProduct(ABC):
     """A matrix [D, F] that is no array, but can be multiplied by."""
 
     shape: tuple[int, ...]
 
+    @abstractmethod
     def times(self, x: Float[Array, "N D"]) -> Float[Array, "N F"]:
         """x times this matrix, in float32."""
-        raise NotImplementedError
 
 
 # %% book/chapters/06_quantization.md, cell 66

@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -110,24 +111,24 @@ class Roles:
 
 
 # %% book/chapters/19_vocabularies.md, cell 13
-class Table(Roles):
+class Table(Roles, ABC):
     """What `Tokenizer` asks of a table, beside its ids."""
 
+    @abstractmethod
     def encode(self, text: bytes) -> list[int]:
         """Ids of UTF-8 text; special strings in it are only letters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_special(self, text: str) -> list[int]:
         """Ids of `text`, its special strings taken at their word."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """Text of `ids`, with the special strings or without."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stream(self) -> Any:
         """Something to `push` ids to that `decode`s as they come."""
-        raise NotImplementedError
 
 
 # %% book/chapters/19_vocabularies.md, cell 14

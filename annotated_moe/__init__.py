@@ -7,28 +7,30 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 161
+# %% book/chapters/09_checkpoints.md, cell 162
 import gc
 from typing import Any
 
 looking = gc.isenabled()
 gc.disable()
+try:
+    import annotated_moe.meta  # noqa: F401, `load` learns its layout
+    from annotated_moe.checkpoints import (
+        CheckpointError,
+        load,
+        save,
+        verify,
+    )
+    from annotated_moe.model import PRESETS, Model, ModelConfig
+    from annotated_moe.quantization import QuantizedTensor
+    from annotated_moe.sharding import make_mesh
+    from annotated_moe.tokenizer import Tokenizer
+finally:
+    if looking:
+        gc.enable()
 
-import annotated_moe.meta  # noqa: F401, `load` learns its layout
-from annotated_moe.checkpoints import (
-    CheckpointError,
-    load,
-    save,
-    verify,
-)
-from annotated_moe.model import PRESETS, Model, ModelConfig
-from annotated_moe.quantization import QuantizedTensor
-from annotated_moe.sharding import make_mesh
-from annotated_moe.tokenizer import Tokenizer
 
-if looking:
-    gc.enable()
-
+# %% book/chapters/09_checkpoints.md, cell 163
 __all__ = [
     "PRESETS",
     "CheckpointError",
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 162
+# %% book/chapters/09_checkpoints.md, cell 164
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

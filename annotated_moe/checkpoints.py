@@ -92,8 +92,8 @@ MARK = object()
 
 
 # %% book/chapters/09_checkpoints.md, cell 9
-class Reader:
-    """A cursor over the bytes of one file."""
+class Cursor:
+    """A place in the bytes of one file."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 0
@@ -116,6 +116,11 @@ class Reader:
         self.at += 1
         return self.data[self.at - 1]
 
+
+# %% book/chapters/09_checkpoints.md, cell 10
+class Reader(Cursor):
+    """Numbers and texts, from the place on."""
+
     def number(self, width: int, signed: bool = False) -> int:
         return int.from_bytes(self.take(width), "little", signed=signed)
 
@@ -129,7 +134,7 @@ class Reader:
             ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 10
+# %% book/chapters/09_checkpoints.md, cell 11
 class Machine(Reader):
     """Pickle's stack machine, describing where pickle would act."""
 
@@ -156,7 +161,7 @@ class Machine(Reader):
         return items[::-1]
 
 
-# %% book/chapters/09_checkpoints.md, cell 11
+# %% book/chapters/09_checkpoints.md, cell 12
 def named(machine: Machine) -> Node:
     """STACK_GLOBAL: pickle imports here. We look the name up."""
     module, name = machine.several(2)
@@ -172,7 +177,7 @@ def named(machine: Machine) -> Node:
     return Node(kind)
 
 
-# %% book/chapters/09_checkpoints.md, cell 12
+# %% book/chapters/09_checkpoints.md, cell 13
 def call(machine: Machine, callable_kinds: tuple[str, ...]) -> Node:
     """REDUCE, NEWOBJ: pickle calls here. We note the arguments."""
     function, args = machine.several(2)
@@ -184,7 +189,7 @@ def call(machine: Machine, callable_kinds: tuple[str, ...]) -> Node:
     return Node(function.kind, args)
 
 
-# %% book/chapters/09_checkpoints.md, cell 13
+# %% book/chapters/09_checkpoints.md, cell 14
 def build(machine: Machine) -> None:
     """BUILD: pickle runs `__setstate__` here. We note the state."""
     target, state = machine.several(2)
@@ -195,7 +200,7 @@ def build(machine: Machine) -> None:
     machine.stack.append(target)
 
 
-# %% book/chapters/09_checkpoints.md, cell 14
+# %% book/chapters/09_checkpoints.md, cell 15
 def set_items(machine: Machine) -> None:
     """SETITEMS: names and values into the dict below the mark."""
     items = machine.since_mark()
@@ -207,21 +212,21 @@ def set_items(machine: Machine) -> None:
     machine.stack.append(target)
 
 
-# %% book/chapters/09_checkpoints.md, cell 15
+# %% book/chapters/09_checkpoints.md, cell 16
 def recall(machine: Machine, index: int) -> Any:
     if index >= len(machine.memo):
         raise machine.broken(f"memo {index} was never written")
     return machine.memo[index]
 
 
-# %% book/chapters/09_checkpoints.md, cell 16
+# %% book/chapters/09_checkpoints.md, cell 17
 def memorize(machine: Machine) -> None:
     item = machine.pop()
     machine.stack.append(item)
     machine.memo.append(item)
 
 
-# %% book/chapters/09_checkpoints.md, cell 17
+# %% book/chapters/09_checkpoints.md, cell 18
 PUSH: dict[str, Callable[[Machine], Any]] = {
     "NONE": lambda m: None,
     "NEWTRUE": lambda m: True,
@@ -244,7 +249,7 @@ PUSH: dict[str, Callable[[Machine], Any]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 18
+# %% book/chapters/09_checkpoints.md, cell 19
 PUSH |= {
     "BINGET": lambda m: recall(m, m.byte()),
     "LONG_BINGET": lambda m: recall(m, m.number(4)),
@@ -261,11 +266,11 @@ DO: dict[str, Callable[[Machine], Any]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 19
+# %% book/chapters/09_checkpoints.md, cell 20
 OPCODES = {ord(op.code): op.name for op in pickletools.opcodes}
 
 
-# %% book/chapters/09_checkpoints.md, cell 20
+# %% book/chapters/09_checkpoints.md, cell 21
 def step(machine: Machine, push: dict = PUSH, do: dict = DO) -> bool:
     """Carry out one instruction; False when it was STOP."""
     code = machine.byte()
@@ -282,11 +287,11 @@ def step(machine: Machine, push: dict = PUSH, do: dict = DO) -> bool:
     return name != "STOP"
 
 
-# %% book/chapters/09_checkpoints.md, cell 21
+# %% book/chapters/09_checkpoints.md, cell 22
 MOST_STEPS = 1000
 
 
-# %% book/chapters/09_checkpoints.md, cell 22
+# %% book/chapters/09_checkpoints.md, cell 23
 def parse(
     data: memoryview,
     push: dict = PUSH,
@@ -308,7 +313,7 @@ def parse(
     return machine.stack[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 25
+# %% book/chapters/09_checkpoints.md, cell 26
 DTYPES = {
     "f4": np.dtype("<f4"),
     "i1": np.dtype("i1"),
@@ -316,7 +321,7 @@ DTYPES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 26
+# %% book/chapters/09_checkpoints.md, cell 27
 def as_dtype(node: Any) -> np.dtype:
     """The dtype that a node describes, if tensors come in it."""
     good = isinstance(node, Node) and node.kind == DTYPE and node.args
@@ -334,7 +339,7 @@ def as_dtype(node: Any) -> np.dtype:
     return DTYPES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 27
+# %% book/chapters/09_checkpoints.md, cell 28
 def as_array(node: Any) -> np.ndarray:
     """The array that a node describes, as a view of its file."""
     whole = isinstance(node, Node) and node.kind == ARRAY
@@ -358,11 +363,11 @@ def as_array(node: Any) -> np.ndarray:
     return np.frombuffer(raw, dtype).reshape(sizes)
 
 
-# %% book/chapters/09_checkpoints.md, cell 28
+# %% book/chapters/09_checkpoints.md, cell 29
 Tensor = np.ndarray | QuantizedTensor
 
 
-# %% book/chapters/09_checkpoints.md, cell 29
+# %% book/chapters/09_checkpoints.md, cell 30
 def as_tensor(node: Any) -> Tensor:
     """A plain array, or the release's pair of int8 and scales."""
     if not isinstance(node, Node) or node.kind != QUANTIZED:
@@ -373,7 +378,7 @@ def as_tensor(node: Any) -> Tensor:
     return QuantizedTensor(as_array(s["weight"]), as_array(s["scales"]))
 
 
-# %% book/chapters/09_checkpoints.md, cell 30
+# %% book/chapters/09_checkpoints.md, cell 31
 Span = tuple[int, int, np.dtype, tuple[int, ...]]   # begin, end, ...
 
 
@@ -398,7 +403,7 @@ def around(data: memoryview, spans: list[Span]) -> list[memoryview]:
     return [data[a:b] for a, b in pairs]
 
 
-# %% book/chapters/09_checkpoints.md, cell 31
+# %% book/chapters/09_checkpoints.md, cell 32
 Seen = dict[int, tuple[memoryview, list[Span]]]     # by a file's length
 
 
@@ -417,7 +422,7 @@ def interpret(data: memoryview, seen: Seen) -> Tensor:
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 32
+# %% book/chapters/09_checkpoints.md, cell 33
 def read_pickled(path: Path, seen: Seen | None = None) -> Tensor:
     """One tensor of a Grok-1 file, mapped into memory, not copied.
 
@@ -434,13 +439,13 @@ def read_pickled(path: Path, seen: Seen | None = None) -> Tensor:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 44
+# %% book/chapters/09_checkpoints.md, cell 45
 def zeros(make: Any, shape: Any, dtype: Any, *_: Any) -> jax.Array:
     """In place of every initial value of a layer."""
     return jnp.zeros(shape, dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 45
+# %% book/chapters/09_checkpoints.md, cell 46
 @cache
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; layers are stacked in front."""
@@ -456,7 +461,7 @@ def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 46
+# %% book/chapters/09_checkpoints.md, cell 47
 def grok_paths(config: ModelConfig) -> list[str]:
     """The release's path of every file, in the files' order."""
     paths = []
@@ -470,7 +475,7 @@ def grok_paths(config: ModelConfig) -> list[str]:
     return sorted(paths)
 
 
-# %% book/chapters/09_checkpoints.md, cell 47
+# %% book/chapters/09_checkpoints.md, cell 48
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token makes use of."""
     sizes = {path: math.prod(s) for path, s in expected(config).items()}
@@ -480,7 +485,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, total - idle // config.num_experts
 
 
-# %% book/chapters/09_checkpoints.md, cell 52
+# %% book/chapters/09_checkpoints.md, cell 53
 GROK_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -506,11 +511,11 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 53
+# %% book/chapters/09_checkpoints.md, cell 54
 MOST_JSON = 2**24
 
 
-# %% book/chapters/09_checkpoints.md, cell 54
+# %% book/chapters/09_checkpoints.md, cell 55
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's pairs as a dict; ValueError for a name met twice."""
     names = [name for name, _ in pairs]
@@ -520,7 +525,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-# %% book/chapters/09_checkpoints.md, cell 55
+# %% book/chapters/09_checkpoints.md, cell 56
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
@@ -536,7 +541,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09_checkpoints.md, cell 56
+# %% book/chapters/09_checkpoints.md, cell 57
 def refuse_unknown(path: Path, names: Any, known: Any) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -546,7 +551,7 @@ def refuse_unknown(path: Path, names: Any, known: Any) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 57
+# %% book/chapters/09_checkpoints.md, cell 58
 def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     pairs: dict[str, Any] = {
         n: tuple(v) for n, v in values.items() if type(v) is list
@@ -563,13 +568,13 @@ def make_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09_checkpoints.md, cell 58
+# %% book/chapters/09_checkpoints.md, cell 59
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09_checkpoints.md, cell 59
+# %% book/chapters/09_checkpoints.md, cell 60
 def grok_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -592,7 +597,7 @@ def grok_config(path: Path) -> ModelConfig:
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 61
+# %% book/chapters/09_checkpoints.md, cell 62
 def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
     *lead, d, f = w.shape
     scales = tuple(w.scales.shape)
@@ -608,18 +613,18 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 62
+# %% book/chapters/09_checkpoints.md, cell 63
 def may_be_quantized(path: str) -> bool:
     """Attention's and the experts' matrices; no norm, no router."""
     words = path.endswith("/w") and not path.startswith("vision/")
     return words and "/router/" not in path
 
 
-# %% book/chapters/09_checkpoints.md, cell 63
+# %% book/chapters/09_checkpoints.md, cell 64
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
-# %% book/chapters/09_checkpoints.md, cell 64
+# %% book/chapters/09_checkpoints.md, cell 65
 def check_tensor(
     where: Path, name: str, w: Any, shape: tuple[int, ...]
 ) -> None:
@@ -640,7 +645,7 @@ def check_tensor(
         raise CheckpointError(f"{where}: {name} may not be quantized")
 
 
-# %% book/chapters/09_checkpoints.md, cell 65
+# %% book/chapters/09_checkpoints.md, cell 66
 def names_in(folder: Path) -> set[str]:
     """The names in a folder, or a CheckpointError."""
     try:
@@ -656,7 +661,7 @@ def names_in(folder: Path) -> set[str]:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 66
+# %% book/chapters/09_checkpoints.md, cell 67
 def grok_files(folder: Path, names: list[str]) -> list[Path]:
     """One file a name, in order; both sets must be the same."""
     files = [f"tensor{i:05d}_000" for i in range(len(names))]
@@ -674,7 +679,7 @@ def grok_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% book/chapters/09_checkpoints.md, cell 67
+# %% book/chapters/09_checkpoints.md, cell 68
 def our_path(name: str) -> tuple[str, int | None]:
     """transformer/decoder_layer_3/a/w -> decoder_layer/a/w and 3."""
     top, rest = name.split("/", 1)
@@ -684,7 +689,7 @@ def our_path(name: str) -> tuple[str, int | None]:
     return f"decoder_layer/{rest}", int(layer.rsplit("_", 1)[1])
 
 
-# %% book/chapters/09_checkpoints.md, cell 68
+# %% book/chapters/09_checkpoints.md, cell 69
 @dataclass(frozen=True, eq=False)
 class Stack:
     """Arrays of one shape and dtype behind one another, not copied.
@@ -714,7 +719,7 @@ class Stack:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 69
+# %% book/chapters/09_checkpoints.md, cell 70
 def stack_layers(where: Path, path: str, parts: list) -> Any:
     """One lazily stacked tensor from those of all layers."""
     pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
@@ -733,7 +738,7 @@ def stack_layers(where: Path, path: str, parts: list) -> Any:
     return QuantizedTensor(weights, Stack([w.scales for w in pairs]))
 
 
-# %% book/chapters/09_checkpoints.md, cell 70
+# %% book/chapters/09_checkpoints.md, cell 71
 def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Grok-1 checkpoint, mapped from disk."""
     names, shapes = grok_paths(config), expected(config)
@@ -756,11 +761,11 @@ def read_grok(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 71
+# %% book/chapters/09_checkpoints.md, cell 72
 BYTES_READ: Counter[str] = Counter()            # path of a parameter
 
 
-# %% book/chapters/09_checkpoints.md, cell 72
+# %% book/chapters/09_checkpoints.md, cell 73
 def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
     """`source[index]`, the bytes it takes counted under `path`."""
     block = np.asarray(source[index])
@@ -768,7 +773,7 @@ def read_block(source: Any, index: tuple, path: str) -> np.ndarray:
     return block
 
 
-# %% book/chapters/09_checkpoints.md, cell 73
+# %% book/chapters/09_checkpoints.md, cell 74
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any, path: str = ""
 ) -> jax.Array:
@@ -794,7 +799,7 @@ def on_devices(
     return make(shape, where, shards)
 
 
-# %% book/chapters/09_checkpoints.md, cell 74
+# %% book/chapters/09_checkpoints.md, cell 75
 def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     """Put one parameter on its devices, by the partition rules."""
     spec = sharding.spec_for(path)
@@ -809,7 +814,7 @@ def place(path: str, w: Any, mesh: Mesh | None, dtype: str) -> Any:
     return on_devices(w, spec, mesh, dtype, path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 75
+# %% book/chapters/09_checkpoints.md, cell 76
 def place_quantized(
     w: QuantizedTensor, spec: P, mesh: Mesh | None, path: str = ""
 ) -> QuantizedTensor:
@@ -826,7 +831,7 @@ def place_quantized(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 76
+# %% book/chapters/09_checkpoints.md, cell 77
 @dataclass(frozen=True)
 class Repeated:
     """`source` with each row of axis -2 `times` times, not copied."""
@@ -850,7 +855,7 @@ class Repeated:
         return block[..., skip : skip + stop - start, :]
 
 
-# %% book/chapters/09_checkpoints.md, cell 79
+# %% book/chapters/09_checkpoints.md, cell 80
 CODES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -859,7 +864,7 @@ CODES: dict[str, np.dtype] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 80
+# %% book/chapters/09_checkpoints.md, cell 81
 def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     """What a safetensors file says it holds, and where that begins."""
     size = int.from_bytes(data[:8].tobytes(), "little")
@@ -879,7 +884,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-# %% book/chapters/09_checkpoints.md, cell 81
+# %% book/chapters/09_checkpoints.md, cell 82
 def whole_numbers(values: Any, most: int) -> bool:
     """Whether `values` is a list of at most eight sizes or offsets."""
     return (
@@ -889,7 +894,7 @@ def whole_numbers(values: Any, most: int) -> bool:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 82
+# %% book/chapters/09_checkpoints.md, cell 83
 def entry_of(
     name: str, entry: Any, most: int
 ) -> tuple[int, int, np.dtype, tuple[int, ...]]:
@@ -918,7 +923,7 @@ def entry_of(
     return span[0], span[1], dtype, tuple(shape)
 
 
-# %% book/chapters/09_checkpoints.md, cell 83
+# %% book/chapters/09_checkpoints.md, cell 84
 def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> view of `data`, the bytes of a safetensors file."""
     header, start = read_header(data)
@@ -942,7 +947,7 @@ def arrays_in(data: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 84
+# %% book/chapters/09_checkpoints.md, cell 85
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a safetensors file, mapped, not copied.
 
@@ -959,11 +964,11 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 86
+# %% book/chapters/09_checkpoints.md, cell 87
 BLOCK = 2**24
 
 
-# %% book/chapters/09_checkpoints.md, cell 87
+# %% book/chapters/09_checkpoints.md, cell 88
 class Lazy(ABC):
     """An array-like with shape and dtype that reads on indexing."""
 
@@ -989,7 +994,7 @@ class Lazy(ABC):
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 88
+# %% book/chapters/09_checkpoints.md, cell 89
 @dataclass(frozen=True, eq=False)
 class Joined:
     """Arrays behind one another along the last axis, not copied."""
@@ -1014,7 +1019,7 @@ class Joined:
         return np.asarray(self[:], dtype)
 
 
-# %% book/chapters/09_checkpoints.md, cell 89
+# %% book/chapters/09_checkpoints.md, cell 90
 def pieces(w: Any) -> Iterator[np.ndarray]:
     """An array or `Stack` as views of at most BLOCK bytes, in order."""
     if isinstance(w, Stack):
@@ -1038,7 +1043,7 @@ def pieces(w: Any) -> Iterator[np.ndarray]:
             yield from pieces(w[i])
 
 
-# %% book/chapters/09_checkpoints.md, cell 90
+# %% book/chapters/09_checkpoints.md, cell 91
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -1052,7 +1057,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09_checkpoints.md, cell 91
+# %% book/chapters/09_checkpoints.md, cell 92
 def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     """A safetensors file of `arrays`, the widest dtypes first.
 
@@ -1075,7 +1080,7 @@ def safetensors_parts(arrays: dict[str, Any]) -> list[Part]:
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09_checkpoints.md, cell 92
+# %% book/chapters/09_checkpoints.md, cell 93
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -1085,7 +1090,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# %% book/chapters/09_checkpoints.md, cell 93
+# %% book/chapters/09_checkpoints.md, cell 94
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -1100,7 +1105,7 @@ class Watcher:
         sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 94
+# %% book/chapters/09_checkpoints.md, cell 95
 def append(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -1113,11 +1118,11 @@ def append(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 95
+# %% book/chapters/09_checkpoints.md, cell 96
 TILE = 128
 
 
-# %% book/chapters/09_checkpoints.md, cell 96
+# %% book/chapters/09_checkpoints.md, cell 97
 def in_order(w: np.ndarray) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -1130,13 +1135,13 @@ def in_order(w: np.ndarray) -> np.ndarray:
     return out
 
 
-# %% book/chapters/09_checkpoints.md, cell 97
+# %% book/chapters/09_checkpoints.md, cell 98
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return in_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09_checkpoints.md, cell 99
+# %% book/chapters/09_checkpoints.md, cell 100
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -1152,7 +1157,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
-# %% book/chapters/09_checkpoints.md, cell 100
+# %% book/chapters/09_checkpoints.md, cell 101
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, at: int = 0
 ) -> None:
@@ -1170,7 +1175,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 101
+# %% book/chapters/09_checkpoints.md, cell 102
 def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     """Path -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -1183,11 +1188,11 @@ def flat_arrays(tensors: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-# %% book/chapters/09_checkpoints.md, cell 102
+# %% book/chapters/09_checkpoints.md, cell 103
 OUR_FORMAT = "annotated-moe"
 
 
-# %% book/chapters/09_checkpoints.md, cell 103
+# %% book/chapters/09_checkpoints.md, cell 104
 PARTS = {
     "config.json",
     "model.safetensors",
@@ -1197,7 +1202,7 @@ PARTS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 104
+# %% book/chapters/09_checkpoints.md, cell 105
 def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.write_bytes(b"")
@@ -1205,12 +1210,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     sync(path)
 
 
-# %% book/chapters/09_checkpoints.md, cell 105
+# %% book/chapters/09_checkpoints.md, cell 106
 def our_settings(config: ModelConfig) -> dict[str, Any]:
     return {"format": OUR_FORMAT, **asdict(config)}
 
 
-# %% book/chapters/09_checkpoints.md, cell 106
+# %% book/chapters/09_checkpoints.md, cell 107
 def write_parts(model: Model, folder: Path) -> None:
     tensors = {
         f"{module}/{name}": w
@@ -1226,7 +1231,7 @@ def write_parts(model: Model, folder: Path) -> None:
         model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09_checkpoints.md, cell 107
+# %% book/chapters/09_checkpoints.md, cell 108
 def refuse_streamed(model: Model) -> None:
     if isinstance(model, StreamedModel):
         raise CheckpointError(
@@ -1235,7 +1240,7 @@ def refuse_streamed(model: Model) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 108
+# %% book/chapters/09_checkpoints.md, cell 109
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -1262,7 +1267,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         put_in_place(new, target, Path(folder) / "old")
 
 
-# %% book/chapters/09_checkpoints.md, cell 109
+# %% book/chapters/09_checkpoints.md, cell 110
 def put_in_place(new: Path, target: Path, old: Path) -> None:
     """Rename `new` to `target`; what was there becomes `old`.
 
@@ -1282,7 +1287,7 @@ def put_in_place(new: Path, target: Path, old: Path) -> None:
             file.rename(target / file.name)
 
 
-# %% book/chapters/09_checkpoints.md, cell 110
+# %% book/chapters/09_checkpoints.md, cell 111
 def is_ours(folder: Path) -> bool:
     settings = folder / "config.json"
     if not settings.is_file():
@@ -1290,7 +1295,7 @@ def is_ours(folder: Path) -> bool:
     return read_json(settings).get("format") == OUR_FORMAT
 
 
-# %% book/chapters/09_checkpoints.md, cell 111
+# %% book/chapters/09_checkpoints.md, cell 112
 def our_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     del raw["format"]
@@ -1298,7 +1303,7 @@ def our_config(path: Path) -> ModelConfig:
     return make_config(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 112
+# %% book/chapters/09_checkpoints.md, cell 113
 def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
@@ -1321,7 +1326,7 @@ def read_ours(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 113
+# %% book/chapters/09_checkpoints.md, cell 114
 ATTENTION = "decoder_layer/multi_head_attention"
 MOE = "decoder_layer/moe"
 GROK_WEIGHTS = (
@@ -1342,7 +1347,7 @@ GROK_WEIGHTS = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 114
+# %% book/chapters/09_checkpoints.md, cell 115
 Change = Callable[[Any, ModelConfig], Any]
 CHANGES: dict[str, tuple[Change, Change]] = {
     "as is": (lambda w, c: w, lambda w, c: w),
@@ -1361,14 +1366,14 @@ CHANGES: dict[str, tuple[Change, Change]] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 115
+# %% book/chapters/09_checkpoints.md, cell 116
 def split(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two halves of the last axis."""
     half = w.shape[-1] // 2
     return w[..., :half], w[..., half:]
 
 
-# %% book/chapters/09_checkpoints.md, cell 116
+# %% book/chapters/09_checkpoints.md, cell 117
 @dataclass(frozen=True, eq=False)
 class Halves(Lazy):
     """[D, heads * size], each head's halves from neighbours' rows.
@@ -1396,7 +1401,7 @@ class Halves(Lazy):
         return turned[start - first : stop - first].T
 
 
-# %% book/chapters/09_checkpoints.md, cell 117
+# %% book/chapters/09_checkpoints.md, cell 118
 class Neighbours(Halves):
     """The way back: `source` is [D, heads * size], or a bias."""
 
@@ -1406,7 +1411,7 @@ class Neighbours(Halves):
         return pairs.swapaxes(1, 2).reshape(part.shape)[index]
 
 
-# %% book/chapters/09_checkpoints.md, cell 118
+# %% book/chapters/09_checkpoints.md, cell 119
 GROK_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -1429,7 +1434,7 @@ GROK_FIELDS = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 119
+# %% book/chapters/09_checkpoints.md, cell 120
 @dataclass(frozen=True)
 class Family:
     """One architecture of the Hugging Face layout, as data.
@@ -1454,7 +1459,7 @@ class Family:
     text: str = ""                  # the object with most of the fields
 
 
-# %% book/chapters/09_checkpoints.md, cell 120
+# %% book/chapters/09_checkpoints.md, cell 121
 HOUSEKEEPING = (
     "architectures model_type auto_map transformers_version use_cache "
     "bos_token_id output_router_logits router_aux_loss_coef "
@@ -1462,12 +1467,12 @@ HOUSEKEEPING = (
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 121
+# %% book/chapters/09_checkpoints.md, cell 122
 def fields_named(words: str) -> frozenset[str]:
     return frozenset(f"{HOUSEKEEPING} {words}".split())
 
 
-# %% book/chapters/09_checkpoints.md, cell 122
+# %% book/chapters/09_checkpoints.md, cell 123
 FAMILIES = {
     "Grok1ModelForCausalLM": Family(
         GROK_WEIGHTS,
@@ -1482,7 +1487,7 @@ FAMILIES = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 123
+# %% book/chapters/09_checkpoints.md, cell 124
 def relative(
     weights: Any, fields: dict, defaults: dict, read: Any, write: Any,
     ignored: str = llama.HUB_IGNORED, special: str = "",
@@ -1497,7 +1502,7 @@ def relative(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 124
+# %% book/chapters/09_checkpoints.md, cell 125
 NORM = "norm_topk_prob"
 FAMILIES["LlamaForCausalLM"] = relative(
     llama.WEIGHTS, llama.FIELDS, llama.HUB_DEFAULTS,
@@ -1527,7 +1532,7 @@ FAMILIES["Llama4ForCausalLM"] = relative(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 125
+# %% book/chapters/09_checkpoints.md, cell 126
 FAMILIES["Llama4ForConditionalGeneration"] = replace(
     FAMILIES["Llama4ForCausalLM"],
     weights=llama4.WEIGHTS + VISION_HF,
@@ -1536,7 +1541,7 @@ FAMILIES["Llama4ForConditionalGeneration"] = replace(
 )
 
 
-# %% book/chapters/09_checkpoints.md, cell 126
+# %% book/chapters/09_checkpoints.md, cell 127
 def family_of(path: Path, raw: dict[str, Any]) -> Family:
     """The table for a Hugging Face `config.json`."""
     found = raw.get("architectures")
@@ -1550,14 +1555,14 @@ def family_of(path: Path, raw: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 127
+# %% book/chapters/09_checkpoints.md, cell 128
 def hf_config(path: Path) -> ModelConfig:
     """A Hugging Face `config.json`, by its family's table."""
     raw = {k: v for k, v in read_json(path).items() if k[:1] != "_"}
     return settings_of(path, family_of(path, raw), raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 128
+# %% book/chapters/09_checkpoints.md, cell 129
 def settings_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1567,7 +1572,7 @@ def settings_of(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 129
+# %% book/chapters/09_checkpoints.md, cell 130
 def seeing_config(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1590,7 +1595,7 @@ def seeing_config(
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/09_checkpoints.md, cell 130
+# %% book/chapters/09_checkpoints.md, cell 131
 def config_of(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> ModelConfig:
@@ -1609,7 +1614,7 @@ def config_of(
     return make_config(path, values)
 
 
-# %% book/chapters/09_checkpoints.md, cell 131
+# %% book/chapters/09_checkpoints.md, cell 132
 def check_fields(
     path: Path, family: Family, raw: dict[str, Any]
 ) -> None:
@@ -1629,7 +1634,7 @@ def check_fields(
     check_scheme(path, raw)
 
 
-# %% book/chapters/09_checkpoints.md, cell 132
+# %% book/chapters/09_checkpoints.md, cell 133
 def check_scheme(path: Path, raw: dict[str, Any]) -> None:
     """CheckpointError for quantized weights of another format."""
     scheme = raw.get("quantization_config") or {}
@@ -1643,12 +1648,12 @@ def check_scheme(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 133
+# %% book/chapters/09_checkpoints.md, cell 134
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-# %% book/chapters/09_checkpoints.md, cell 134
+# %% book/chapters/09_checkpoints.md, cell 135
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard; the shards named are those that are there."""
     path = folder / INDEX
@@ -1666,7 +1671,7 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09_checkpoints.md, cell 135
+# %% book/chapters/09_checkpoints.md, cell 136
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards."""
     names = names_in(folder)
@@ -1691,7 +1696,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# %% book/chapters/09_checkpoints.md, cell 136
+# %% book/chapters/09_checkpoints.md, cell 137
 def their_name(
     family: Family, name: str, layer: int | None, expert: int | None
 ) -> str:
@@ -1701,7 +1706,7 @@ def their_name(
     return before + name.format(expert=family.expert.format(i=expert))
 
 
-# %% book/chapters/09_checkpoints.md, cell 137
+# %% book/chapters/09_checkpoints.md, cell 138
 @dataclass(frozen=True)
 class Theirs:
     """What a folder holds in a family's layout, and what was taken."""
@@ -1719,7 +1724,7 @@ class Theirs:
         return self.arrays[name]
 
 
-# %% book/chapters/09_checkpoints.md, cell 138
+# %% book/chapters/09_checkpoints.md, cell 139
 def take(
     t: Theirs, name: str, row: tuple[str, str, str], shape: tuple
 ) -> Any:
@@ -1737,7 +1742,7 @@ def take(
     return w
 
 
-# %% book/chapters/09_checkpoints.md, cell 139
+# %% book/chapters/09_checkpoints.md, cell 140
 def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     """One of our stacks, from a tensor a layer, or one an expert."""
     theirs, path, _ = row
@@ -1762,7 +1767,7 @@ def gather(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts)
 
 
-# %% book/chapters/09_checkpoints.md, cell 140
+# %% book/chapters/09_checkpoints.md, cell 141
 def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     """The same for the encoder of images, which has its own layers."""
     theirs, path, _ = row
@@ -1772,7 +1777,7 @@ def gather_vision(t: Theirs, row: tuple[str, str, str]) -> Any:
     return stack_layers(t.where, path, parts) if stacked else parts[0]
 
 
-# %% book/chapters/09_checkpoints.md, cell 141
+# %% book/chapters/09_checkpoints.md, cell 142
 def layers_of(path: str, config: ModelConfig) -> list[int]:
     """The layers that have a parameter, in the order of its stack."""
     of = stack_of(path.rsplit("/", 1)[0])
@@ -1783,7 +1788,7 @@ def layers_of(path: str, config: ModelConfig) -> list[int]:
     return [layer for layer, kind in every if kind.experts == wanted]
 
 
-# %% book/chapters/09_checkpoints.md, cell 142
+# %% book/chapters/09_checkpoints.md, cell 143
 def check_head(t: Theirs, table: np.ndarray) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     name = f"{t.family.prefix}lm_head.weight"
@@ -1799,11 +1804,11 @@ def check_head(t: Theirs, table: np.ndarray) -> None:
         )
 
 
-# %% book/chapters/09_checkpoints.md, cell 143
+# %% book/chapters/09_checkpoints.md, cell 144
 NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files have it
 
 
-# %% book/chapters/09_checkpoints.md, cell 144
+# %% book/chapters/09_checkpoints.md, cell 145
 def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Path -> tensor of a Hugging Face checkpoint, mapped from disk."""
     settings = folder / "config.json"
@@ -1827,14 +1832,14 @@ def read_hf(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-# %% book/chapters/09_checkpoints.md, cell 145
+# %% book/chapters/09_checkpoints.md, cell 146
 def groups_for(path: str, inputs: int, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = ("/linear_1/w", "/multi_head_attention/linear/w")
     return math.gcd(inputs, most) if path.endswith(cut) else 1
 
 
-# %% book/chapters/09_checkpoints.md, cell 146
+# %% book/chapters/09_checkpoints.md, cell 147
 def quantize_params(params: dict, groups: int = 8) -> dict:
     """Every matrix of the kinds that Grok-1 quantizes, in 8 bits."""
     def one(path: str, w: Any) -> Any:
@@ -1849,12 +1854,12 @@ def quantize_params(params: dict, groups: int = 8) -> dict:
     }
 
 
-# %% book/chapters/09_checkpoints.md, cell 147
+# %% book/chapters/09_checkpoints.md, cell 148
 Layout = tuple[ModelConfig, Callable, Path]
 DETECTORS: list[Callable[[Path, set[str]], Layout | None]] = []
 
 
-# %% book/chapters/09_checkpoints.md, cell 148
+# %% book/chapters/09_checkpoints.md, cell 149
 def find_layout(folder: Path) -> Layout:
     """The configuration, the reader, and the folder it reads."""
     folder = folder.parent if folder.name == "ckpt-0" else folder
@@ -1876,7 +1881,7 @@ def find_layout(folder: Path) -> Layout:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 149
+# %% book/chapters/09_checkpoints.md, cell 150
 LAYOUTS: dict[Callable, str] = {
     read_grok: "Grok-1",
     read_ours: OUR_FORMAT,
@@ -1884,13 +1889,13 @@ LAYOUTS: dict[Callable, str] = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 150
+# %% book/chapters/09_checkpoints.md, cell 151
 def beside(where: Path) -> Path:
     """Where the configuration and the tokenizer stand."""
     return where.parent if where.name == "ckpt-0" else where
 
 
-# %% book/chapters/09_checkpoints.md, cell 151
+# %% book/chapters/09_checkpoints.md, cell 152
 def stored(where: Path) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     if where.name != "ckpt-0":
@@ -1901,7 +1906,7 @@ def stored(where: Path) -> dict[str, np.ndarray]:
     return flat_arrays(tensors)
 
 
-# %% book/chapters/09_checkpoints.md, cell 152
+# %% book/chapters/09_checkpoints.md, cell 153
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -1916,7 +1921,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09_checkpoints.md, cell 153
+# %% book/chapters/09_checkpoints.md, cell 154
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -1941,7 +1946,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09_checkpoints.md, cell 154
+# %% book/chapters/09_checkpoints.md, cell 155
 def find_tokenizer(
     folder: Path, config: ModelConfig
 ) -> Tokenizer | None:
@@ -1968,7 +1973,7 @@ def find_tokenizer(
     return tokenizer
 
 
-# %% book/chapters/09_checkpoints.md, cell 155
+# %% book/chapters/09_checkpoints.md, cell 156
 def meta_images(tokenizer: Tokenizer, eyes: VisionConfig) -> None:
     """Put beside a tokenizer of Meta's what its program takes."""
     if not set(IMAGE_FILES) & set(tokenizer.beside):
@@ -1976,13 +1981,13 @@ def meta_images(tokenizer: Tokenizer, eyes: VisionConfig) -> None:
         tokenizer.beside[IMAGE_FILES[0]] = text.encode()
 
 
-# %% book/chapters/09_checkpoints.md, cell 156
+# %% book/chapters/09_checkpoints.md, cell 157
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09_checkpoints.md, cell 157
+# %% book/chapters/09_checkpoints.md, cell 158
 def indivisible(c: ModelConfig, data: int, model: int) -> str:
     """The first size that a data x model mesh cannot cut, or ""."""
     kv = c.kv_heads * c.head_size
@@ -1999,7 +2004,7 @@ def indivisible(c: ModelConfig, data: int, model: int) -> str:
     return ""
 
 
-# %% book/chapters/09_checkpoints.md, cell 158
+# %% book/chapters/09_checkpoints.md, cell 159
 def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = getattr(mesh, "axis_names", ())
@@ -2021,14 +2026,14 @@ def check_mesh(folder: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 159
+# %% book/chapters/09_checkpoints.md, cell 160
 def check_stream(mesh: Mesh | None, stream: bool) -> None:
     if stream and mesh is not None:
         why = "stream=True runs on one device: leave out the mesh"
         raise ValueError(why)
 
 
-# %% book/chapters/09_checkpoints.md, cell 160
+# %% book/chapters/09_checkpoints.md, cell 161
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,

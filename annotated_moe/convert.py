@@ -494,7 +494,8 @@ def finish(
     for file in companions(folder):
         shutil.copyfile(file, new / file.name)
         ck.sync(new / file.name)
-    ck.write_json(new / "checksums.json", {"sha256": sums})
+    ordered = dict(sorted(sums.items()))    # also after a resumption
+    ck.write_json(new / "checksums.json", {"sha256": ordered})
     ck.write_json(new / "config.json", settings)
     (new / JOURNAL).unlink()
     ck.sync(new)

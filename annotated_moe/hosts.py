@@ -136,15 +136,21 @@ if lost or not done:
 
 
 # %% book/chapters/12_hosts.md, cell 26
-def set_guard(process: int) -> None:
-    """Have it said in a line if this process is ended; see `GUARD`."""
+def last_words(process: int) -> tuple[str, str]:
+    """Of a process that lost another, and of one that is killed."""
     name = f"annotated-moe: process {process}: ended, "
     lost = ("because another process never came, is gone or was silent"
             f" for {PATIENCE} s; see what each one said")
     killed = "and not by itself; was it killed, or out of memory?"
+    return name + lost, name + killed
+
+
+# %% book/chapters/12_hosts.md, cell 27
+def set_guard(process: int) -> None:
+    """Have it said in a line if this process is ended; see `GUARD`."""
     mine = os.dup(2)
     guard = subprocess.Popen(
-        [sys.executable, "-c", GUARD, name + lost, name + killed],
+        [sys.executable, "-c", GUARD, *last_words(process)],
         stdin=subprocess.PIPE, start_new_session=True,
     )
     assert guard.stdin is not None
@@ -154,7 +160,7 @@ def set_guard(process: int) -> None:
     atexit.register(os.write, 2, b"done\n")
 
 
-# %% book/chapters/12_hosts.md, cell 27
+# %% book/chapters/12_hosts.md, cell 28
 def leave(error: BaseException, process: int) -> NoReturn:
     """Say in a line why, and end this process without waiting."""
     bad_input = isinstance(error, (ValueError, OSError))
@@ -168,14 +174,14 @@ def leave(error: BaseException, process: int) -> NoReturn:
     os._exit(2 if bad_input else 3)
 
 
-# %% book/chapters/12_hosts.md, cell 28
+# %% book/chapters/12_hosts.md, cell 29
 def check_alone(args: argparse.Namespace) -> None:
     """ValueError for options that mean nothing without --hosts."""
     if args.processes is not None or args.process is not None:
         raise ValueError("--processes and --process go with --hosts")
 
 
-# %% book/chapters/12_hosts.md, cell 29
+# %% book/chapters/12_hosts.md, cell 30
 Command = Callable[[argparse.Namespace], Any]
 
 

@@ -17,7 +17,7 @@ def test_the_front_door_holds_what_it_names():
     source = (REPOSITORY / "annotated_moe/__init__.py").read_text("utf-8")
     bound = {
         alias.asname or alias.name
-        for node in ast.parse(source).body
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ImportFrom) and node.module.startswith("annotated_moe")
         for alias in node.names
     }

@@ -1225,7 +1225,8 @@ def write_parts(model: Model, folder: Path) -> None:
     parts = safetensors_parts(flat_arrays(tensors))
     watcher = Watcher()
     write_file(folder / "model.safetensors", parts, watcher)
-    write_json(folder / "checksums.json", {"sha256": watcher.sums})
+    ordered = dict(sorted(watcher.sums.items()))
+    write_json(folder / "checksums.json", {"sha256": ordered})
     write_json(folder / "config.json", our_settings(model.config))
     if model.tokenizer is not None:
         model.tokenizer.save_in(folder)

@@ -1,4 +1,3 @@
-# Generated from book/chapters/04_attention.md by `make sync`; edit the chapter.
 """To choose the next word a transformer looks back at every word before
 it. What it looks at are keys and values, computed once a token and
 kept; if each head of Grok-1 kept its own, one conversation of 8,192
@@ -8,24 +7,24 @@ different length decode together, and a running softmax that reads the
 longest prompt in memory that does not grow with its square.
 """
 
-# %% book/chapters/04_attention.md, cell 1
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from annotated_moe import sharding
-from annotated_moe.rope import rope
-from annotated_moe.sharding import matmul
+from annotated_moe.cache import PAD_POSITION, KVCache, RingCache
+from annotated_moe.linear import Linear
+from annotated_moe.placement import here
+from annotated_moe.rms_norm import RMSNorm, rms_norm
+from annotated_moe.rope import Rope
+from annotated_moe.specs import Positive, Size, Spec
 
 
-# %% book/chapters/04_attention.md, cell 6
+# %% 04
 def attention_scores(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -51,7 +50,7 @@ def attention_scores(
     return softcap * jnp.tanh(s / softcap) if softcap else s
 
 
-# %% book/chapters/04_attention.md, cell 20
+# %% 04
 def causal_mask(
     positions: Int32[Array, "B T"], slots: int
 ) -> Bool[Array, "B T {slots}"]:
@@ -62,18 +61,19 @@ def causal_mask(
     return jnp.arange(slots) <= positions[..., None]        # [B, T, S]
 
 
-# %% book/chapters/04_attention.md, cell 23
-HIDDEN = -1e30
+# %% 04
+MASK_VALUE = -1e30
 
 
+# %% 04
 def attend(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Bool[Array, "B T S"],
     multiplier: float,
     softcap: float | None = None,
-) -> Float[Array, "B T Q H"]:
+) -> Float[Array, "B T Q V"]:
     """Softmax attention, all scores at once: memory grows with T x S.
 
     Scores and softmax in float32, weights in `v.dtype`, sums in
@@ -81,80 +81,36 @@ def attend(
     Source: Vaswani et al. (2017), section 3.2; casts as in Grok-1.
     """
     s = attention_scores(q, k, multiplier, softcap)
-    s = jnp.where(mask[:, None, None], s, HIDDEN)      # [B, K, R, T, S]
+    s = jnp.where(mask[:, None, None], s, MASK_VALUE)  # [B, K, R, T, S]
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     y = jnp.einsum(
         "bkrts,bskh->btkrh", p, v, preferred_element_type=jnp.float32
     )
-    return y.reshape(q.shape).astype(q.dtype)
+    return y.reshape(*q.shape[:3], -1).astype(q.dtype)
 
 
-# %% book/chapters/04_attention.md, cell 32
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers, and how many tokens each row has.
-
-    `k` and `v` are [L, B, S, K, H] in the compute dtype, `length` is
-    int32 [B]. A pytree: `scan`, `jit` and `donate` see three arrays,
-    and shapes or shardings may stand in their place. Layers that look
-    back only so far have theirs in `near_k` and `near_v`, which Grok-1
-    has not.
-    """
-
-    k: Any
-    v: Any
-    length: Any
-    near_k: Any = None
-    near_v: Any = None
-
-
-# %% book/chapters/04_attention.md, cell 33
-def write_cache(
-    stack: Float[Array, "L B S K H"],
-    layer: int | Int32[Array, ""],
-    x: Float[Array, "B T K H"],
-    positions: Int32[Array, "B T"],
-) -> Float[Array, "L B S K H"]:
-    """Put `x` at `positions` of `stack[layer]`, cast to its dtype.
-
-    A position outside 0 .. S - 1 is dropped, never clamped or wrapped.
-    A `layer` that is not there, or other axes, are a ValueError.
-    """
-    if isinstance(layer, int) and not 0 <= layer < len(stack):
-        raise ValueError(f"no layer {layer} in a cache of {len(stack)}")
-    if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
-        raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
-    rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
-    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
-    # Heads as one axis: with two, XLA copies the stack on a TPU.
-    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
-    flat = flat.at[layer, rows, positions].set(
-        x, mode="drop", wrap_negative_indices=False
-    )
-    return flat.reshape(stack.shape)
-
-
-# %% book/chapters/04_attention.md, cell 38
-Running = tuple[
+# %% 04
+SoftmaxState = tuple[
     Float32[Array, "B K R T"],
     Float32[Array, "B K R T"],
-    Float32[Array, "B K R T H"],
+    Float32[Array, "B K R T V"],
 ]
 
 
+# %% 04
 def absorb_block(
-    running: Running,
+    state: SoftmaxState,
     s: Float32[Array, "B K R T S"],
-    v: Float[Array, "B S K H"],
-) -> Running:
+    v: Float[Array, "B S K V"],
+) -> SoftmaxState:
     """Take scores `s` and values `v` into (top, total, y).
 
     The attention so far is y / total. Computes in float32, with the
     weights rounded to `v.dtype` for the sum of values.
-    Source: Milakov & Gimelshein (2018), algorithm 3.
+    Source: Milakov & Gimelshein (2018), algorithm 3, for the
+    normaliser; Rabe & Staats (2021) for the values.
     """
-    top, total, y = running
+    top, total, y = state
     higher = jnp.maximum(top, s.max(-1))                  # [B, K, R, T]
     fade = jnp.exp(top - higher)
     p = jnp.exp(s - higher[..., None])                 # [B, K, R, T, S]
@@ -165,268 +121,186 @@ def absorb_block(
     return higher, fade * total + p.sum(-1), fade[..., None] * y + part
 
 
-# %% book/chapters/04_attention.md, cell 39
-def absorb_all(
-    score: Callable[[Array], Float32[Array, "B K R T S"]],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    sees: Callable[[Array], Bool[Array, "B T S"]],
-    shape: tuple[int, ...],
-    block: int,
-) -> Running:
-    """Absorb the slots that a token `sees`, `block` at a time.
-
-    `shape` is (K, R, T, H); `block` divides the number of slots.
-    """
-    (b, slots), (kv, r, t, h) = k.shape[:2], shape
-
-    def body(running, start):
-        ks = jax.lax.dynamic_slice_in_dim(k, start, block, axis=1)
-        vs = jax.lax.dynamic_slice_in_dim(v, start, block, axis=1)
-        seen = sees(start + jnp.arange(block))[:, None, None]
-        s = jnp.where(seen, score(ks), HIDDEN)
-        return absorb_block(running, s, vs), None
-
-    top = jnp.full((b, kv, r, t), HIDDEN, jnp.float32)
-    nothing = top, jnp.zeros((b, kv, r, t)), jnp.zeros((b, kv, r, t, h))
-    body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, nothing, jnp.arange(0, slots, block))[0]
+# %% 04
+Sees = Callable[[Array, Array], Bool[Array, "B T S"]]
 
 
-# %% book/chapters/04_attention.md, cell 40
+def is_past(
+    q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+) -> Bool[Array, "B T S"]:
+    """True where a key is there and does not follow its query."""
+    return (k >= 0) & (k <= q)
+
+
+# %% 04
 def attend_blockwise(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
     multiplier: float,
     softcap: float | None = None,
+    sees: Sees = is_past,
     block: int = 512,
-    sees: Callable[[Array], Bool[Array, "B T S"]] | None = None,
-) -> Float[Array, "B T Q H"]:
-    """`attend` under `causal_mask`, in memory that grows with T.
+) -> Float[Array, "B T Q V"]:
+    """`attend` under the mask `sees`, in memory that grows with T.
 
-    `sees` gives another mask, for the slots that it is asked about.
-    The same casts; sums in another order. Returns `q.dtype`.
-    A `block` below 1, or K not dividing Q, is a ValueError.
-    Source: Dao et al. (2022), algorithm 1, in plain JAX.
+    `sees` is asked for queries' and keys' positions. The same casts;
+    sums in another order. A `block` of keys below 1, or K not dividing
+    Q, is a ValueError.
+    Source: Rabe & Staats (2021), in blocks of keys alone.
     """
     if block < 1:
         raise ValueError(f"a block needs at least 1 slot, got {block}")
-    slots, (_, t, heads, h) = k.shape[1], q.shape
-    shape = k.shape[2], heads // k.shape[2], t, h
-    last = jnp.minimum(positions, slots - 1)[..., None]
-    sees = sees or (lambda slots: slots <= last)
-    sizes = ((0, 0), (0, -slots % block), (0, 0), (0, 0))
-    k, v = jnp.pad(k, sizes), jnp.pad(v, sizes)
-    how: Any = {"multiplier": multiplier, "softcap": softcap}
-    score = partial(attention_scores, q, **how)
-    _, total, y = absorb_all(score, k, v, sees, shape, block)
+    fill = -k.shape[1] % block
+    wide = (0, 0), (0, fill), (0, 0), (0, 0)
+    k, v = jnp.pad(k, wide), jnp.pad(v, wide)
+    at = jnp.pad(key_positions, wide[:2], constant_values=PAD_POSITION)
+
+    def body(state: Any, start: Array) -> Any:
+        ks, vs, ps = (
+            jax.lax.dynamic_slice_in_dim(a, start, block, axis=1)
+            for a in (k, v, at)
+        )
+        seen = sees(positions[..., None], ps[:, None])[:, None, None]
+        s = attention_scores(q, ks, multiplier, softcap)
+        return absorb_block(state, jnp.where(seen, s, MASK_VALUE), vs), None
+
+    b, t, heads, _ = q.shape
+    shape = b, k.shape[2], heads // k.shape[2], t
+    top = jnp.full(shape, MASK_VALUE, jnp.float32)
+    empty = top, jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
+    body = jax.checkpoint(body, prevent_cse=False)
+    starts = jnp.arange(0, k.shape[1], block)
+    _, total, y = jax.lax.scan(body, empty, starts)[0]
     y = (y / total[..., None]).transpose(0, 3, 1, 2, 4)
-    return y.reshape(q.shape).astype(q.dtype)             # [B, T, Q, H]
+    return y.reshape(b, t, heads, -1).astype(q.dtype)
 
 
-# %% book/chapters/04_attention.md, cell 48
-class Linear(hk.Module):
-    """x times `w` [D, F], which may be quantized, plus maybe `b` [F].
+# %% 04
+@dataclass(frozen=True)
+class Causal(Spec):
+    """Which positions a layer sees: all up to its own.
 
-    `axes` names the mesh axes that split D and F.
+    What is seen decides what must be kept.
     """
 
-    def __init__(
-        self, size: int, axes: tuple[str | None, str | None], name: str,
-        bias: bool = False,
-    ):
-        super().__init__(name=name)
-        self.size, self.axes, self.bias = size, axes, bias
+    def sees(
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+    ) -> Bool[Array, "B T S"]:
+        return is_past(q, k)
 
-    def __call__(
-        self, x: Float[Array, "*B D"]
-    ) -> Float32[Array, "*B F"]:
-        *lead, d = x.shape
-        init = hk.initializers.VarianceScaling(1.0)
-        w = hk.get_parameter("w", (d, self.size), jnp.float32, init)
-        y = matmul(x.reshape(-1, d), w, self.axes)
-        if self.bias:
-            zeros = jnp.zeros
-            y += hk.get_parameter("b", y.shape[-1:], jnp.float32, zeros)
-        return y.reshape(*lead, self.size)
+    def empty_cache(
+        self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
+        dtype: Any,
+    ) -> KVCache:
+        """For keys and values [L, B, S, K, H] of rows without tokens."""
+        k, v = jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)
+        return KVCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
 
 
-# %% book/chapters/04_attention.md, cell 49
-BLOCKWISE_ABOVE = 1024                                      # slots
+# %% 16
+@dataclass(frozen=True)
+class Window(Causal):
+    """The last `size` positions, a layer's own among them."""
+
+    size: Size = 4096
+
+    def sees(
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+    ) -> Bool[Array, "B T S"]:
+        return is_past(q, k) & (k > q - self.size)
+
+    def empty_cache(
+        self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
+        dtype: Any,
+    ) -> KVCache:
+        slots = min(self.size, k_shape[2])
+        k, v = (
+            jnp.zeros((*shape[:2], slots, *shape[3:]), dtype)
+            for shape in (k_shape, v_shape)
+        )
+        return RingCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
 
 
-def attend_causal(
-    q: Float[Array, "B T Q H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    positions: Int32[Array, "B T"],
-    multiplier: float,
-    softcap: float | None,
-) -> Float[Array, "B T Q H"]:
-    """Causal attention, in blocks where the scores would be many."""
-    if q.shape[1] > 1 and k.shape[1] > BLOCKWISE_ABOVE:
-        return attend_blockwise(q, k, v, positions, multiplier, softcap)
-    mask = causal_mask(positions, k.shape[1])
-    return attend(q, k, v, mask, multiplier, softcap)
+# %% 18
+@dataclass(frozen=True)
+class Chunk(Window):
+    """Of the last `size` positions those of a layer's own chunk.
+
+    Chunks are counted from position 0 of each batch row, `size` tokens
+    each. Source: Llama 4's release.
+    """
+
+    def sees(
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+    ) -> Bool[Array, "B T S"]:
+        return is_past(q, k) & (q // self.size == k // self.size)
 
 
-# %% book/chapters/04_attention.md, cell 50
-def project(
-    x: Float[Array, "B T D"], heads: int, head_size: int, name: str,
-    bias: bool = False,
-) -> Float32[Array, "B T {heads} {head_size}"]:
-    """`x` through the Linear `name`, cut into heads."""
-    y = Linear(heads * head_size, ("data", "model"), name, bias)(x)
-    return y.reshape(*x.shape[:2], heads, head_size)
+# %% 04
+@dataclass(frozen=True)
+class AttentionSpec(Spec):
+    """Grouped-query attention, as a layer of it is described."""
 
+    q_heads: Size                           # a multiple of kv_heads
+    kv_heads: Size                          # what the cache pays for
+    head_size: Size                         # features a head
+    multiplier: Positive                    # of scores: head_size**-0.5
+    softcap: Positive | None = None         # None: no cap
+    rope: Rope | None = Rope()              # None: no rotation
+    mask: Causal = Causal()
+    bias: bool = False                      # of the four projections
+    value_size: Size | None = None          # None: head_size
 
-def extend(
-    cache: KVCache,
-    layer: int | Int32[Array, ""],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    positions: Int32[Array, "B T"],
-) -> KVCache:
-    """`write_cache` for keys and values; `length` is the caller's."""
-    return replace(
-        cache,
-        k=write_cache(cache.k, layer, k, positions),
-        v=write_cache(cache.v, layer, v, positions),
-    )
+    def check(self) -> None:
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"{self.q_heads} query heads cannot share "
+                f"{self.kv_heads} key heads"
+            )
+        if self.rope and self.head_size % 2:
+            raise ValueError(
+                f"RoPE needs an even head_size, not {self.head_size}"
+            )
 
+    @property
+    def value_width(self) -> int:
+        return self.value_size or self.head_size
 
-# %% book/chapters/04_attention.md, cell 51
-def attend_cached(
-    q: Float[Array, "B T Q H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    positions: Int32[Array, "B T"],
-    cache: KVCache | None,
-    layer: int | Int32[Array, ""],
-    multiplier: float,
-    softcap: float | None,
-) -> tuple[Float[Array, "B T Q H"], KVCache | None]:
-    """Attend over the cache, extended first, or over k and v alone."""
-    if cache is not None:
-        cache = extend(cache, layer, k, v, positions)
-        k, v = cache.k[layer], cache.v[layer]             # [B, S, K, H]
-    y = attend_causal(q, k, v, positions, multiplier, softcap)
-    return y, cache
+    def build(self) -> "Attention":
+        return Attention(self)
 
-
-# %% book/chapters/04_attention.md, cell 52
-def check_heads(cache: KVCache | None, heads: int) -> None:
-    """ValueError unless a cache holds as many heads as come in."""
-    if cache is not None and cache.k.shape[3] != heads:
-        raise ValueError(
-            f"a cache of {cache.k.shape[3]} heads, where this mesh "
-            f"holds {heads}: make it with init_cache on the mesh"
+    def empty_cache(
+        self, layers: int, batch: int, slots: int, dtype: Any
+    ) -> KVCache:
+        """For L layers of these; `slots` tokens a row, if all are kept.
+        """
+        copies = here().head_copies(self.kv_heads, self.q_heads)
+        lead = layers, batch, slots, copies * self.kv_heads
+        return self.mask.empty_cache(
+            (*lead, self.head_size), (*lead, self.value_width), dtype
         )
 
 
-# %% book/chapters/04_attention.md, cell 53
-def attend_on_mesh(
-    q: Float[Array, "B T Q H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    positions: Int32[Array, "B T"],
-    cache: KVCache | None,
-    layer: int | Int32[Array, ""],
-    run: Callable,
-) -> tuple[Float[Array, "B T Q H"], KVCache | None]:
-    """`run`, such as `attend_cached`: on a mesh, rows are cut over
-    `data` and heads over `model`.
+# %% 04
+BLOCKWISE_ABOVE = 1024                                      # slots
+
+
+# %% 04
+class Attention(hk.Module):
+    """Grouped-query attention with RoPE, soft cap, maybe a cache.
+
+    A family's own attention overrides `prepare`, for what is done to
+    queries and keys, or `attend`.
     """
-    mesh = sharding.current_mesh()
-    if mesh is None:
-        return run(q, k, v, positions, cache, layer)
-    check_heads(cache, k.shape[2])
-    rows = sharding.fit("data", q.shape[0], mesh)
-    x = P(rows, None, sharding.fit("model", q.shape[2], mesh), None)
-    store = jax.tree.map(
-        lambda a: P(None, *x) if a.ndim == 5 else P(rows), cache
-    )
-    return jax.shard_map(
-        run,
-        in_specs=(x, x, x, P(rows), store, P()),
-        out_specs=(x, store),
-        check_vma=False,
-    )(q, k, v, positions, cache, jnp.asarray(layer))
-
-
-# %% book/chapters/04_attention.md, cell 54
-def as_they_are(*heads: Float[Array, "B T _ H"]) -> Any:
-    """Queries, keys and values of which nothing is asked first."""
-    return heads
-
-
-def turn_both(
-    q: Float[Array, "B T Q H"], k: Float[Array, "B T K H"],
-    positions: Int32[Array, "B T"], turn: Callable,
-) -> Any:
-    """Queries and keys, turned."""
-    return turn(q, positions), turn(k, positions)
-
-
-# %% book/chapters/04_attention.md, cell 55
-@dataclass(frozen=True)
-class Changes:
-    """What may be done otherwise between the projections."""
-
-    ready: Callable = as_they_are               # first of all
-    turn: Callable = turn_both                  # rotation, or not
-    look: Callable = attend_cached              # cache and attention
-    bias: bool = False                          # of the projections
-
-
-# %% book/chapters/04_attention.md, cell 56
-class AttentionSizes(hk.Module):
-    """What `MultiHeadAttention` is told, checked."""
 
     def __init__(
-        self,
-        q_heads: int,
-        kv_heads: int,
-        head_size: int,
-        multiplier: float,
-        softcap: float | None = 30.0,
-        rope_base: float = 10000.0,
-        name: str = "multi_head_attention",
-        **changes: Any,
-    ):
+        self, spec: AttentionSpec, name: str = "multi_head_attention"
+    ) -> None:
         super().__init__(name=name)
-        if kv_heads < 1 or q_heads % kv_heads:
-            heads = f"{q_heads} query heads cannot share {kv_heads}"
-            raise ValueError(f"{heads} key heads")
-        if head_size % 2:
-            raise ValueError(f"RoPE needs even heads, not {head_size}")
-        if softcap is not None and softcap <= 0:
-            raise ValueError(f"softcap is positive or None: {softcap}")
-        self.q_heads, self.kv_heads = q_heads, kv_heads
-        self.head_size, self.rope_base = head_size, rope_base
-        self.multiplier, self.softcap = multiplier, softcap
-        self.changes = Changes(**changes)
-
-
-# %% book/chapters/04_attention.md, cell 57
-class Projections(AttentionSizes):
-    """Queries, keys and values of a layer."""
-
-    @hk.transparent
-    def heads(self, x: Float[Array, "B T D"]) -> Any:
-        """`x` through three projections, each cut into its heads."""
-        size, bias = self.head_size, self.changes.bias
-        q = project(x, self.q_heads, size, "query", bias)
-        k = project(x, self.kv_heads, size, "key", bias)
-        v = project(x, self.kv_heads, size, "value", bias)
-        return q, k, v
-
-
-# %% book/chapters/04_attention.md, cell 58
-class MultiHeadAttention(Projections):
-    """Grouped-query attention with RoPE, soft cap, maybe a cache."""
+        self.spec = spec
 
     def __call__(
         self,
@@ -439,17 +313,216 @@ class MultiHeadAttention(Projections):
 
         Heads are rounded to `x.dtype`; the result is float32.
         """
-        ours = self.changes
-        q, k, v = ours.ready(*self.heads(x))
-        k, v = sharding.spread_heads(k, v, self.q_heads)
-        turn = partial(rope, base=self.rope_base)
-        q, k = ours.turn(q, k, positions, turn)
+        s = self.spec
+        q = self.project(x, s.q_heads, s.head_size, "query")
+        k = self.project(x, s.kv_heads, s.head_size, "key")
+        v = self.project(x, s.kv_heads, s.value_width, "value")
+        q, k, v = self.prepare(q, k, v, positions)
+        k, v = here().spread_heads(k, v, s.q_heads)
         q, k, v = (z.astype(x.dtype) for z in (q, k, v))
-        look: Any = partial(ours.look, multiplier=self.multiplier,
-                            softcap=self.softcap)
-        job = q, k, v, positions, cache, layer
-        y, cache = attend_on_mesh(*job, look)
-        y = y.reshape(*x.shape[:2], -1)                     # [B, T, QH]
-        axes = "model", "data"
-        out = Linear(x.shape[-1], axes, "linear", ours.bias)
-        return out(y), cache
+        y, cache = self.look(q, k, v, positions, cache, layer)
+        y = y.reshape(*x.shape[:2], -1)                     # [B, T, QV]
+        axes = "heads", "embed"
+        return Linear(x.shape[-1], axes, "linear", s.bias)(y), cache
+
+    @hk.transparent
+    def project(
+        self, x: Float[Array, "B T D"], heads: int, size: int, name: str
+    ) -> Float32[Array, "B T {heads} {size}"]:
+        """`x` through the Linear `name`, cut into heads."""
+        axes = "embed", "heads" if name == "query" else "kv_heads"
+        y = Linear(heads * size, axes, name, self.spec.bias)(x)
+        return y.reshape(*x.shape[:2], heads, size)
+
+    @hk.transparent
+    def prepare(
+        self,
+        q: Float[Array, "B T Q H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        positions: Int32[Array, "B T"],
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values as they will be compared."""
+        rope = self.spec.rope
+        if rope is None:
+            return q, k, v
+        return rope.turn(q, positions), rope.turn(k, positions), v
+
+    @hk.transparent
+    def per_head(self) -> dict[str, Array]:
+        """Parameters of `attend`; the first axis of each counts heads.
+        """
+        return {}
+
+    @hk.transparent
+    def look(
+        self,
+        q: Float[Array, "B T Q H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        positions: Int32[Array, "B T"],
+        cache: KVCache | None,
+        layer: int | Int32[Array, ""],
+    ) -> tuple[Float[Array, "B T Q V"], KVCache | None]:
+        """`attend` to the cache, extended first, or to k and v alone.
+        """
+        def run(
+            q: Array, k: Array, v: Array, positions: Array, cache: Any,
+            layer: Any, own: dict[str, Array],
+        ) -> Any:
+            at = positions
+            if cache is not None:
+                cache, k, v, at = cache.update(layer, k, v, positions)
+            return self.attend(q, k, v, positions, at, **own), cache
+
+        if cache is not None and cache.k.shape[3] != k.shape[2]:
+            raise ValueError(
+                f"a cache of {cache.k.shape[3]} heads, where "
+                f"{k.shape[2]} come in: make it on the same devices"
+            )
+        own = self.per_head()
+        heads, rows = ("batch", None, "heads", None), ("batch", None)
+        kept = None if cache is None else cache.axes
+        each = {name: ("heads",) + (None,) * (w.ndim - 1)
+                for name, w in own.items()}
+        run = here().split(
+            run, (heads, heads, heads, rows, kept, (), each),
+            (heads, kept),
+        )
+        return run(q, k, v, positions, cache, jnp.asarray(layer), own)
+
+    def attend(
+        self,
+        q: Float[Array, "B T Q H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K V"],
+        positions: Int32[Array, "B T"],
+        key_positions: Int32[Array, "B S"],
+    ) -> Float[Array, "B T Q V"]:
+        """In blocks where the scores would be many."""
+        s = self.spec
+        if q.shape[1] > 1 and k.shape[1] > BLOCKWISE_ABOVE:
+            return attend_blockwise(
+                q, k, v, positions, key_positions, s.multiplier,
+                s.softcap, s.mask.sees,
+            )
+        mask = s.mask.sees(positions[..., None], key_positions[:, None])
+        return attend(q, k, v, mask, s.multiplier, s.softcap)
+
+
+# %% 16
+def norm_qk(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B T K H"],
+    eps: float,
+    whole: bool = False,
+) -> tuple[Array, Array]:
+    """Queries and keys through a norm of their own, before RoPE.
+
+    One gain a feature of a head, `scale` [H], the same for all heads
+    (Qwen3), or with `whole` the norm of the whole projection, [Q*H] and
+    [K*H] (OLMoE). Inside a Haiku transform.
+    """
+    def normed(x: Array, name: str) -> Array:
+        wide = x.reshape(*x.shape[:2], -1) if whole else x
+        return RMSNorm(eps, name)(wide).reshape(x.shape)
+
+    return normed(q, "query_norm"), normed(k, "key_norm")
+
+
+# %% 16
+@dataclass(frozen=True)
+class NormedAttentionSpec(AttentionSpec):
+    """Attention whose queries and keys are normed, and maybe clipped.
+
+    Source: Qwen3, where each head is; OLMoE, where the whole
+    projection is, and queries, keys and values are cut at `clip`.
+    """
+
+    norm_eps: Positive = 1e-6
+    whole_norm: bool = False                # or head by head
+    clip: Positive | None = None
+
+    def build(self) -> "NormedAttention":
+        return NormedAttention(self)
+
+
+class NormedAttention(Attention):
+    """`norm_qk`, the clip, then RoPE."""
+
+    spec: NormedAttentionSpec
+
+    @hk.transparent
+    def prepare(
+        self,
+        q: Float[Array, "B T Q H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        positions: Int32[Array, "B T"],
+    ) -> tuple[Array, Array, Array]:
+        s = self.spec
+        q, k = norm_qk(q, k, s.norm_eps, s.whole_norm)
+        if s.clip is not None:
+            q, k, v = (jnp.clip(z, -s.clip, s.clip) for z in (q, k, v))
+        return super().prepare(q, k, v, positions)
+
+
+# %% 18
+def scale_queries_by_position(
+    q: Float[Array, "B T Q H"],
+    positions: Int32[Array, "B T"],
+    floor: int,
+    scale: float,
+) -> Float32[Array, "B T Q H"]:
+    """Queries that grow with the logarithm of their position.
+
+    Nothing changes for the first `floor` - 1 tokens of a row.
+    Source: Llama 4's release; Nakanishi (2025).
+    """
+    growth = jnp.floor((positions + 1) / floor)             # [B, T]
+    growth = jnp.log1p(growth) * scale + 1
+    return q * growth[..., None, None]
+
+
+# %% 18
+@dataclass(frozen=True)
+class UnitAttentionSpec(AttentionSpec):
+    """Attention as in Llama 4: heads of unit RMS after RoPE, and where
+    there is no RoPE queries that grow with their position.
+    """
+
+    qk_norm_eps: Positive | None = 1e-5     # None: no norm
+    floor: Size | None = None               # None: queries do not grow
+    scale: Positive = 0.1
+
+    def build(self) -> "UnitAttention":
+        return UnitAttention(self)
+
+
+class UnitAttention(Attention):
+    """RoPE and a norm without gains; or neither, and growing queries.
+    """
+
+    spec: UnitAttentionSpec
+
+    @hk.transparent
+    def prepare(
+        self,
+        q: Float[Array, "B T Q H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        positions: Int32[Array, "B T"],
+    ) -> tuple[Array, Array, Array]:
+        s = self.spec
+        q, k, v = super().prepare(q, k, v, positions)
+        if s.rope is None:
+            if s.floor is not None:
+                q = scale_queries_by_position(
+                    q, positions, s.floor, s.scale
+                )
+            return q, k, v
+        if s.qk_norm_eps is not None:
+            one = jnp.ones(s.head_size)
+            q = rms_norm(q, one, s.qk_norm_eps)
+            k = rms_norm(k, one, s.qk_norm_eps)
+        return q, k, v

@@ -1,39 +1,25 @@
-# Generated from book/chapters/05_moe.md by `make sync`; edit the chapter.
-"""Of Grok-1's 316 billion parameters, 232 billion sit out every token.
-They are experts that were not asked: each layer keeps eight
-feed-forward networks, and a router, one small matrix, reads the token
-and picks two. So a model can know much and still answer at the price of
-a model a quarter its size. The picking is easy. What is hard is the
-multiplying, because every token now wants weights of its own and a
-matrix product wants all its rows to want the same. This chapter builds
-the router and four ways to bring tokens to experts, proves that they
-agree, counts what each costs, and then trains a router, first badly,
-then well.
+"""Of Grok-1's parameters most sit out every token. They are experts that
+were not asked: each layer keeps eight feed-forward networks, and a
+router, one small matrix, reads the token and picks two.
 """
 
-# %% book/chapters/05_moe.md, cell 1
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from annotated_moe import sharding
-from annotated_moe.quantization import (
-    QuantizedTensor,
-    Row,
-    Weight,
-    dequantize,
-    matmul,
-)
+from annotated_moe.linear import Linear, matmul
+from annotated_moe.params import Axes, get_parameter
+from annotated_moe.placement import here
+from annotated_moe.specs import OneOf, Positive, Size, Spec
 
 
-# %% book/chapters/05_moe.md, cell 5
+# %% 05
 class Route(NamedTuple):
     """Where N tokens go. Gates are in falling order."""
 
@@ -43,7 +29,7 @@ class Route(NamedTuple):
     logits: Float32[Array, "N E"]
 
 
-# %% book/chapters/05_moe.md, cell 6
+# %% 05
 def route(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -60,16 +46,12 @@ def route(
     return Route(probs, gates, experts, logits)
 
 
-# %% book/chapters/05_moe.md, cell 13
-class Experts(NamedTuple):
-    """The weights of E experts: float arrays, quantized, or `Row`s."""
-
-    linear: Weight                              # gate, [E, D, F]
-    linear_v: Weight                            # up,   [E, D, F]
-    linear_1: Weight                            # down, [E, F, D]
+# %% 05
+RouterRule = Callable[[Array, Array, int], Route]
+ROUTERS: dict[str, RouterRule] = {"softmax_top_k": route}
 
 
-# %% book/chapters/05_moe.md, cell 14
+# %% 05
 def geglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -77,99 +59,98 @@ def geglu(
     return (jax.nn.gelu(gate, approximate=True) * up).astype(dtype)
 
 
-# %% book/chapters/05_moe.md, cell 15
-@dataclass(frozen=True)
-class Style:
-    """What families do differently inside an expert."""
+# %% 15
+def swiglu(
+    gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
+) -> Float[Array, "*N F"]:
+    """silu(gate) * up in float32, then `dtype`.
 
-    glu: Callable = geglu                       # (gate, up, dtype)
-    scale_input: bool = False                   # else the output
-
-    def weigh(self, x: Array, inside: Array, gates: Array) -> Any:
-        """What an expert reads, and what its output is times."""
-        if not self.scale_input:
-            return x, gates
-        x = (x * inside[:, None]).astype(x.dtype)           # [*, D]
-        return x, jnp.ones_like(gates)
-
-
-# %% book/chapters/05_moe.md, cell 16
-def expert(
-    x: Float[Array, "N D"],
-    w: Experts,
-    index: tuple[Any, ...] = (),
-    rows: sharding.Axis = None,
-    cols: sharding.Axis = None,
-    style: Style = Style(),
-) -> Float32[Array, "N D"]:
-    """x through expert `index` of `w`; () when `w` is one expert.
-
-    Inside `shard_map`, `rows` and `cols` name the mesh axes that split
-    D and F of the block at hand; the sum over `cols` is left to do.
+    Source: Shazeer (2020), section 2.
     """
-    def total(y):
-        return jax.lax.psum(y, rows) if rows else y
-
-    gate = total(matmul(x, w.linear, index))                # [N, F]
-    up = total(matmul(x, w.linear_v, index))
-    return matmul(style.glu(gate, up, x.dtype), w.linear_1, index)
+    return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/05_moe.md, cell 21
-def plain(w: Weight) -> Float[Array, "..."]:
-    """`w` as an ordinary array; quantized weights become float32."""
-    if isinstance(w, Row):
-        return plain(jax.tree.map(lambda s: s[w.index], w.stack))
-    if isinstance(w, QuantizedTensor):
-        return dequantize(w)
-    return jnp.asarray(w)
+# %% 05
+Activation = Callable[[Array, Array, Any], Array]
+ACTIVATIONS: dict[str, Activation] = {"gelu": geglu}
 
 
-# %% book/chapters/05_moe.md, cell 22
+# %% 15
+ACTIVATIONS["silu"] = swiglu
+
+
+# %% 05
+Experts = dict[str, Any]                # name -> weight [E, ...]
+Expert = Callable[[Array, Array, Experts], Array]
+
+
+def glu(
+    x: Float[Array, "*N D"], w: Experts, activation: Activation = geglu
+) -> Float32[Array, "*N D"]:
+    """A gated feed-forward network: `linear` gates `linear_v`.
+
+    `linear`, `linear_v` are [D, F], `linear_1` is [F, D].
+    """
+    into, back = ("embed", "mlp"), ("mlp", "embed")
+    gate = matmul(x, w["linear"], into)                     # [N, F]
+    up = matmul(x, w["linear_v"], into)
+    hidden = activation(gate, up, x.dtype)
+    return matmul(hidden, w["linear_1"], back, summed=False)
+
+
+def gated(
+    x: Float[Array, "N D"], gates: Float32[Array, " N"], w: Experts
+) -> Float32[Array, "N D"]:
+    """What Grok-1's expert adds: its output times the gate."""
+    return glu(x, w) * gates[:, None]
+
+
+# %% 05
+def one_expert(w: Experts, e: int | Int[Array, ""]) -> Experts:
+    """Expert e's weights out of those of all."""
+    return {name: stack[e] for name, stack in w.items()}
+
+
+# %% 05
 def check_shapes(
-    x: Array, gates: Array, experts: Array, w: Experts, num_experts: int
-) -> None:
-    """Raise ValueError unless tokens, choices and weights agree."""
+    x: Array, gates: Array, experts: Array, w: Experts
+) -> int:
+    """E; ValueError unless tokens, choices and weights agree."""
     if gates.shape != experts.shape or len(experts) != len(x):
         raise ValueError(
             f"{len(x)} tokens with gates {gates.shape} and experts "
             f"{experts.shape}: both must be [N, A]"
         )
-    held = w.linear.shape[-3]
-    if held != num_experts:
-        raise ValueError(f"{held} experts in w, not {num_experts}")
+    counts = {name: stack.shape[0] for name, stack in w.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"weights of several counts of experts: {counts}")
+    return next(iter(counts.values()))
 
 
-# %% book/chapters/05_moe.md, cell 23
+# %% 05
 def every_expert(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     experts: Int[Array, "N A"],
     w: Experts,
-    num_experts: int,
+    apply: Expert = gated,
 ) -> Float32[Array, "N D"]:
     """All experts on all N*A repeated tokens, as the release computes.
 
-    For comparison: E times the rows that are needed, whole weights
-    dequantized. Raises ValueError when shapes disagree.
+    For comparison: E times the products that are needed. Raises
+    ValueError when shapes disagree.
     """
-    check_shapes(x, gates, experts, w, num_experts)
-    pick = jax.nn.one_hot(experts.reshape(-1), num_experts)  # [N*A, E]
-
-    def all_then_pick(x, w):
-        every = jnp.einsum("nd,edf->enf", x, plain(w).astype(x.dtype),
-                           preferred_element_type=jnp.float32)
-        return jnp.einsum("ne,enf->nf", pick, every)
-
-    rows = jnp.repeat(x, experts.shape[1], axis=0)          # [N*A, D]
-    gate = all_then_pick(rows, w.linear)                    # [N*A, F]
-    up = all_then_pick(rows, w.linear_v)
-    out = all_then_pick(geglu(gate, up, x.dtype), w.linear_1)
-    out = out.reshape(*gates.shape, -1)                     # [N, A, D]
-    return jnp.sum(out * gates[..., None], axis=1)
+    count = check_shapes(x, gates, experts, w)
+    n, a = experts.shape
+    xs = jnp.repeat(x, a, axis=0)                           # [N*A, D]
+    gate = gates.reshape(-1)
+    every = [apply(xs, gate, one_expert(w, e)) for e in range(count)]
+    pick = jax.nn.one_hot(experts.reshape(-1), count)       # [N*A, E]
+    out = jnp.einsum("end,ne->nd", jnp.stack(every), pick)
+    return out.reshape(n, a, -1).sum(axis=1)
 
 
-# %% book/chapters/05_moe.md, cell 28
+# %% 05
 def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     """Seats per expert: `factor` times the mean load, at most `n`.
 
@@ -180,8 +161,8 @@ def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     return min(n, math.ceil(factor * n * a / num_experts))
 
 
-# %% book/chapters/05_moe.md, cell 29
-def places(
+# %% 05
+def position_in_expert(
     experts: Int[Array, "N A"], num_experts: int
 ) -> Int[Array, "N A"]:
     """How many earlier choices, token by token, took that expert."""
@@ -191,7 +172,7 @@ def places(
     return place.reshape(experts.shape)
 
 
-# %% book/chapters/05_moe.md, cell 30
+# %% 05
 def dropped(
     experts: Int[Array, "N A"], num_experts: int, factor: float = 1.5
 ) -> Bool[Array, "N A"]:
@@ -201,55 +182,41 @@ def dropped(
     """
     n, a = experts.shape
     seats = capacity(n, a, num_experts, factor)
-    return places(experts, num_experts) >= seats
+    return position_in_expert(experts, num_experts) >= seats
 
 
-# %% book/chapters/05_moe.md, cell 34
-def experts_at_once(
-    x: Float[Array, "E C D"], w: Experts, glu: Callable = geglu
-) -> Float32[Array, "E C D"]:
-    """Expert e on the rows x[e], as three batched products."""
-    def times(x, w):
-        return jnp.einsum("ecd,edf->ecf", x, plain(w).astype(x.dtype),
-                          preferred_element_type=jnp.float32)
-
-    gate, up = times(x, w.linear), times(x, w.linear_v)     # [E, C, F]
-    return times(glu(gate, up, x.dtype), w.linear_1)
-
-
-# %% book/chapters/05_moe.md, cell 35
+# %% 05
 def capacity_and_drop(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     experts: Int[Array, "N A"],
     w: Experts,
-    num_experts: int,
+    apply: Expert = gated,
     factor: float = 1.5,
-    style: Style = Style(),
 ) -> Float32[Array, "N D"]:
     """C seats an expert; choices that find none add nothing.
 
-    Differentiable: the way to train. Raises ValueError when shapes
-    disagree or `factor` is not positive. Source: GShard, Switch.
+    An expert E or above is none. Differentiable: the way to train.
+    Raises ValueError when shapes disagree or `factor` is not positive.
+    Source: GShard, Switch.
     """
-    check_shapes(x, gates, experts, w, num_experts)
+    count = check_shapes(x, gates, experts, w)
     n, a = experts.shape
-    seats = capacity(n, a, num_experts, factor)
-    place, nobody = places(experts, num_experts), num_experts * seats
+    seats = capacity(n, a, count, factor)
+    place, nobody = position_in_expert(experts, count), count * seats
     seat = jnp.where(place < seats, experts * seats + place, nobody)
     token = jnp.broadcast_to(jnp.arange(n)[:, None], (n, a))
     guest = jnp.full(nobody, n).at[seat].set(token, mode="drop")
-    rows = x.at[guest].get(mode="fill", fill_value=0)       # [E*C, D]
-    inside = jnp.zeros(nobody).at[seat].set(gates, mode="drop")
-    rows, gates = style.weigh(rows, inside, gates)
-    rows = rows.reshape(num_experts, seats, -1)
-    out = experts_at_once(rows, w, style.glu)
+    xs = x.at[guest].get(mode="fill", fill_value=0)         # [E*C, D]
+    gate = jnp.zeros(nobody).at[seat].set(gates, mode="drop")
+    xs, gate = xs.reshape(count, seats, -1), gate.reshape(count, -1)
+    out = jax.vmap(apply)(xs, gate, w)                      # [E, C, D]
     out = out.reshape(nobody, -1)
     out = out.at[seat].get(mode="fill", fill_value=0)       # [N, A, D]
-    return jnp.sum(out * gates[..., None], axis=1)
+    return jnp.sum(out, axis=1)
 
 
-# %% book/chapters/05_moe.md, cell 40
+# %% 05
 class Blocks(NamedTuple):
     """Choices sorted by expert, and the blocks that cover them."""
 
@@ -259,7 +226,7 @@ class Blocks(NamedTuple):
     first: Int[Array, " E+1"]                   # its first block
 
 
-# %% book/chapters/05_moe.md, cell 41
+# %% 05
 def plan_blocks(
     experts: Int[Array, "N A"], num_experts: int, block: int
 ) -> Blocks:
@@ -278,7 +245,7 @@ def plan_blocks(
     return Blocks(order, starts, counts, first)
 
 
-# %% book/chapters/05_moe.md, cell 42
+# %% 05
 def rows_of_block(
     plan: Blocks, j: Int[Array, ""] | int, block: int
 ) -> tuple[Int[Array, ""], Int[Array, " {block}"]]:
@@ -292,7 +259,7 @@ def rows_of_block(
     return e, jnp.where(row < plan.counts[e], choice, nobody)
 
 
-# %% book/chapters/05_moe.md, cell 46
+# %% 05
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
     if n * a <= 2:
@@ -301,40 +268,39 @@ def block_rows(n: int, a: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
 
-# %% book/chapters/05_moe.md, cell 47
+# %% 05
 def sort_and_tile(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     experts: Int[Array, "N A"],
     w: Experts,
-    num_experts: int,
-    rows: sharding.Axis = None, cols: sharding.Axis = None,
-    block: int | None = None, style: Style = Style(),
+    apply: Expert = gated,
+    block: int | None = None,
 ) -> Float32[Array, "N D"]:
-    """Dropless: walk over blocks of rows that share an expert.
+    """Dropless: walk over blocks of tokens that share an expert.
 
-    `rows`, `cols` as in `expert`; `block` by default `block_rows`.
+    An expert E or above is none. `block` by default `block_rows`.
     No reverse mode. ValueError when shapes disagree.
     """
-    check_shapes(x, gates, experts, w, num_experts)
+    count = check_shapes(x, gates, experts, w)
     n, a = experts.shape
-    block = block or block_rows(n, a, num_experts)
-    plan = plan_blocks(experts, num_experts, block)
+    block = block or block_rows(n, a, count)
+    plan = plan_blocks(experts, count, block)
 
-    def add_block(j, y):
+    def add_block(j: Array, y: Array) -> Array:
         e, choice = rows_of_block(plan, j, block)
         token = choice // a                                 # N: padding
         xs = x.at[token].get(mode="fill", fill_value=0)
         gate = gates.ravel().at[choice].get(mode="fill", fill_value=0)
-        xs, gate = style.weigh(xs, gate, gate)
-        out = expert(xs, w, (e,), rows, cols, style) * gate[:, None]
+        out = apply(xs, gate, one_expert(w, e))
         return y.at[token].add(out, mode="drop")
 
-    job = 0, plan.first[-1], add_block, jnp.zeros(x.shape, jnp.float32)
-    return inference_only(jax.lax.fori_loop(*job))
+    y = jnp.zeros(x.shape, jnp.float32)
+    y = jax.lax.fori_loop(0, plan.first[-1], add_block, y)
+    return inference_only(y)
 
 
-# %% book/chapters/05_moe.md, cell 48
+# %% 05
 @jax.custom_vjp
 def inference_only(y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`y`; raises NotImplementedError when it is differentiated."""
@@ -350,113 +316,378 @@ def refuse(*_: Any) -> Any:
 inference_only.defvjp(refuse, refuse)
 
 
-# %% book/chapters/05_moe.md, cell 67
+# %% 05
+def refuse(*_: Any) -> Any:
+    raise NotImplementedError(
+        "sort_and_tile has no gradient: train with capacity_and_drop"
+    )
+
+
+inference_only.defvjp(refuse, refuse)
+
+
+inference_only.defvjp(refuse, refuse)
+
+
+# %% 05
+def mean_of_real(
+    values: Float32[Array, "N *rest"], real: Bool[Array, " N"]
+) -> Float32[Array, "*rest"]:
+    """The mean over the tokens that are no padding."""
+    real = real.astype(jnp.float32)
+    return jnp.tensordot(real, values, 1) / jnp.maximum(real.sum(), 1)
+
+
 def load_balancing_loss(
-    probs: Float32[Array, "N E"], experts: Int[Array, "N A"]
+    probs: Float32[Array, "N E"],
+    experts: Int[Array, "N A"],
+    real: Bool[Array, " N"] | None = None,
 ) -> Float32[Array, ""]:
     """E * sum of (share of choices) * (mean probability): 1 when even.
 
+    Of the tokens that are `real`; None: of all.
     Source: GShard, and Switch Transformer, eq. 4, for A >= 1 choices.
     """
     e = probs.shape[-1]
-    share = jnp.mean(jax.nn.one_hot(experts, e), axis=(0, 1))
-    return e * jnp.sum(share * jnp.mean(probs, axis=0))
+    real = jnp.ones(len(probs), bool) if real is None else real
+    chosen = jax.nn.one_hot(experts, e).mean(axis=1)        # [N, E]
+    share, mean = mean_of_real(chosen, real), mean_of_real(probs, real)
+    return e * jnp.sum(share * mean)
 
 
-# %% book/chapters/05_moe.md, cell 69
-def router_z_loss(logits: Float32[Array, "N E"]) -> Float32[Array, ""]:
-    """Mean squared log-sum-exp of the logits. Source: ST-MoE, eq. 5."""
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+def router_z_loss(
+    logits: Float32[Array, "N E"], real: Bool[Array, " N"] | None = None
+) -> Float32[Array, ""]:
+    """Mean squared log-sum-exp of the logits. Source: ST-MoE, eq. 5.
+
+    Of the tokens that are `real`; None: of all.
+    """
+    real = jnp.ones(len(logits), bool) if real is None else real
+    squares = jax.nn.logsumexp(logits, axis=-1) ** 2
+    return mean_of_real(squares, real)
 
 
-# %% book/chapters/05_moe.md, cell 77
-def sharded_experts(
-    x: Float[Array, "N D"],
-    gates: Float32[Array, "N A"],
-    experts: Int[Array, "N A"],
-    w: Experts,
-    num_experts: int,
-    style: Style = Style(),
-) -> Float32[Array, "N D"]:
-    """`sort_and_tile` on the current mesh, if there is one."""
-    mesh, walk = sharding.current_mesh(), sort_and_tile
-    if mesh is None:
-        return walk(x, gates, experts, w, num_experts, style=style)
-    rows = sharding.fit("data", x.shape[-1], mesh)
-    cols = sharding.fit("model", w.linear.shape[-1], mesh)
-
-    def local(x, gates, experts, w):
-        y = walk(x, gates, experts, w, num_experts, rows, cols,
-                 style=style)
-        return jax.lax.psum(y, cols) if cols else y
-
-    into = sharding.weight_spec(P(None, rows, cols), w.linear, mesh)
-    out = sharding.weight_spec(P(None, cols, rows), w.linear_1, mesh)
-    return jax.shard_map(
-        local,
-        in_specs=(P(None, rows), P(), P(), Experts(into, into, out)),
-        out_specs=P(None, rows),
-        check_vma=False,
-    )(x, gates, experts, w)
+# %% 05
+Losses = dict[str, Float32[Array, "*L"]]
 
 
-# %% book/chapters/05_moe.md, cell 79
-class Parameter(hk.Module):
-    """A module that only holds the float32 parameter `w`."""
+@dataclass(frozen=True)
+class FeedForwardSpec(Spec):
+    """One gated network that every token goes through."""
 
-    def __call__(self, shape: tuple[int, ...], fan_in: int) -> Any:
-        init = hk.initializers.TruncatedNormal(fan_in**-0.5)
-        return hk.get_parameter("w", shape, jnp.float32, init)
+    width: Size                             # F: hidden features
+    activation: Annotated[str, OneOf(ACTIVATIONS)] = "gelu"
+    bias: bool = False                      # of the three matrices
+
+    def build(self) -> "FeedForward":
+        return FeedForward(self)
 
 
-# %% book/chapters/05_moe.md, cell 80
-class Router(hk.Module):
-    """`route` with a learned float32 `w` of shape [D, E]."""
+# %% 05
+def network(
+    x: Float[Array, "*N D"], spec: FeedForwardSpec
+) -> Float32[Array, "*N D"]:
+    """`glu` with a layer `Linear` for each matrix.
+
+    Inside a Haiku transform. Source: Grok-1's DenseBlock.
+    """
+    into, back = ("embed", "mlp"), ("mlp", "embed")
+    gate = Linear(spec.width, into, "linear", spec.bias)(x)
+    up = Linear(spec.width, into, "linear_v", spec.bias)(x)
+    hidden = ACTIVATIONS[spec.activation](gate, up, x.dtype)
+    return Linear(x.shape[-1], back, "linear_1", spec.bias)(hidden)
+
+
+class FeedForward(hk.Module):
+    """A `network` whose matrices are the layer's own."""
 
     def __init__(
-        self, num_experts: int, top_k: int, name: str = "router",
-        rule: Callable = route,
-    ):
+        self, spec: FeedForwardSpec, name: str = "feed_forward"
+    ) -> None:
         super().__init__(name=name)
-        self.num_experts, self.top_k = num_experts, top_k
-        self.rule = rule
+        self.spec = spec
+
+    @hk.transparent
+    def __call__(
+        self,
+        x: Float32[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        dtype: Any = jnp.float32,
+        train: bool = False,
+    ) -> tuple[Float32[Array, "B T D"], Losses]:
+        """What it adds for each token, computed in `dtype`."""
+        return network(x.astype(dtype), self.spec), {}
+
+
+# %% 05
+@dataclass(frozen=True)
+class MoESpec(Spec):
+    """Experts, of which a router picks some for each token."""
+
+    num_experts: Size                       # E
+    top_k: Size                             # A: experts a token
+    width: Size                             # F: hidden features of one
+    activation: Annotated[str, OneOf(ACTIVATIONS)] = "gelu"
+    router: Annotated[str, OneOf(ROUTERS)] = "softmax_top_k"
+    capacity_factor: Positive = 1.5          # of training
+
+    def check(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} of only "
+                f"num_experts={self.num_experts}"
+            )
+
+    def build(self) -> "MoE":
+        return MoE(self)
+
+
+# %% 05
+class Router(hk.Module):
+    """A router rule with a learned float32 `w` of shape [D, E]."""
+
+    def __init__(self, spec: MoESpec, name: str = "router") -> None:
+        super().__init__(name=name)
+        self.spec = spec
 
     def __call__(self, x: Float[Array, "N D"]) -> Route:
-        d = x.shape[-1]
-        init = hk.initializers.TruncatedNormal(d**-0.5)
-        shape = (d, self.num_experts)
-        w = hk.get_parameter("w", shape, jnp.float32, init)
-        return self.rule(x, w, self.top_k)
+        shape = x.shape[-1], self.spec.num_experts
+        init = hk.initializers.TruncatedNormal(shape[0] ** -0.5)
+        axes = "embed", None
+        w = get_parameter("w", shape, axes, init, float32=True)
+        return ROUTERS[self.spec.router](x, w, self.spec.top_k)
 
 
-# %% book/chapters/05_moe.md, cell 81
+# %% 05
+class Parameter(hk.Module):
+    """A module that only holds one parameter of each expert."""
+
+    def __call__(
+        self, leaf: str, shape: tuple[int, ...], axes: Axes
+    ) -> Any:
+        axes = ("experts", *axes)
+        if len(shape) < 3:
+            return get_parameter(leaf, shape, axes, jnp.zeros)
+        init = hk.initializers.TruncatedNormal(shape[-2] ** -0.5)
+        return get_parameter(leaf, shape, axes, init, matrix=True)
+
+
+# %% 05
+Parameters = dict[str, tuple[tuple[int, ...], Axes]]
+
+
+class ExpertWeights(hk.Module):
+    """The parameters of all experts of a layer, by name.
+
+    The one named `a/b` is `b` of module `a`, the one named `a` its `w`.
+    """
+
+    def __init__(self, num_experts: int, name: str = "moe") -> None:
+        super().__init__(name=name)
+        self.num_experts = num_experts
+
+    def __call__(self, parameters: Parameters) -> Experts:
+        w = {}
+        for name, (shape, axes) in parameters.items():
+            module, _, leaf = name.partition("/")
+            shape = (self.num_experts, *shape)
+            w[name] = Parameter(module)(leaf or "w", shape, axes)
+        return w
+
+
+# %% 05
 class MoE(hk.Module):
-    """The experts of a layer; with `train`, the way with a gradient."""
+    """A router and its experts; the parts of a layer that has them.
+
+    A family's own experts override `parameters`, `expert`, `route` or
+    `always`.
+    """
 
     def __init__(
-        self, num_experts: int, d_ff: int, capacity_factor: float = 1.5,
-        name: str = "moe", style: Style = Style(),
-    ):
+        self, spec: MoESpec, name: str = "feed_forward"
+    ) -> None:
         super().__init__(name=name)
-        self.num_experts, self.d_ff = num_experts, d_ff
-        self.capacity_factor, self.style = capacity_factor, style
+        self.spec = spec
+
+    @hk.transparent
+    def __call__(
+        self,
+        x: Float32[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        dtype: Any = jnp.float32,
+        train: bool = False,
+    ) -> tuple[Float32[Array, "B T D"], Losses]:
+        """What it adds for each token, computed in `dtype`.
+
+        What is not `real` is padding: no expert computes it, and it
+        counts in no loss. `train` takes the way with a gradient.
+        """
+        flat, real = x.reshape(-1, x.shape[-1]), real.reshape(-1)
+        routed, rounded = self.route(flat), flat.astype(dtype)
+        y = self.dispatch(rounded, routed, real, train)
+        beside = self.always(rounded)
+        y = y if beside is None else y + beside
+        losses = {
+            "balance": load_balancing_loss(
+                routed.probs, routed.experts, real
+            ),
+            "z": router_z_loss(routed.logits, real),
+        }
+        return y.reshape(x.shape), losses
+
+    @hk.transparent
+    def route(self, x: Float32[Array, "N D"]) -> Route:
+        """Where each token goes."""
+        return Router(self.spec)(x)
+
+    @hk.transparent
+    def always(
+        self, x: Float[Array, "N D"]
+    ) -> Float32[Array, "N D"] | None:
+        """What every token gets besides: in Grok-1, nothing."""
+        return None
+
+    def parameters(self, d: int) -> Parameters:
+        """Shape and axes of each parameter of one expert, by name."""
+        into, back = ("embed", "mlp"), ("mlp", "embed")
+        wide, tall = (d, self.spec.width), (self.spec.width, d)
+        return {
+            "linear": (wide, into),
+            "linear_v": (wide, into),
+            "linear_1": (tall, back),
+        }
 
     @hk.transparent
     def weights(self, d: int) -> Experts:
-        into = (self.num_experts, d, self.d_ff)
-        back = (self.num_experts, self.d_ff, d)
-        return Experts(
-            Parameter("linear")(into, d),
-            Parameter("linear_v")(into, d),
-            Parameter("linear_1")(back, self.d_ff),
-        )
+        return ExpertWeights(self.spec.num_experts)(self.parameters(d))
+
+    def expert(
+        self,
+        x: Float[Array, "N D"],
+        gates: Float32[Array, " N"],
+        w: Experts,
+    ) -> Float32[Array, "N D"]:
+        """What one expert, whose weights are `w`, adds to tokens."""
+        activation = ACTIVATIONS[self.spec.activation]
+        return glu(x, w, activation) * gates[:, None]
+
+    @hk.transparent
+    def dispatch(
+        self,
+        x: Float[Array, "N D"],
+        routed: Route,
+        real: Bool[Array, " N"],
+        train: bool = False,
+    ) -> Float32[Array, "N D"]:
+        """Each token through its experts."""
+        d, count = x.shape[-1], self.spec.num_experts
+        experts = jnp.where(real[:, None], routed.experts, count)
+        w = self.weights(d)
+        if train:
+            factor = self.spec.capacity_factor
+            return capacity_and_drop(
+                x, routed.gates, experts, w, self.expert, factor
+            )
+
+        def walk(x: Array, gates: Array, experts: Array, w: Any) -> Any:
+            held = next(iter(w.values())).shape[0]
+            experts = experts - here().first(held, "experts")
+            away = (experts < 0) | (experts >= held)
+            experts = jnp.where(away, held, experts)
+            y = sort_and_tile(x, gates, experts, w, self.expert)
+            return here().total(here().total(y, "mlp"), "experts")
+
+        axes = {name: ("experts", *axes)
+                for name, (_, axes) in self.parameters(d).items()}
+        flat, whole = (None, "embed"), (None, None)
+        walk = here().split(walk, (flat, whole, whole, axes), flat)
+        return walk(x, routed.gates, experts, w)
+
+
+# %% 16
+def route_renormalised(
+    x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
+) -> Route:
+    """The `top_k` largest logits, and a softmax over these alone.
+
+    Float32 inside; a token's gates sum to 1. ValueError unless there
+    are `top_k` experts. Source: Mixtral; Qwen3 (`norm_topk_prob`).
+    """
+    if not 1 <= top_k <= w.shape[-1]:
+        raise ValueError(f"top_k={top_k} of {w.shape[-1]} experts")
+    logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32))
+    best, experts = jax.lax.top_k(logits, top_k)            # [N, A]
+    probs, gates = jax.nn.softmax(logits), jax.nn.softmax(best)
+    return Route(probs, gates, experts, logits)
+
+
+ROUTERS["top_k_softmax"] = route_renormalised
+
+
+# %% 18
+def route_sigmoid(
+    x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
+) -> Route:
+    """The `top_k` largest logits; each gate is a sigmoid by itself.
+
+    Float32 inside. `probs`, for the losses of training, is a softmax
+    over all. Source: Llama 4's release.
+    """
+    logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32))
+    best, experts = jax.lax.top_k(logits, top_k)            # [N, A]
+    probs, gates = jax.nn.softmax(logits), jax.nn.sigmoid(best)
+    return Route(probs, gates, experts, logits)
+
+
+ROUTERS["sigmoid"] = route_sigmoid
+
+
+# %% 18
+@dataclass(frozen=True)
+class SharedMoESpec(MoESpec):
+    """Experts of which one more, `shared`, reads every token."""
+
+    shared: FeedForwardSpec = FeedForwardSpec(1)
+    gate_input: bool = False                # or what an expert returns
+
+    def build(self) -> "SharedMoE":
+        return SharedMoE(self)
+
+
+class Shared(hk.Module):
+    """The expert that every token goes through."""
+
+    def __init__(
+        self, spec: FeedForwardSpec, name: str = "shared"
+    ) -> None:
+        super().__init__(name=name)
+        self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "N D"], routed: Route, train: bool = False
+        self, x: Float[Array, "N D"]
     ) -> Float32[Array, "N D"]:
-        w = self.weights(x.shape[-1])
-        chosen = routed.gates, routed.experts
-        job = (x, *chosen, w, self.num_experts)
-        if not train:
-            return sharded_experts(*job, self.style)
-        return capacity_and_drop(*job, self.capacity_factor, self.style)
+        return network(x, self.spec)
+
+
+# %% 18
+class SharedMoE(MoE):
+    """Experts as in Llama 4: gates may scale what an expert reads."""
+
+    spec: SharedMoESpec
+
+    @hk.transparent
+    def always(
+        self, x: Float[Array, "N D"]
+    ) -> Float32[Array, "N D"] | None:
+        return Shared(self.spec.shared)(x)
+
+    def expert(
+        self,
+        x: Float[Array, "N D"],
+        gates: Float32[Array, " N"],
+        w: Experts,
+    ) -> Float32[Array, "N D"]:
+        if not self.spec.gate_input:
+            return super().expert(x, gates, w)
+        x = (x * gates[:, None]).astype(x.dtype)
+        return super().expert(x, jnp.ones_like(gates), w)

@@ -9,8 +9,7 @@ and never writes the matrix out in a wider type, so that what was saved
 on disk stays saved while the model runs.
 """
 
-# %% book/chapters/06_quantization.md, cell 1
-from abc import ABC, abstractmethod
+# %% 06
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Shaped
 
+from annotated_moe.linear import PRODUCTS, product
+
 Index = tuple[Any, ...]                                     # of a stack
 
 
-# %% book/chapters/06_quantization.md, cell 9
+# %% 06
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -45,8 +46,12 @@ class QuantizedTensor:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def __getitem__(self, index: Any) -> "LazySlice":
+        """One matrix, or one stack, of those behind one another."""
+        return LazySlice(self, (index,))
 
-# %% book/chapters/06_quantization.md, cell 10
+
+# %% 06
 def group_size(q: QuantizedTensor) -> int:
     """How many input features share a scale: D / G.
 
@@ -62,7 +67,7 @@ def group_size(q: QuantizedTensor) -> int:
     return d // groups
 
 
-# %% book/chapters/06_quantization.md, cell 11
+# %% 06
 def quantize(
     w: Float[Array, "*E D F"], groups: int = 1
 ) -> QuantizedTensor:
@@ -88,7 +93,7 @@ def quantize(
     return QuantizedTensor(q.reshape(w.shape), scales)
 
 
-# %% book/chapters/06_quantization.md, cell 12
+# %% 06
 def bfloat16_scales(
     peak: Float[Array, "*E G F"],
 ) -> Float[Array, "*E G F"]:
@@ -101,7 +106,7 @@ def bfloat16_scales(
     return jax.lax.reduce_precision(scales, 8, 7)
 
 
-# %% book/chapters/06_quantization.md, cell 13
+# %% 06
 def dequantize(
     q: QuantizedTensor, dtype: Any = jnp.float32
 ) -> Float[Array, "*E D F"]:
@@ -116,14 +121,14 @@ def dequantize(
     return w.reshape(q.shape).astype(dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 19
+# %% 06
 def step_of_each_weight(q: QuantizedTensor) -> Float32[Array, "*E D F"]:
     """What one more in a weight's integer adds: its group's scale."""
     scales = q.scales.astype(jnp.float32)                   # [*E, G, F]
     return jnp.repeat(scales, group_size(q), axis=-2)
 
 
-# %% book/chapters/06_quantization.md, cell 33
+# %% 06
 def change_bound(
     gradients: Any, quantized: Any
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
@@ -148,7 +153,7 @@ def change_bound(
     return jnp.abs(far).sum() / 2, jnp.sqrt((far**2).sum() / 12)
 
 
-# %% book/chapters/06_quantization.md, cell 41
+# %% 06
 def whole_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -166,7 +171,7 @@ def whole_matmul(
     return jnp.sum(y * scales[:, None], axis=0)
 
 
-# %% book/chapters/06_quantization.md, cell 51
+# %% 06
 def read_rows(
     stack: Shaped[Array, "*E D F"],
     index: Index,
@@ -179,14 +184,14 @@ def read_rows(
     return tile.reshape(rows, stack.shape[-1])
 
 
-# %% book/chapters/06_quantization.md, cell 52
+# %% 06
 def tile_rows(group: int, target: int) -> int:
     """The divisor of `group` nearest to `target`, as a ratio."""
     divisors = [t for t in range(1, group + 1) if group % t == 0]
     return min(divisors, key=lambda t: max(t / target, target / t))
 
 
-# %% book/chapters/06_quantization.md, cell 55
+# %% 06
 def tiled_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -215,45 +220,36 @@ def tiled_matmul(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/06_quantization.md, cell 64
+# %% 06
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Row:
+class LazySlice:
     """`stack[index]` of a stack of weights, not read yet.
 
-    `stack` is an array or a `QuantizedTensor` [L, *E, D, F], `index`
-    an int32 scalar. A pytree of both.
+    `stack` is an array or a `QuantizedTensor`, `index` a tuple of
+    integers. A pytree of both. Indexing goes deeper.
     """
 
     stack: Any
-    index: Any
+    index: Index
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one row of the stack: [*E, D, F]."""
-        return tuple(self.stack.shape[1:])
+        return tuple(self.stack.shape[len(self.index) :])
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
 
+    @property
+    def dtype(self) -> Any:
+        return self.stack.dtype
 
-# %% book/chapters/06_quantization.md, cell 65
-class OwnProduct(ABC):
-    """A matrix [D, F] that is no array, but can be multiplied by."""
-
-    shape: tuple[int, ...]
-
-    @abstractmethod
-    def times(self, x: Float[Array, "N D"]) -> Float[Array, "N F"]:
-        """x times this matrix, in float32."""
+    def __getitem__(self, index: Any) -> "LazySlice":
+        return LazySlice(self.stack, (*self.index, index))
 
 
-# %% book/chapters/06_quantization.md, cell 66
-Weight = jax.Array | QuantizedTensor | Row | OwnProduct
-
-
-# %% book/chapters/06_quantization.md, cell 67
+# %% 06
 def cut_as_bits(
     w: Float[Array, "*L D F"], index: Index
 ) -> Float[Array, "D F"]:
@@ -263,51 +259,51 @@ def cut_as_bits(
     return jax.lax.bitcast_convert_type(bits[index], w.dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 68
-def pick(
-    w: Float[Array, "*L D F"], index: Index
-) -> Float[Array, "D F"]:
-    """w[index], of which a CPU does not widen more than that."""
-    if not index or w.dtype != jnp.bfloat16:
-        return w[index]
-    index = tuple(jnp.asarray(i, jnp.int32) for i in index)
+# %% 06
+def read_slice(w: LazySlice) -> Float[Array, "..."]:
+    """The matrix, of which a CPU does not widen more than that."""
+    stack = jnp.asarray(w.stack)
+    if not w.index or stack.dtype != jnp.bfloat16:
+        return stack[w.index]
+    index = tuple(jnp.asarray(i, jnp.int32) for i in w.index)
     return jax.lax.platform_dependent(
-        w, index, cpu=cut_as_bits, default=lambda w, index: w[index]
+        stack, index, cpu=cut_as_bits, default=lambda w, i: w[i]
     )
 
 
-# %% book/chapters/06_quantization.md, cell 69
-def matmul(
-    x: Float[Array, "N D"], w: Weight, index: Index = ()
-) -> Float[Array, "N F"]:
-    """x times w[index], summed and returned in float32.
-
-    `index` holds one integer for each leading axis of `w`. Float
-    weights are cast to `x.dtype`. Raises ValueError when the shapes do
-    not fit.
+# %% 06
+def quantized_matmul(
+    x: Float[Array, "N D"], w: QuantizedTensor, index: Index = ()
+) -> Float32[Array, "N F"]:
+    """x times w[index], in tiles on a CPU. ValueError for scales that
+    do not fit.
     """
-    if isinstance(w, Row):
-        return matmul(x, w.stack, (w.index, *index))
-    check_fits(x, w, index)
-    if isinstance(w, OwnProduct):
-        return w.times(x)
-    if isinstance(w, QuantizedTensor):
-        index = tuple(jnp.asarray(i, jnp.int32) for i in index)
-        return jax.lax.platform_dependent(
-            x, w, index, cpu=tiled_matmul, default=whole_matmul
-        )
-    w = pick(w, index).astype(x.dtype)
-    return jnp.dot(x, w, preferred_element_type=jnp.float32)
+    group_size(w)
+    index = tuple(jnp.asarray(i, jnp.int32) for i in index)
+    return jax.lax.platform_dependent(
+        x, w, index, cpu=tiled_matmul, default=whole_matmul
+    )
 
 
-# %% book/chapters/06_quantization.md, cell 70
-def check_fits(x: Any, w: Any, index: Index) -> None:
-    """Raise ValueError unless x [N, D] times w[index] [D, F] exists."""
+# %% 06
+def slice_matmul(
+    x: Float[Array, "N D"], w: LazySlice
+) -> Float32[Array, "N F"]:
+    """x times a slice that is read where it is multiplied."""
+    if isinstance(w.stack, QuantizedTensor):
+        return quantized_matmul(x, w.stack, w.index)
+    return product(x, read_slice(w))
+
+
+PRODUCTS[QuantizedTensor] = quantized_matmul
+PRODUCTS[LazySlice] = slice_matmul
+
+
+# %% 06
+def as_float(w: Any) -> Float[Array, "..."]:
+    """A weight of any type as an array; quantized ones as float32."""
+    if isinstance(w, LazySlice):
+        return as_float(jax.tree.map(lambda s: s[w.index], w.stack))
     if isinstance(w, QuantizedTensor):
-        group_size(w)
-    shape = tuple(w.shape[len(index) :])
-    if len(shape) != 2 or shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"x of {x.shape[-1]} features does not fit a weight of"
-            f" shape {tuple(w.shape)} under {len(index)} indices"
-        )
+        return dequantize(w)
+    return jnp.asarray(w)

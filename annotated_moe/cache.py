@@ -1,0 +1,215 @@
+"""Keys and values that are kept: a full cache, and a ring."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+# %% 04
+PAD_POSITION = 2**30
+
+
+# %% 04
+def write_cache(
+    stack: Float[Array, "L B S K H"],
+    layer: int | Int32[Array, ""],
+    x: Float[Array, "B T K H"],
+    slots: Int32[Array, "B T"],
+) -> Float[Array, "L B S K H"]:
+    """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
+
+    A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
+    A `layer` that is not there, or other axes, are a ValueError.
+    """
+    if isinstance(layer, int) and not 0 <= layer < len(stack):
+        raise ValueError(f"no layer {layer} in a cache of {len(stack)}")
+    if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
+        raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
+    rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
+    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
+    # Heads as one axis: with two, XLA copies the stack on a TPU.
+    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
+    flat = flat.at[layer, rows, slots].set(
+        x, mode="drop", wrap_negative_indices=False
+    )
+    return flat.reshape(stack.shape)
+
+
+# %% 04
+Update = tuple[
+    "KVCache",
+    Float[Array, "B S K H"],
+    Float[Array, "B S K V"],
+    Int32[Array, "B S"],
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of L layers, and how many tokens each row has.
+
+    `k` is [L, B, S, K, H], `v` [L, B, S, K, V], in the compute dtype,
+    `length` int32 [B]. A pytree: `scan`, `jit` and `donate` see three
+    arrays, and shapes or shardings may stand in their place.
+    """
+
+    k: Any
+    v: Any
+    length: Any
+
+    @property
+    def slots(self) -> int:
+        """S: for how many tokens of a row there is room."""
+        return self.k.shape[2]
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens a row may have; None: any number."""
+        return self.slots
+
+    @property
+    def axes(self) -> "KVCache":
+        """What each axis of each array counts."""
+        wide = ("layers", "batch", None, "heads", None)
+        return replace(self, k=wide, v=wide, length=("batch",))
+
+    def update(
+        self,
+        layer: int | Int32[Array, ""],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        positions: Int32[Array, "B T"],
+    ) -> Update:
+        """With these keys and values; and what a layer then looks at.
+
+        The keys, values and positions of all slots. `length` is the
+        caller's to change, after the last layer.
+        """
+        new = replace(
+            self,
+            k=write_cache(self.k, layer, k, positions),
+            v=write_cache(self.v, layer, v, positions),
+        )
+        slots = jnp.broadcast_to(
+            jnp.arange(self.slots), (k.shape[0], self.slots)
+        )
+        return new, new.k[layer], new.v[layer], slots
+
+    def insert(self, row: int | Int[Array, ""], other: Self) -> Self:
+        """Batch row `row` becomes row 0 of `other`, a cache like it.
+
+        ValueError unless `other` has at most as many slots.
+        """
+        if other.slots > self.slots:
+            raise ValueError(
+                f"{other.slots} slots do not fit into {self.slots}"
+            )
+
+        def put(a: Array, b: Array) -> Array:
+            at = (0, row) + (0,) * (a.ndim - 2)
+            return jax.lax.dynamic_update_slice(a, b[:, :1], at)
+
+        length = self.length.at[row].set(other.length[0])
+        return replace(
+            self, k=put(self.k, other.k), v=put(self.v, other.v),
+            length=length,
+        )
+
+    def evict(self, row: int | Int[Array, ""]) -> Self:
+        """Batch row `row` is empty; its slots will be written over."""
+        return replace(self, length=self.length.at[row].set(0))
+
+
+# %% 16
+def ring_positions(
+    end: Int32[Array, " B"], slots: int
+) -> Int32[Array, "B {slots}"]:
+    """Which position each slot of a ring holds once `end` were written.
+
+    The last `slots` of them; negative where nothing was written yet.
+    """
+    last = end[:, None] - 1                                 # [B, 1]
+    return last - (last - jnp.arange(slots)) % slots
+
+
+# %% 16
+def end_after(
+    length: Int32[Array, " B"], positions: Int32[Array, "B T"]
+) -> Int32[Array, " B"]:
+    """How many tokens each row has with those at `positions`.
+
+    `length` is how many it had; padding is not counted.
+    """
+    after = jnp.where(positions < PAD_POSITION, positions + 1, 0)
+    return jnp.maximum(length, after.max(axis=1))
+
+
+# %% 16
+def write_ring(
+    stack: Float[Array, "L B S K H"],
+    layer: int | Int32[Array, ""],
+    x: Float[Array, "B T K H"],
+    positions: Int32[Array, "B T"],
+    end: Int32[Array, " B"],
+) -> Float[Array, "L B S K H"]:
+    """Put `x` into the ring: position p into slot p % S, if it lasts.
+
+    What later positions of the same call would overwrite is dropped,
+    and so is padding: no two tokens of a row go to the same slot.
+    """
+    slots = stack.shape[2]
+    lasts = positions >= end[:, None] - slots
+    real = positions < PAD_POSITION
+    at = jnp.where(lasts & real, positions % slots, slots)
+    return write_cache(stack, layer, x, at)
+
+
+# %% 16
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RingCache(KVCache):
+    """The last S tokens of each row: position p is in slot p % S."""
+
+    @property
+    def room(self) -> int | None:
+        return None
+
+    def update(
+        self,
+        layer: int | Int32[Array, ""],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        positions: Int32[Array, "B T"],
+    ) -> Update:
+        """For T = 1 the ring, S slots, written first; else the ring as
+        it was and the new tokens, S + T.
+        """
+        end, slots = end_after(self.length, positions), self.slots
+        new = replace(
+            self,
+            k=write_ring(self.k, layer, k, positions, end),
+            v=write_ring(self.v, layer, v, positions, end),
+        )
+        if k.shape[1] == 1:
+            at = ring_positions(end, slots)
+            return new, new.k[layer], new.v[layer], at
+        keys = jnp.concatenate(
+            [self.k[layer], k.astype(self.k.dtype)], axis=1
+        )
+        values = jnp.concatenate(
+            [self.v[layer], v.astype(self.v.dtype)], axis=1
+        )
+        old = ring_positions(self.length, slots)
+        at = jnp.concatenate([old, positions], axis=1)
+        return new, keys, values, at
+
+    def insert(self, row: int | Int[Array, ""], other: Self) -> Self:
+        """As for a full cache; ValueError unless rings are alike."""
+        if other.slots != self.slots:
+            raise ValueError(
+                f"a ring of {other.slots} slots is none of {self.slots}"
+            )
+        return super().insert(row, other)

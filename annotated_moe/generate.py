@@ -1,0 +1,459 @@
+"""Prompts in, texts out: prefill, decode, and the `Model` around them."""
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+from annotated_moe.config import ModelConfig
+from annotated_moe.model import (
+    Cache,
+    Params,
+    all_logits,
+    decode_step,
+    init_cache,
+    prefill,
+)
+from annotated_moe.sampling import (
+    NO_TOKEN,
+    Sampling,
+    greedy,
+    sample,
+    sampling,
+)
+from annotated_moe.tokenizer import Tokenizer
+
+# %% 08
+Numbers = float | Sequence[float]           # for all rows, or one a row
+Integers = int | Sequence[int]
+Rows = list[list[int]]
+
+
+# %% 08
+def bucket(size: int, most: int) -> int:
+    """The power of two from 16 up that holds `size`, at most `most`."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+# %% 08
+def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
+    """int32 [B, width]: the rows, filled up on the right."""
+    tokens = np.full((len(rows), width), pad, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens
+
+
+# %% 08
+def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
+    """Prompt `i` as a list of ids; ValueError if it cannot be run."""
+    ids = np.asarray(row)
+    if ids.ndim == 1 and not len(ids):
+        raise ValueError(f"prompt {i} is empty; it needs a token")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"prompt {i} is no list of integer token ids")
+    wrong = ids[(ids < 0) | (ids >= c.vocab_size)]
+    if len(wrong):
+        raise ValueError(
+            f"prompt {i} holds token {wrong[0]}; "
+            f"ids run from 0 to {c.vocab_size - 1}"
+        )
+    if len(ids) + max(new, 1) - 1 > c.context:
+        raise ValueError(
+            f"prompt {i} of {len(ids)} tokens asks for {new} more; "
+            f"the context holds {c.context}"
+        )
+    return ids.tolist()
+
+
+# %% 08
+def check_rows(prompts: Any, new: Any, c: ModelConfig) -> Rows:
+    """`check_row` for all, and for the number of new tokens."""
+    if type(new) is not int or new < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more: {new!r}")
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be lists of ids: use generate")
+    return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
+
+
+# %% 08
+class Session:
+    """A cache, and the steps that fill it.
+
+    `rows` is how many batch rows it has, `slots` how many tokens each
+    may hold.
+    """
+
+    def __init__(self, model: "Model", rows: int, slots: int) -> None:
+        self.model = model
+        with model.on_mesh():
+            self.cache = init_cache(model.config, rows, slots)
+
+    def prefill(
+        self, rows: Rows, inputs: Any = None
+    ) -> Float32[Array, "B V"]:
+        """Every row's last logits, once its prompt is read."""
+        c = self.model.config
+        width = bucket(max(map(len, rows)), c.context)
+        tokens = pad_rows(rows, width, c.pad_id)
+        lengths = np.array([len(row) for row in rows], np.int32)
+        with self.model.on_mesh():
+            logits, self.cache = self.model.prefill(
+                tokens, lengths, self.cache, inputs
+            )
+        return logits
+
+    def step(
+        self, tokens: Any, active: Any = None
+    ) -> Float32[Array, "B V"]:
+        """One more token a row, of the rows that are active."""
+        with self.model.on_mesh():
+            logits, self.cache = self.model.decode_step(
+                tokens, self.cache, active
+            )
+        return logits
+
+
+# %% 08
+def check_tokens_made(tokens: list[int], step: int) -> list[int]:
+    """The tokens; ValueError where logits were no finite numbers."""
+    if NO_TOKEN in tokens:
+        raise ValueError(
+            f"prompt {tokens.index(NO_TOKEN)}: logits are NaN or "
+            f"infinite at new token {step}; are the weights? "
+            "`annotated_moe.verify` holds them to their checksums"
+        )
+    return tokens
+
+
+def token_steps(
+    model: "Model", rows: Rows, settings: Sampling, count: int,
+    tiles: Any = None,
+) -> Iterator[list[int]]:
+    """The next token of every row, `count` times."""
+    if not rows or not count:
+        return
+    c, longest = model.config, max(map(len, rows))
+    pick = sample if (settings.temperature > 0).any() else greedy
+    session = Session(
+        model, len(rows), bucket(longest + count - 1, c.context)
+    )
+    width = bucket(longest, c.context)
+    logits = session.prefill(rows, model.inputs(rows, width, tiles))
+    for step in range(count):
+        if step:
+            logits = session.step(tokens)
+        with model.on_mesh():
+            tokens = pick(logits, step, settings)
+        yield check_tokens_made(np.asarray(tokens).tolist(), step)
+
+
+# %% 08
+def collect(
+    steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
+) -> Rows:
+    """Each row's tokens up to its first stop id, which is left out."""
+    new: Rows = [[] for _ in range(rows)]
+    going = set(range(rows))
+    for tokens in steps:
+        going -= {i for i in going if tokens[i] in stop_ids}
+        for i in going:
+            new[i].append(tokens[i])
+        if not going:
+            break
+    return new
+
+
+# %% 08
+def stream_text(
+    ids: Iterable[int], tokenizer: Tokenizer
+) -> Iterator[str]:
+    """One row's tokens as text, whole characters at a time."""
+    text = tokenizer.stream()
+    for token in ids:
+        yield text.push(token)
+    yield text.flush()
+
+
+# %% 08
+def check_tokens(
+    tokens: Any, lengths: Any, c: ModelConfig
+) -> tuple[Rows, int]:
+    """Rows cut to their lengths, and T; ValueError if senseless."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be [B, T], got {tokens.shape}")
+    b, t = tokens.shape
+    lengths = np.asarray([t] * b if lengths is None else lengths)
+    if lengths.shape != (b,) or lengths.dtype.kind not in "iu":
+        raise ValueError(f"lengths must be {b} integers")
+    if lengths.min() < 1 or lengths.max() > t:
+        raise ValueError(f"lengths must be from 1 to {t}: {lengths}")
+    rows = [row[:n] for row, n in zip(tokens, lengths)]
+    return check_rows(rows, 0, c), t
+
+
+# %% 08
+def check_mask(
+    tokens: np.ndarray, lengths: Any, mask: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row's tokens begin, and how many there are."""
+    mask = np.asarray(mask).astype(bool)
+    if lengths is not None:
+        raise ValueError("give lengths or a mask, not both")
+    if mask.shape != tokens.shape or not mask.any(-1).all():
+        raise ValueError(
+            f"mask {mask.shape} must be like tokens {tokens.shape}, "
+            "with a token in each row"
+        )
+    first, count = mask.argmax(1), mask.sum(1)
+    changes = np.abs(np.diff(mask.astype(int), axis=1)).sum(1)
+    if (changes + mask[:, 0] + mask[:, -1] != 2).any():
+        raise ValueError("a row's tokens must stand together in mask")
+    return first, count
+
+
+# %% 08
+def masked_logits(
+    model: "Model", tokens: Any, lengths: Any, mask: Any, images: Any
+) -> Float32[Array, "B T V"]:
+    """Logits of rows that begin anywhere; zero where `mask` is not."""
+    tokens = np.asarray(tokens)
+    first, count = check_mask(tokens, lengths, mask)
+    t = np.arange(tokens.shape[1])                          # [T]
+    ahead, back = (t + first[:, None]), (t - first[:, None])
+    rows = np.take_along_axis(tokens, ahead % len(t), axis=1)
+    y = model.logits(rows, count, images=images)
+    y = jnp.take_along_axis(y, back[..., None] % len(t), axis=1)
+    return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
+
+
+# %% 08
+def logits(
+    model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
+    images: Any = None,
+) -> Float32[Array, "B T V"]:
+    """Logits of int [B, T]; past a row's length without meaning.
+
+    A `mask` [B, T] is true at tokens and false at padding, on the left
+    or on the right, where the logits are then zero. `images`: as for
+    `generate_ids`.
+    """
+    if mask is not None:
+        return masked_logits(model, tokens, lengths, mask, images)
+    rows, t = check_tokens(tokens, lengths, model.config)
+    width = bucket(t, model.config.context)
+    padded = pad_rows(rows, width, model.config.pad_id)
+    inputs = model.inputs(rows, width, images)
+    with model.on_mesh():
+        lengths = np.array([len(row) for row in rows], np.int32)
+        return model.all_logits(padded, lengths, inputs)[:, :t]
+
+
+# %% 08
+def generate_ids(
+    model: "Model", prompts: Sequence[Any], max_new_tokens: int = 32,
+    temperature: Numbers = 0.0, top_p: Numbers = 1.0,
+    top_k: Integers | None = None, seed: Integers = 0,
+    stop_ids: Collection[int] | None = None, images: Any = None,
+) -> Rows:
+    """New ids for each list of ids; a stop id ends a row, unseen.
+
+    Each option is one number, or one a prompt; a single seed counts
+    up. `stop_ids` are the configuration's unless given. `images`: for
+    models that see, each prompt's tiles [I, C, Y, X], or None.
+    TypeError or ValueError for what cannot be run.
+    """
+    stop = model.config.eos_ids if stop_ids is None else stop_ids
+    rows = check_rows(prompts, max_new_tokens, model.config)
+    settings = sampling(len(rows), temperature, top_p, top_k, seed)
+    steps = token_steps(model, rows, settings, max_new_tokens, images)
+    return collect(steps, len(rows), stop)
+
+
+# %% 08
+def stream_ids(
+    model: "Model", prompt: Any, max_new_tokens: int = 32,
+    temperature: float = 0.0, top_p: float = 1.0,
+    top_k: int | None = None, seed: int = 0,
+    stop_ids: Collection[int] | None = None, images: Any = None,
+) -> Iterator[int]:
+    """The new ids of one list of ids, each as it comes."""
+    stop = model.config.eos_ids if stop_ids is None else stop_ids
+    rows = check_rows([prompt], max_new_tokens, model.config)
+    settings = sampling(1, temperature, top_p, top_k, seed)
+    tiles = None if images is None else [images]
+    steps = token_steps(model, rows, settings, max_new_tokens, tiles)
+    ids = (token for (token,) in steps)
+    return takewhile(lambda token: token not in stop, ids)
+
+
+# %% 08
+def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
+    """What each prompt shows; ValueError for another number."""
+    if images is None:
+        return [None] * len(prompts)
+    if not isinstance(images, (list, tuple)):
+        raise TypeError("images must be a list: a picture a prompt")
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"{len(images)} images for {len(prompts)} prompts: give "
+            "a picture, a list of pictures, or None for each"
+        )
+    return list(images)
+
+
+# %% 08
+def read_prompts(
+    model: "Model", prompts: Sequence[Any], images: Any,
+    add_bos: bool | None,
+) -> tuple[Rows, list[Any]]:
+    """Ids and tiles of each prompt; an error says of which."""
+    rows, tiles = [], []
+    shown = images_each(prompts, images)
+    for i, (prompt, own) in enumerate(zip(prompts, shown)):
+        try:
+            row, seen = model.read_prompt(prompt, own, add_bos)
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+        rows.append(row)
+        tiles.append(seen)
+    return rows, tiles
+
+
+# %% 08
+def generate(
+    model: "Model", prompts: Any, max_new_tokens: int = 32,
+    temperature: Numbers = 0.0, top_p: Numbers = 1.0,
+    top_k: Integers | None = None, seed: Integers = 0,
+    stop_ids: Collection[int] | None = None, images: Any = None,
+    add_bos: bool | None = None,
+) -> Any:
+    """New text for a text, or a list of them for a list.
+
+    A prompt is a str, or ids such as `tokenizer.chat` gives. Options
+    are those of `generate_ids`. `images`, for models that see: for
+    each prompt None, a picture uint8 [height, width, 3], or a list.
+    `add_bos`: begin with the token of a beginning; None: as the
+    tokenizer's files say.
+    """
+    one = isinstance(prompts, str)
+    many, shown = prompts, images
+    if one:
+        many, shown = [prompts], None if images is None else [images]
+    rows, tiles = read_prompts(model, many, shown, add_bos)
+    some = tiles if any(t is not None for t in tiles) else None
+    new = model.generate_ids(
+        rows, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop_ids,
+        images=some,
+    )
+    tokenizer = model.require_tokenizer()
+    texts = [tokenizer.decode(row) for row in new]
+    return texts[0] if one else texts
+
+
+# %% 08
+def stream(
+    model: "Model", prompt: Any, max_new_tokens: int = 32,
+    temperature: float = 0.0, top_p: float = 1.0,
+    top_k: int | None = None, seed: int = 0,
+    stop_ids: Collection[int] | None = None, images: Any = None,
+    add_bos: bool | None = None,
+) -> Iterator[str]:
+    """The new text of one prompt, piece by piece as it comes.
+
+    Joined, it is what `generate` gives: SentencePiece drops the space
+    before a first word, of new text too.
+    """
+    row, tiles = model.read_prompt(prompt, images, add_bos)
+    ids = model.stream_ids(
+        row, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop_ids,
+        images=tiles,
+    )
+    return stream_text(ids, model.require_tokenizer())
+
+
+# %% 08
+@dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A configuration, its weights, and where and with what to run.
+
+    Another kind of model overrides the three programs, or what
+    prompts hold.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None = None
+    mesh: Any = None
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (f"<{type(self).__name__}: {c.num_layers} layers, width "
+                f"{c.d_model}, {c.vocab_size} tokens, {c.dtype}>")
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which compiled functions are called."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self.mesh)
+
+    def all_logits(
+        self, tokens: Any, lengths: Any, inputs: Any = None
+    ) -> Any:
+        return all_logits(
+            self.params, tokens, self.config, lengths, inputs
+        )
+
+    def prefill(
+        self, tokens: Any, lengths: Any, cache: Cache, inputs: Any = None
+    ) -> Any:
+        return prefill(
+            self.params, tokens, lengths, cache, self.config, inputs
+        )
+
+    def decode_step(
+        self, tokens: Any, cache: Cache, active: Any = None
+    ) -> Any:
+        return decode_step(
+            self.params, tokens, cache, self.config, active
+        )
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError("it has no tokenizer: use generate_ids")
+        return self.tokenizer
+
+    def read_prompt(
+        self, prompt: Any, images: Any = None,
+        add_bos: bool | None = None,
+    ) -> tuple[list[int], Any]:
+        """Ids of a prompt, and what it shows, prepared, or None."""
+        if images is not None:
+            raise ValueError("this model reads text: leave out images")
+        if isinstance(prompt, str):
+            return self.require_tokenizer().encode(prompt), None
+        if isinstance(prompt, (list, tuple, np.ndarray)):
+            return list(prompt), None
+        raise TypeError(f"a prompt is a str or ids: {prompt!r:.60}")
+
+    def inputs(self, rows: Rows, width: int, tiles: Any) -> Any:
+        """What rows of `width` tokens hold besides, for `prefill`."""
+        if tiles is not None and any(t is not None for t in tiles):
+            raise ValueError("this model reads text: leave out images")
+        return None
+
+    logits = logits
+    generate_ids = generate_ids
+    stream_ids = stream_ids
+    generate = generate
+    stream = stream

@@ -1,0 +1,160 @@
+"""From logits to a token: temperature, top-k, nucleus, a seed a row."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
+
+
+# %% 08
+def keep_top_k(
+    logits: Float[Array, "B V"], k: Int[Array, " B"]
+) -> Float[Array, "B V"]:
+    """All but each row's k largest become -inf; 0 keeps all.
+
+    What equals the k-th stays too. Source: Fan et al. (2018).
+    """
+    v = logits.shape[-1]
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    k = jnp.where(k > 0, jnp.minimum(k, v), v)
+    least = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+# %% 08
+def keep_nucleus(
+    logits: Float[Array, "B V"], p: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Keep the fewest, largest logits whose probability reaches p.
+
+    At least one, however small p is. In the dtype of `logits`, which
+    should be float32. What equals the least that is kept stays too.
+    Source: Holtzman et al. (2020).
+    """
+    ranked = jnp.sort(logits, axis=-1)
+    below = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
+    # Sums round, and 1 - p does: the largest is above every bound.
+    below = below.at[:, -1].set(jnp.inf)
+    cut = jnp.argmax(below >= 1 - p[:, None], axis=-1)
+    least = jnp.take_along_axis(ranked, cut[:, None], axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+# %% 08
+def choose(
+    logits: Float32[Array, "B V"],
+    noise: Float32[Array, "B V"],
+    temperature: Float[Array, " B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+) -> Int32[Array, " B"]:
+    """A token a row: argmax of the filtered logits plus noise.
+
+    Temperature 0 is greedy. Source: Maddison et al. (2014), section 2.
+    """
+    best = logits.max(axis=-1, keepdims=True)
+    divisor = jnp.where(temperature > 0, temperature, 1)[:, None]
+    kept = keep_top_k((logits - best) / divisor, top_k)
+    kept = keep_nucleus(kept, top_p)
+    drawn = jnp.argmax(kept + noise, axis=-1)
+    greediest = jnp.argmax(logits, axis=-1)
+    return jnp.where(temperature > 0, drawn, greediest)
+
+
+# %% 08
+class Sampling(NamedTuple):
+    """How to choose, one setting a row."""
+
+    seed: Any                                   # uint32 [B]
+    temperature: Any                            # float32 [B], 0: greedy
+    top_k: Any                                  # int32 [B], 0: all
+    top_p: Any                                  # float32 [B], 1: all
+
+
+# %% 08
+NO_TOKEN = -1                   # where logits are no finite numbers
+
+
+def unless_broken(
+    logits: Float32[Array, "B V"], tokens: Int32[Array, " B"]
+) -> Int32[Array, " B"]:
+    """`tokens`, or NO_TOKEN in a row with a NaN or an infinity."""
+    return jnp.where(jnp.isfinite(logits).all(-1), tokens, NO_TOKEN)
+
+
+# %% 08
+@jax.jit
+def sample(
+    logits: Float32[Array, "B V"],
+    step: int | Int[Array, ""],
+    settings: Sampling,
+) -> Int32[Array, " B"]:
+    """Token `step` of every row, each from its own seed."""
+    def noise(seed: UInt32[Array, ""]) -> Float32[Array, " V"]:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return jax.random.gumbel(key, logits.shape[-1:])
+
+    drawn = jax.vmap(noise)(settings.seed)                  # [B, V]
+    tokens = choose(
+        logits, drawn, settings.temperature, settings.top_k,
+        settings.top_p,
+    )
+    return unless_broken(logits, tokens)
+
+
+# %% 08
+@jax.jit
+def greedy(
+    logits: Float32[Array, "B V"],
+    step: int | Int[Array, ""] = 0,
+    settings: Sampling | None = None,
+) -> Int32[Array, " B"]:
+    """The largest logit of every row; takes what `sample` takes."""
+    return unless_broken(logits, jnp.argmax(logits, axis=-1))
+
+
+# %% 08
+def per_row(
+    name: str, value: Any, rows: int, good: Any, need: str
+) -> np.ndarray:
+    """`value` for each row; ValueError unless all of it is `good`."""
+    a = np.asarray(value)
+    if a.shape not in ((), (rows,)):
+        raise ValueError(
+            f"{name} must be one number, or one for each of {rows} "
+            f"prompts, not {a.size}"
+        )
+    if a.dtype.kind not in "iuf" or not np.all(good(a)):
+        raise ValueError(f"{name} must be {need}, got {value!r}")
+    return np.broadcast_to(a, (rows,))
+
+
+# %% 08
+def sampling(
+    rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
+) -> Sampling:
+    """One setting a row, from numbers or sequences.
+
+    A single seed counts up over the rows. ValueError for what makes no
+    sense, or for a sequence that is not as long as there are rows.
+    """
+    whole = "an integer from 0 to 2**32 - 1"
+    seeds = per_row("seed", seed, rows,
+                    lambda a: (a % 1 == 0) & (a >= 0) & (a < 2**32),
+                    whole)
+    if np.ndim(seed) == 0:
+        seeds = seeds + np.arange(rows)
+    warm = per_row("temperature", temperature, rows,
+                   lambda a: (a >= 0) & np.isfinite(a), "0 or more")
+    mass = per_row("top_p", top_p, rows,
+                   lambda a: (a > 0) & (a <= 1), "above 0, at most 1")
+    count = 2**31 - 1 if top_k is None else top_k
+    count = per_row("top_k", count, rows,
+                    lambda a: (a % 1 == 0) & (a >= 1) & (a < 2**31),
+                    "an integer >= 1, or None")
+    return Sampling(
+        seeds.astype(np.uint32), warm.astype(np.float32),
+        count.astype(np.int32), mass.astype(np.float32),
+    )

@@ -1,0 +1,159 @@
+"""What a part of a model is, as plain data that checks itself."""
+
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+# %% 04
+SPECS: dict[str, type["Spec"]] = {}
+CHECKS: list[Callable[["Spec"], None]] = []
+
+
+class Spec:
+    """What a part of a model is: a frozen dataclass of plain data.
+
+    Each class is known by its name in `SPECS`; each object is checked
+    when it is made.
+    """
+
+    def __init_subclass__(cls) -> None:
+        SPECS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for check in CHECKS:
+            check(self)
+        self.check()
+
+    def check(self) -> None:
+        """ValueError where fields that are fine alone do not fit."""
+
+
+# %% 04
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `least` on, or only those above it."""
+
+    least: float
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        return value > self.least if self.above else value >= self.least
+
+    def __str__(self) -> str:
+        if self.above:
+            return f"above {self.least:g}"
+        return f"of {self.least:g} or more"
+
+
+Size = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(0, above=True)]
+
+
+# %% 05
+@dataclass(frozen=True)
+class OneOf:
+    """The names that a table registers, now or in later chapters."""
+
+    table: Mapping[str, Any]
+
+    def holds(self, value: str) -> bool:
+        return value in self.table
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.table)}"
+
+
+# %% 08
+def to_json(value: Any) -> Any:
+    """A spec as JSON: its fields, and the name of its class."""
+    if isinstance(value, Spec):
+        own = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
+        plain = {name: to_json(v) for name, v in own.items()}
+        return {"spec": type(value).__name__, **plain}
+    if isinstance(value, tuple):
+        return [to_json(v) for v in value]
+    return value
+
+
+# %% 08
+def from_json(raw: Any) -> Any:
+    """What `to_json` wrote. ValueError for anything else.
+
+    Only classes that are registered in `SPECS` are made.
+    """
+    if isinstance(raw, list):
+        return tuple(from_json(v) for v in raw)
+    if not isinstance(raw, dict):
+        return raw
+    own = {name: from_json(v) for name, v in raw.items()}
+    name = own.pop("spec", None)
+    kind = SPECS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"spec is {name!r:.60}, which is not known")
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for field in own:
+        if field not in known:
+            raise ValueError(f"{name} has no field {field[:40]!r}")
+    try:
+        return kind(**own)
+    except TypeError as error:
+        raise ValueError(str(error).replace("__init__() ", "")) from None
+
+
+# %% 92
+def expected_by(hint: Any) -> str:
+    """What a field's type asks for, in words."""
+    base = typing.get_origin(hint)
+    args = typing.get_args(hint)
+    if base is Annotated:
+        return f"{expected_by(args[0])} {args[1]}"
+    if base in (typing.Union, types.UnionType):
+        return " or ".join(map(expected_by, args))
+    if base is tuple:
+        return f"a list of {expected_by(args[0])}"
+    words = {int: "an int", float: "a number", bool: "true or false",
+             str: "text", types.NoneType: "None"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+# %% 92
+def fits_type(value: Any, hint: Any) -> bool:
+    """Whether a value is what a field's type asks for."""
+    base = typing.get_origin(hint)
+    args = typing.get_args(hint)
+    if base is Annotated:
+        return fits_type(value, args[0]) and args[1].holds(value)
+    if base in (typing.Union, types.UnionType):
+        return any(fits_type(value, arg) for arg in args)
+    if base is tuple:
+        if type(value) is not tuple:
+            return False
+        if args[1:] == (...,):
+            return all(fits_type(v, args[0]) for v in value)
+        return len(value) == len(args) and all(
+            map(fits_type, value, args)
+        )
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint in (int, bool, str):
+        return type(value) is hint
+    return hint is Any or isinstance(value, hint)
+
+
+# %% 92
+def check_types(spec: Spec) -> None:
+    """ValueError for the first field that its type does not allow."""
+    hints = typing.get_type_hints(type(spec), include_extras=True)
+    for field in fields(spec):  # type: ignore[arg-type]
+        value, hint = getattr(spec, field.name), hints[field.name]
+        if not fits_type(value, hint):
+            raise ValueError(
+                f"{field.name} must be {expected_by(hint)}: "
+                f"{value!r:.200}"
+            )
+
+
+CHECKS.append(check_types)

@@ -1,13 +1,14 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have `load`, which looks at a folder, works out its
-layout, holds every tensor against the configuration, and puts each on
-its devices while reading only the bytes that a device keeps.
+# Generated from book/chapters/91_command_line.md by `make sync`; edit the chapter.
+"""A reader without Python at hand types `annotated-moe generate`. Text
+goes to standard output as it comes; everything else goes to standard
+error. By the end of this page you will have that program, and the
+package's front door, which collects what a reader types in Python.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 162
+
+
+
+# %% book/chapters/91_command_line.md, cell 27
 import gc
 from typing import Any
 
@@ -15,12 +16,8 @@ looking = gc.isenabled()
 gc.disable()
 try:
     import annotated_moe.meta  # noqa: F401, `load` learns its layout
-    from annotated_moe.checkpoints import (
-        CheckpointError,
-        load,
-        save,
-        verify,
-    )
+    from annotated_moe.checkpoints import load, save, verify
+    from annotated_moe.formats.files import CheckpointError
     from annotated_moe.model import PRESETS, Model, ModelConfig
     from annotated_moe.quantization import QuantizedTensor
     from annotated_moe.sharding import make_mesh
@@ -30,7 +27,7 @@ finally:
         gc.enable()
 
 
-# %% book/chapters/09_checkpoints.md, cell 163
+# %% book/chapters/91_command_line.md, cell 28
 __all__ = [
     "PRESETS",
     "CheckpointError",
@@ -45,7 +42,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 164
+# %% book/chapters/91_command_line.md, cell 29
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

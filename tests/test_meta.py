@@ -481,7 +481,7 @@ def test_assembled_reads_what_is_asked():
 
 
 def test_large_assembled_tensors_are_written_in_blocks(monkeypatch):
-    monkeypatch.setattr(ck, "BLOCK", 64)
+    monkeypatch.setattr(lazy, "BLOCK", 64)
     whole = np.arange(3 * 5 * 8, dtype=np.float32).reshape(3, 5, 8)
     w = meta.Assembled(np.split(whole, 2, 2), 2)
     blocks = list(lazy.iter_blocks(w))

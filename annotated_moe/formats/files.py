@@ -79,7 +79,7 @@ def map_file(path: Path) -> np.ndarray:
         return np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        if path.is_symlink() and not path.exists():
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
             why = f"it is a link to {os.readlink(path)}, which is missing"
         raise CheckpointError(f"{path} is not readable: {why}") from None
 
@@ -141,7 +141,7 @@ MAX_JSON = 2**24                                # bytes
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON:
+        if path.stat().st_size > MAX_JSON or not path.is_file():
             raise CheckpointError(
                 f"{path} is not readable: no file of at most {MAX_JSON} "
                 "bytes"

@@ -54,11 +54,11 @@ $(STAMP): requirements.txt pyproject.toml
 parity-env: env
 	$(PIP) install -c requirements.txt -r requirements-parity.txt
 
-# As a file and not as a module: it then runs even when a chapter has just
-# broken the package. `-P` keeps the package's folder off `sys.path`.
 # Cells that use what a later chapter exports are counted, while there are any.
 FORWARD := --allow-forward
 
+# As a file and not as a module: it then runs even when a chapter has just
+# broken the package. `-P` keeps the package's folder off `sys.path`.
 sync: env
 	@$(BIN)/python -P annotated_moe/tangle.py $(FORWARD)
 

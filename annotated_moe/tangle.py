@@ -12,7 +12,6 @@ import argparse
 import ast
 import json
 import re
-import shutil
 import symtable
 import sys
 import textwrap
@@ -51,7 +50,6 @@ class TangleError(Exception):
 FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,}) *(.*?) *$")
 
 
-# %% book/chapters/90_tangle.md, cell 13
 @dataclass(frozen=True)
 class Fence:
     """A fenced block: where it opens, its info string, its body."""
@@ -61,7 +59,7 @@ class Fence:
     body: list[str]
 
 
-# %% book/chapters/90_tangle.md, cell 14
+# %% book/chapters/90_tangle.md, cell 13
 def fences(path: str, lines: list[str]) -> Iterator[Fence]:
     """The outermost fenced blocks of a page, in order.
 
@@ -85,7 +83,7 @@ def fences(path: str, lines: list[str]) -> Iterator[Fence]:
         raise TangleError([Problem(path, start, message)])
 
 
-# %% book/chapters/90_tangle.md, cell 17
+# %% book/chapters/90_tangle.md, cell 16
 @dataclass(frozen=True)
 class Cell:
     """A code cell, counted from 1; `source` starts at `line`."""
@@ -97,7 +95,7 @@ class Cell:
     module: str = ""
 
 
-# %% book/chapters/90_tangle.md, cell 18
+# %% book/chapters/90_tangle.md, cell 17
 def split_options(body: list[str]) -> tuple[str, int]:
     """The YAML at the head of a cell, and how many lines it takes."""
     if body[:1] == ["---"] and "---" in body[1:]:
@@ -109,7 +107,7 @@ def split_options(body: list[str]) -> tuple[str, int]:
     return "\n".join(line[1:] for line in body[:end]), end
 
 
-# %% book/chapters/90_tangle.md, cell 19
+# %% book/chapters/90_tangle.md, cell 18
 def parse_yaml(path: str, line: int, text: str) -> dict[str, Any]:
     """A YAML mapping that stands at `line` of `path`."""
     import yaml
@@ -127,21 +125,21 @@ def parse_yaml(path: str, line: int, text: str) -> dict[str, Any]:
     return data
 
 
-# %% book/chapters/90_tangle.md, cell 20
+# %% book/chapters/90_tangle.md, cell 19
 TAGS = ["export", "check", "raises-exception"]
 TAGS += ["hide-input", "hide-output", "hide-cell"]
 TAGS += ["remove-input", "remove-output", "remove-cell"]
 OPTIONS = ["tags", "module", "mystnb"]
 
 
-# %% book/chapters/90_tangle.md, cell 21
+# %% book/chapters/90_tangle.md, cell 20
 def is_module(name: Any) -> bool:
     """Whether `name` can be a module: `moe`, `formats.pickles`."""
     parts = str(name).split(".")
     return all(part.isidentifier() for part in parts)
 
 
-# %% book/chapters/90_tangle.md, cell 22
+# %% book/chapters/90_tangle.md, cell 21
 def mistake(options: dict[str, Any]) -> str:
     """What is wrong with a cell's options, or the empty string."""
     tags, module = options.get("tags", []), options.get("module", "")
@@ -160,7 +158,7 @@ def mistake(options: dict[str, Any]) -> str:
     return ""
 
 
-# %% book/chapters/90_tangle.md, cell 23
+# %% book/chapters/90_tangle.md, cell 22
 def read_cell(path: str, number: int, fence: Fence) -> Cell:
     """Turn a `code-cell` fence into a `Cell`."""
     text, skip = split_options(fence.body)
@@ -178,7 +176,7 @@ def read_cell(path: str, number: int, fence: Fence) -> Cell:
     )
 
 
-# %% book/chapters/90_tangle.md, cell 24
+# %% book/chapters/90_tangle.md, cell 23
 def read_cells(path: str, lines: list[str]) -> Iterator[Cell]:
     """The code cells of a page, in order."""
     number = 0
@@ -188,7 +186,7 @@ def read_cells(path: str, lines: list[str]) -> Iterator[Cell]:
             yield read_cell(path, number, fence)
 
 
-# %% book/chapters/90_tangle.md, cell 27
+# %% book/chapters/90_tangle.md, cell 24
 def opening(path: str, lines: list[str], start: int) -> str:
     """The first paragraph after the title, its lines joined."""
     title = start
@@ -208,7 +206,7 @@ def opening(path: str, lines: list[str], start: int) -> str:
     return " ".join(words)
 
 
-# %% book/chapters/90_tangle.md, cell 28
+# %% book/chapters/90_tangle.md, cell 25
 @dataclass(frozen=True)
 class Chapter:
     """One page: its own module, what it says of others, its cells."""
@@ -222,7 +220,7 @@ class Chapter:
     cells: tuple[Cell, ...]
 
 
-# %% book/chapters/90_tangle.md, cell 29
+# %% book/chapters/90_tangle.md, cell 26
 def read_header(path: str, lines: list[str]) -> dict[str, Any]:
     """What a page's header says under `annotated_moe`."""
     header = parse_yaml(path, 2, "\n".join(lines)).get("annotated_moe")
@@ -240,7 +238,7 @@ def read_header(path: str, lines: list[str]) -> dict[str, Any]:
     return {**header, "modules": modules}
 
 
-# %% book/chapters/90_tangle.md, cell 30
+# %% book/chapters/90_tangle.md, cell 27
 def read_chapter(path: str, text: str) -> Chapter:
     """Read a page of MyST; raises `TangleError` where it cannot."""
     lines = text.splitlines()
@@ -258,7 +256,7 @@ def read_chapter(path: str, text: str) -> Chapter:
     )
 
 
-# %% book/chapters/90_tangle.md, cell 33
+# %% book/chapters/90_tangle.md, cell 30
 @cache
 def parse(path: str, cell: Cell) -> ast.Module:
     """The syntax tree of an exported cell, lines as in the chapter."""
@@ -275,14 +273,14 @@ def parse(path: str, cell: Cell) -> ast.Module:
     return ast.increment_lineno(tree, cell.line - 1)
 
 
-# %% book/chapters/90_tangle.md, cell 34
+# %% book/chapters/90_tangle.md, cell 31
 def exported(chapter: Chapter) -> list[tuple[Cell, ast.Module]]:
     """The exported cells of a page with their syntax trees."""
     cells = [cell for cell in chapter.cells if "export" in cell.tags]
     return [(cell, parse(chapter.path, cell)) for cell in cells]
 
 
-# %% book/chapters/90_tangle.md, cell 36
+# %% book/chapters/90_tangle.md, cell 33
 def empty_axes(tree: ast.Module, types: set[str]) -> None:
     """Empty the axis strings of the array types named in `types`."""
     for node in ast.walk(tree):
@@ -295,7 +293,7 @@ def empty_axes(tree: ast.Module, types: set[str]) -> None:
                     part.value = 0
 
 
-# %% book/chapters/90_tangle.md, cell 37
+# %% book/chapters/90_tangle.md, cell 34
 def ask_pyflakes(tree: ast.Module, types: set[str]) -> list[Any]:
     """The messages of pyflakes about `tree`, from its first line on."""
     from pyflakes.checker import Checker
@@ -305,7 +303,7 @@ def ask_pyflakes(tree: ast.Module, types: set[str]) -> list[Any]:
     return sorted(messages, key=lambda message: message.lineno)
 
 
-# %% book/chapters/90_tangle.md, cell 40
+# %% book/chapters/90_tangle.md, cell 37
 def bound(statement: ast.stmt) -> dict[str, bool]:
     """The names a statement binds, and whether by an import."""
     if isinstance(statement, (ast.AugAssign, ast.Delete)):
@@ -319,11 +317,10 @@ def bound(statement: ast.stmt) -> dict[str, bool]:
     }
 
 
-# %% book/chapters/90_tangle.md, cell 42
+# %% book/chapters/90_tangle.md, cell 38
 MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
 
 
-# %% book/chapters/90_tangle.md, cell 43
 def without_magics(source: str) -> str:
     """A notebook cell as plain Python; nothing, if it is not that."""
     for code in [source, MAGIC.sub(r"\1pass", source)]:
@@ -335,7 +332,7 @@ def without_magics(source: str) -> str:
     return ""
 
 
-# %% book/chapters/90_tangle.md, cell 44
+# %% book/chapters/90_tangle.md, cell 39
 def private(chapter: Chapter) -> dict[str, int]:
     """The names that only cells without `export` bind, and where."""
     found: dict[str, int] = {}
@@ -349,7 +346,7 @@ def private(chapter: Chapter) -> dict[str, int]:
     return found
 
 
-# %% book/chapters/90_tangle.md, cell 45
+# %% book/chapters/90_tangle.md, cell 40
 @dataclass(frozen=True)
 class Import:
     """`from module import name as alias`; the last two may be empty."""
@@ -365,7 +362,7 @@ class Import:
         return self.alias or self.name or self.module.split(".")[0]
 
 
-# %% book/chapters/90_tangle.md, cell 46
+# %% book/chapters/90_tangle.md, cell 41
 def read_imports(tree: ast.AST) -> list[Import]:
     """Every name that some import in `tree` binds."""
     found = []
@@ -380,14 +377,14 @@ def read_imports(tree: ast.AST) -> list[Import]:
     return found
 
 
-# %% book/chapters/90_tangle.md, cell 47
+# %% book/chapters/90_tangle.md, cell 42
 def only_imports(tree: ast.Module) -> bool:
     """Whether a cell has imports in it and nothing else."""
     kinds = ast.Import, ast.ImportFrom
     return all(isinstance(node, kinds) for node in tree.body)
 
 
-# %% book/chapters/90_tangle.md, cell 48
+# %% book/chapters/90_tangle.md, cell 43
 def misplaced(path: str, tree: ast.Module) -> list[Problem]:
     """Imports of a form that no exported cell may have."""
     problems = []
@@ -406,7 +403,7 @@ def misplaced(path: str, tree: ast.Module) -> list[Problem]:
     return problems
 
 
-# %% book/chapters/90_tangle.md, cell 49
+# %% book/chapters/90_tangle.md, cell 44
 def chapter_imports(chapter: Chapter) -> dict[str, list[Import]]:
     """What the import cells of a page bind, by name."""
     found: dict[str, list[Import]] = {}
@@ -417,18 +414,19 @@ def chapter_imports(chapter: Chapter) -> dict[str, list[Import]]:
     return found
 
 
-# %% book/chapters/90_tangle.md, cell 50
+# %% book/chapters/90_tangle.md, cell 45
 def array_types(imports: dict[str, list[Import]]) -> set[str]:
     """The names that stand for `jaxtyping` or something in it."""
     links = chain.from_iterable(imports.values())
     return {i.binds for i in links if i.module == "jaxtyping"}
 
 
-# %% book/chapters/90_tangle.md, cell 51
+# %% book/chapters/90_tangle.md, cell 46
 Place = tuple[str, int]
 Edges = dict[tuple[str, str], Place]
 
 
+# %% book/chapters/90_tangle.md, cell 47
 @dataclass
 class Module:
     """A module to be. It starts in the chapter of `start`."""
@@ -440,7 +438,7 @@ class Module:
     imports: dict[Import, Place] = field(default_factory=dict)
 
 
-# %% book/chapters/90_tangle.md, cell 52
+# %% book/chapters/90_tangle.md, cell 48
 @dataclass
 class Book:
     """All modules, and what was found on the way to them.
@@ -458,19 +456,20 @@ class Book:
     problems: list[Problem] = field(default_factory=list)
 
 
-# %% book/chapters/90_tangle.md, cell 53
+# %% book/chapters/90_tangle.md, cell 49
 def stop_if_wrong(book: Book) -> None:
     """Raises `TangleError` with every problem found so far."""
     if book.problems:
         raise TangleError(sorted(set(book.problems), key=place_of))
 
 
+# %% book/chapters/90_tangle.md, cell 50
 def place_of(problem: Problem) -> tuple[str, int, str]:
     """The order in which one wants to read problems."""
     return problem.path, problem.line, problem.message
 
 
-# %% book/chapters/90_tangle.md, cell 54
+# %% book/chapters/90_tangle.md, cell 51
 def define(
     book: Book, module: Module, name: str, place: Place, imported: bool
 ) -> None:
@@ -488,13 +487,13 @@ def define(
         book.problems.append(Problem(path, line, message + where))
 
 
-# %% book/chapters/90_tangle.md, cell 55
+# %% book/chapters/90_tangle.md, cell 52
 def is_passed_on(link: Import) -> bool:
     """Whether an import is a re-export: `import y as y`."""
     return link.alias == link.name != ""
 
 
-# %% book/chapters/90_tangle.md, cell 56
+# %% book/chapters/90_tangle.md, cell 53
 def add_cell(
     book: Book, chapter: Chapter, cell: Cell, tree: ast.Module
 ) -> None:
@@ -517,7 +516,7 @@ def add_cell(
             define(book, module, name, place, imported)
 
 
-# %% book/chapters/90_tangle.md, cell 57
+# %% book/chapters/90_tangle.md, cell 54
 def add_packages(book: Book) -> None:
     """An `__init__` for every folder in which there is a module."""
     for name, module in sorted(book.modules.items()):
@@ -531,7 +530,7 @@ def add_packages(book: Book) -> None:
             book.modules.setdefault(front, Module(front, module.start))
 
 
-# %% book/chapters/90_tangle.md, cell 58
+# %% book/chapters/90_tangle.md, cell 55
 def gather(chapters: list[Chapter]) -> Book:
     """Sort the exported cells of all chapters into modules."""
     book = Book(chapters)
@@ -551,11 +550,10 @@ def gather(chapters: list[Chapter]) -> Book:
     return book
 
 
-# %% book/chapters/90_tangle.md, cell 59
+# %% book/chapters/90_tangle.md, cell 56
 UNDEFINED = ["UndefinedName", "UndefinedExport"]
 
 
-# %% book/chapters/90_tangle.md, cell 60
 def explain(chapter: Chapter, book: Book, message: Any) -> str:
     """What pyflakes says, with what we know about the name."""
     if type(message).__name__ not in UNDEFINED:
@@ -575,7 +573,7 @@ def explain(chapter: Chapter, book: Book, message: Any) -> str:
     return said
 
 
-# %% book/chapters/90_tangle.md, cell 61
+# %% book/chapters/90_tangle.md, cell 57
 def is_meant(line: str, links: list[Import], message: Any) -> bool:
     """Whether a complaint is about something done on purpose."""
     kind, passed_on = type(message).__name__, ""
@@ -586,7 +584,7 @@ def is_meant(line: str, links: list[Import], message: Any) -> bool:
     return "# noqa" in line or again or passed_on in kept
 
 
-# %% book/chapters/90_tangle.md, cell 62
+# %% book/chapters/90_tangle.md, cell 58
 def judge_chapter(book: Book, chapter: Chapter) -> None:
     """Problems of a chapter as a notebook, from top to bottom."""
     imports = chapter_imports(chapter)
@@ -602,12 +600,12 @@ def judge_chapter(book: Book, chapter: Chapter) -> None:
     for name in sorted(imports):
         links = [i for i in imports[name] if not is_passed_on(i)]
         if name in own and links:
-            message = f"this chapter defines `{name}`; import it not"
+            message = f"this chapter defines `{name}` itself"
             problem = Problem(chapter.path, links[0].line, message)
             book.problems.append(problem)
 
 
-# %% book/chapters/90_tangle.md, cell 63
+# %% book/chapters/90_tangle.md, cell 59
 def names_missing(
     body: list[ast.stmt], types: set[str]
 ) -> list[tuple[str, int]]:
@@ -619,16 +617,17 @@ def names_missing(
     ]
 
 
-# %% book/chapters/90_tangle.md, cell 66
+# %% book/chapters/90_tangle.md, cell 62
 PACKAGE = "annotated_moe"
 
 
+# %% book/chapters/90_tangle.md, cell 63
 def dotted(name: str) -> str:
     """A module of ours as Python writes it: `annotated_moe.moe`."""
     return f"{PACKAGE}.{name}".removesuffix(".__init__")
 
 
-# %% book/chapters/90_tangle.md, cell 67
+# %% book/chapters/90_tangle.md, cell 64
 def module_of(book: Book, name: str) -> str:
     """The module of ours that `annotated_moe.moe` names, if any."""
     if name.split(".")[0] != PACKAGE:
@@ -640,7 +639,7 @@ def module_of(book: Book, name: str) -> str:
     return ""
 
 
-# %% book/chapters/90_tangle.md, cell 68
+# %% book/chapters/90_tangle.md, cell 65
 def target(book: Book, link: Import) -> tuple[str, str]:
     """The module of ours, and the name in it, that an import means."""
     whole = module_of(book, f"{link.module}.{link.name or '?'}")
@@ -649,7 +648,7 @@ def target(book: Book, link: Import) -> tuple[str, str]:
     return module_of(book, link.module), link.name
 
 
-# %% book/chapters/90_tangle.md, cell 69
+# %% book/chapters/90_tangle.md, cell 66
 def look_ahead(book: Book, other: str, name: str, place: Place) -> None:
     """Note a use of a name, or a module, that only comes later."""
     module = book.modules[other]
@@ -660,7 +659,7 @@ def look_ahead(book: Book, other: str, name: str, place: Place) -> None:
         book.forward.append(Problem(*place, message))
 
 
-# %% book/chapters/90_tangle.md, cell 70
+# %% book/chapters/90_tangle.md, cell 67
 def follow(
     book: Book, module: Module, link: Import, place: Place, now: bool
 ) -> bool:
@@ -683,7 +682,7 @@ def follow(
     return not name or other != module.name
 
 
-# %% book/chapters/90_tangle.md, cell 71
+# %% book/chapters/90_tangle.md, cell 68
 def look_through(
     book: Book, path: str, tree: ast.AST, links: list[Import]
 ) -> None:
@@ -704,7 +703,7 @@ def look_through(
             look_ahead(book, other, node.attr, (path, node.lineno))
 
 
-# %% book/chapters/90_tangle.md, cell 72
+# %% book/chapters/90_tangle.md, cell 69
 def in_functions(tree: ast.AST) -> set[Import]:
     """The imports that wait until some function is called."""
     kinds = ast.FunctionDef, ast.AsyncFunctionDef
@@ -716,7 +715,7 @@ def in_functions(tree: ast.AST) -> set[Import]:
     }
 
 
-# %% book/chapters/90_tangle.md, cell 73
+# %% book/chapters/90_tangle.md, cell 70
 def connect_cell(
     book: Book, module: Module, path: str, tree: ast.Module
 ) -> list[Import]:
@@ -728,7 +727,18 @@ def connect_cell(
     return own
 
 
-# %% book/chapters/90_tangle.md, cell 74
+# %% book/chapters/90_tangle.md, cell 71
+def home_of(book: Book, path: str, name: str) -> str:
+    """The module to which a chapter exports a name."""
+    homes = [
+        module.name
+        for module in book.modules.values()
+        if module.exports.get(name, ("", 0))[0] == path
+    ]
+    return book.names.get(path, {}).get(name) or "".join(homes[:1])
+
+
+# %% book/chapters/90_tangle.md, cell 72
 def add_import(module: Module, link: Import, place: Place) -> None:
     """Put an import into a head, unless it is passed on from there."""
     if link.alias == link.name:
@@ -738,13 +748,13 @@ def add_import(module: Module, link: Import, place: Place) -> None:
         module.imports.setdefault(link, place)
 
 
-# %% book/chapters/90_tangle.md, cell 75
+# %% book/chapters/90_tangle.md, cell 73
 def connect(book: Book, module: Module, chapter: Chapter) -> None:
     """Give a module the imports that cells of one chapter need."""
     imports = chapter_imports(chapter)
-    own = book.names.get(chapter.path, {})
+    path = chapter.path
     cells = [cell for page, cell in module.cells if page is chapter]
-    trees = [parse(chapter.path, cell) for cell in cells]
+    trees = [parse(path, cell) for cell in cells]
     reached = {
         ast.unparse(node)
         for tree in trees
@@ -753,11 +763,12 @@ def connect(book: Book, module: Module, chapter: Chapter) -> None:
     }
     body = [node for tree in trees for node in tree.body]
     for name, line in names_missing(body, array_types(imports)):
-        links = imports.get(name) or [Import(dotted(own[name]), name)]
+        home = home_of(book, path, name)
+        links = imports.get(name) or [Import(dotted(home), name)]
         # `import a.b` and `import a.c` both bind `a`: which is meant?
         exact = [link for link in links if link.module in reached]
         for link in exact or links:
-            place = chapter.path, line
+            place = path, line
             if follow(book, module, link, place, now=True):
                 add_import(module, link, place)
     shared = list(chain.from_iterable(imports.values()))
@@ -766,11 +777,11 @@ def connect(book: Book, module: Module, chapter: Chapter) -> None:
         if link.module == "__future__":
             module.imports.setdefault(link, module.start)
     for tree in trees:
-        inner = connect_cell(book, module, chapter.path, tree)
-        look_through(book, chapter.path, tree, shared + inner)
+        inner = connect_cell(book, module, path, tree)
+        look_through(book, path, tree, shared + inner)
 
 
-# %% book/chapters/90_tangle.md, cell 76
+# %% book/chapters/90_tangle.md, cell 74
 def judge_head(book: Book, module: Module) -> None:
     """Problems between a module's imports, and with what it defines."""
     meanings: dict[str, tuple[str, str]] = {}
@@ -790,7 +801,7 @@ def judge_head(book: Book, module: Module) -> None:
             book.problems.append(Problem(*place, message))
 
 
-# %% book/chapters/90_tangle.md, cell 77
+# %% book/chapters/90_tangle.md, cell 75
 def circle(edges: Edges) -> list[Problem]:
     """A cycle among module-level imports, at one of its imports."""
     graph: dict[str, list[str]] = {}
@@ -806,7 +817,7 @@ def circle(edges: Edges) -> list[Problem]:
     return []
 
 
-# %% book/chapters/90_tangle.md, cell 78
+# %% book/chapters/90_tangle.md, cell 76
 def connect_all(book: Book) -> None:
     """Judge every chapter, then give every module its imports."""
     for chapter in book.chapters:
@@ -824,7 +835,7 @@ def connect_all(book: Book) -> None:
     stop_if_wrong(book)
 
 
-# %% book/chapters/90_tangle.md, cell 85
+# %% book/chapters/90_tangle.md, cell 83
 def plain(text: str) -> str:
     """Prose without MyST roles, citations and links."""
     text = re.sub(r"\s*\{cite[^}]*\}`[^`]*`", "", text)
@@ -832,7 +843,7 @@ def plain(text: str) -> str:
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
 
 
-# %% book/chapters/90_tangle.md, cell 86
+# %% book/chapters/90_tangle.md, cell 84
 def describe(book: Book, name: str) -> str:
     """What the book says a module is, in prose."""
     for chapter in book.chapters:
@@ -848,7 +859,7 @@ def describe(book: Book, name: str) -> str:
     raise TangleError([Problem(*place, message)])
 
 
-# %% book/chapters/90_tangle.md, cell 87
+# %% book/chapters/90_tangle.md, cell 85
 def docstring(prose: str) -> str:
     """A paragraph as the docstring of a module."""
     text = plain(" ".join(prose.split())).replace('"""', "'''")
@@ -862,23 +873,20 @@ def docstring(prose: str) -> str:
     return f'{filled}\n"""'
 
 
-# %% book/chapters/90_tangle.md, cell 88
-def natural(text: str) -> list[tuple[int, int]]:
-    """A key that sorts digits by the number they write."""
-    return [
-        (ord("0"), int(part)) if part.isdigit() else (ord(part), 0)
-        for part in re.findall(r"\d+|\D", text)
-    ]
+# %% book/chapters/90_tangle.md, cell 86
+def natural(text: str) -> str:
+    """A key that sorts `llama4` before `llama10`."""
+    return re.sub(r"\d+", lambda found: found[0].zfill(9), text.lower())
 
 
-# %% book/chapters/90_tangle.md, cell 89
-def import_key(name: str) -> tuple[Any, ...]:
-    """Constants, then classes, then the rest, each naturally."""
+# %% book/chapters/90_tangle.md, cell 87
+def import_key(name: str) -> tuple[int, str, str]:
+    """Constants, then classes, then the rest."""
     kind = 2 - name[:1].isupper() - (len(name) > 1 and name.isupper())
-    return kind, natural(name.lower()), natural(name)
+    return kind, natural(name), name
 
 
-# %% book/chapters/90_tangle.md, cell 90
+# %% book/chapters/90_tangle.md, cell 88
 def import_section(module: str) -> int:
     """Future, standard library, third party, our own."""
     root = module.split(".")[0]
@@ -889,7 +897,7 @@ def import_section(module: str) -> int:
     return 3 if root == PACKAGE else 2
 
 
-# %% book/chapters/90_tangle.md, cell 91
+# %% book/chapters/90_tangle.md, cell 89
 def from_import(module: str, names: list[str]) -> str:
     """One `from` import, wrapped where it passes 72 columns."""
     line = f"from {module} import {', '.join(names)}"
@@ -899,14 +907,14 @@ def from_import(module: str, names: list[str]) -> str:
     return f"from {module} import (\n{inner})"
 
 
-# %% book/chapters/90_tangle.md, cell 92
+# %% book/chapters/90_tangle.md, cell 90
 def link_key(link: Import) -> tuple[Any, ...]:
     """`import` before `from`, then by module, then by name."""
-    module = natural(link.module.lower()), natural(link.module)
+    module = natural(link.module), link.module
     return bool(link.name), module, import_key(link.name), link.alias
 
 
-# %% book/chapters/90_tangle.md, cell 93
+# %% book/chapters/90_tangle.md, cell 91
 def import_lines(links: Iterable[Import]) -> Iterator[str]:
     """The import statements of one section, in order."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -923,7 +931,7 @@ def import_lines(links: Iterable[Import]) -> Iterator[str]:
         yield from_import(module, names) if names else plain
 
 
-# %% book/chapters/90_tangle.md, cell 94
+# %% book/chapters/90_tangle.md, cell 92
 def import_block(module: Module) -> str:
     """The imports of a module, as its head has them."""
     parts: dict[int, list[Import]] = {0: [], 1: [], 2: [], 3: []}
@@ -933,7 +941,7 @@ def import_block(module: Module) -> str:
     return "\n\n".join(filter(None, blocks))
 
 
-# %% book/chapters/90_tangle.md, cell 95
+# %% book/chapters/90_tangle.md, cell 93
 def chapters_of(module: Module) -> list[str]:
     """The chapters that a module comes from, in reading order."""
     paths = {path for path, _ in module.exports.values()}
@@ -941,7 +949,7 @@ def chapters_of(module: Module) -> list[str]:
     return sorted(paths | {module.start[0]})
 
 
-# %% book/chapters/90_tangle.md, cell 96
+# %% book/chapters/90_tangle.md, cell 94
 def gap_above(module: Module, page: Chapter, cell: Cell) -> str:
     """The blank lines before a cell: one under the head, else two."""
     kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
@@ -952,7 +960,7 @@ def gap_above(module: Module, page: Chapter, cell: Cell) -> str:
     return "\n\n" if one else "\n\n\n"
 
 
-# %% book/chapters/90_tangle.md, cell 97
+# %% book/chapters/90_tangle.md, cell 95
 def module_text(book: Book, module: Module) -> str:
     """The Python file of a module."""
     paths = chapters_of(module)
@@ -968,7 +976,7 @@ def module_text(book: Book, module: Module) -> str:
     return text + "\n"
 
 
-# %% book/chapters/90_tangle.md, cell 101
+# %% book/chapters/90_tangle.md, cell 99
 def origin(module: Module, text: str, line: int) -> Place:
     """The line of a page that a line of a generated module is."""
     lines = text.splitlines()
@@ -980,7 +988,7 @@ def origin(module: Module, text: str, line: int) -> Place:
     return module.start
 
 
-# %% book/chapters/90_tangle.md, cell 102
+# %% book/chapters/90_tangle.md, cell 100
 def judge_text(
     module: Module, text: str, types: set[str]
 ) -> list[Problem]:
@@ -998,7 +1006,7 @@ def judge_text(
     return problems
 
 
-# %% book/chapters/90_tangle.md, cell 105
+# %% book/chapters/90_tangle.md, cell 101
 def notebook_cell(
     kind: str, name: str, source: str, **metadata: Any
 ) -> dict[str, Any]:
@@ -1011,7 +1019,7 @@ def notebook_cell(
     return cell
 
 
-# %% book/chapters/90_tangle.md, cell 106
+# %% book/chapters/90_tangle.md, cell 102
 INSTALL = """\
 # Fetch what is missing. Where everything is installed, do nothing.
 import importlib.util
@@ -1021,7 +1029,7 @@ if not all(importlib.util.find_spec(name) for name in needed):
     %pip install -q {requirements}"""
 
 
-# %% book/chapters/90_tangle.md, cell 107
+# %% book/chapters/90_tangle.md, cell 103
 def install_cell(chapter: Chapter, address: str) -> str:
     """The first cell of a notebook: installs the package if missing."""
     wanted = [f"annotated-moe @ git+{address}", *chapter.needs]
@@ -1031,7 +1039,7 @@ def install_cell(chapter: Chapter, address: str) -> str:
     )
 
 
-# %% book/chapters/90_tangle.md, cell 108
+# %% book/chapters/90_tangle.md, cell 104
 def notebook_cells(chapter: Chapter) -> Iterator[dict[str, Any]]:
     """The cells of a page as Jupytext reads them, with fixed ids."""
     import jupytext
@@ -1049,7 +1057,7 @@ def notebook_cells(chapter: Chapter) -> Iterator[dict[str, Any]]:
         yield notebook_cell(kind, name, cell.source, **cell.metadata)
 
 
-# %% book/chapters/90_tangle.md, cell 109
+# %% book/chapters/90_tangle.md, cell 105
 METADATA = {
     "jupytext": {"formats": "md:myst,ipynb"},
     "kernelspec": {
@@ -1061,7 +1069,7 @@ METADATA = {
 }
 
 
-# %% book/chapters/90_tangle.md, cell 110
+# %% book/chapters/90_tangle.md, cell 106
 def notebook_text(chapter: Chapter, address: str) -> str:
     """The notebook of a page: no outputs, no versions, no dates."""
     install = install_cell(chapter, address)
@@ -1078,7 +1086,7 @@ def notebook_text(chapter: Chapter, address: str) -> str:
     return text + "\n"
 
 
-# %% book/chapters/90_tangle.md, cell 113
+# %% book/chapters/90_tangle.md, cell 109
 @dataclass(frozen=True)
 class Output:
     """A generated file, and the chapters it comes from."""
@@ -1088,7 +1096,7 @@ class Output:
     chapter: str
 
 
-# %% book/chapters/90_tangle.md, cell 114
+# %% book/chapters/90_tangle.md, cell 110
 @dataclass
 class Tangled:
     """All generated files, and what a builder should hear of."""
@@ -1098,7 +1106,7 @@ class Tangled:
     large: list[str] = field(default_factory=list)
 
 
-# %% book/chapters/90_tangle.md, cell 115
+# %% book/chapters/90_tangle.md, cell 111
 def read_file(path: str, file: Path) -> Chapter:
     """Read a page; its other cells must be Python, but for magics."""
     try:
@@ -1114,7 +1122,7 @@ def read_file(path: str, file: Path) -> Chapter:
     return chapter
 
 
-# %% book/chapters/90_tangle.md, cell 116
+# %% book/chapters/90_tangle.md, cell 112
 def read_book(root: Path, last: int | None = None) -> list[Chapter]:
     """Every chapter up to number `last`, or the problems of all."""
     chapters: list[Chapter] = []
@@ -1135,7 +1143,7 @@ def read_book(root: Path, last: int | None = None) -> list[Chapter]:
     return chapters
 
 
-# %% book/chapters/90_tangle.md, cell 117
+# %% book/chapters/90_tangle.md, cell 113
 def repository(root: Path) -> str:
     """The address of the repository, from its one place."""
     path = root / "_config.yml"
@@ -1148,7 +1156,7 @@ def repository(root: Path) -> str:
     return str(address)
 
 
-# %% book/chapters/90_tangle.md, cell 118
+# %% book/chapters/90_tangle.md, cell 114
 def module_outputs(book: Book) -> list[Output]:
     """Every module as a file; raises what pyflakes has to say."""
     outputs = []
@@ -1164,7 +1172,7 @@ def module_outputs(book: Book) -> list[Output]:
     return outputs
 
 
-# %% book/chapters/90_tangle.md, cell 119
+# %% book/chapters/90_tangle.md, cell 115
 def judge_titles(book: Book) -> None:
     """Problems with what headers say of modules."""
     for chapter in book.chapters:
@@ -1175,7 +1183,7 @@ def judge_titles(book: Book) -> None:
                 book.problems.append(problem)
 
 
-# %% book/chapters/90_tangle.md, cell 120
+# %% book/chapters/90_tangle.md, cell 116
 def largest(outputs: list[Output]) -> list[str]:
     """The modules that hold more than a tenth of all lines."""
     counts = {o.path: o.text.count("\n") for o in outputs}
@@ -1187,7 +1195,7 @@ def largest(outputs: list[Output]) -> list[str]:
     ]
 
 
-# %% book/chapters/90_tangle.md, cell 121
+# %% book/chapters/90_tangle.md, cell 117
 def tangle(
     root: Path, last: int | None = None, allow_forward: bool = False
 ) -> Tangled:
@@ -1210,7 +1218,7 @@ def tangle(
     return Tangled(outputs, forward, rooms)
 
 
-# %% book/chapters/90_tangle.md, cell 122
+# %% book/chapters/90_tangle.md, cell 118
 def stale(root: Path, outputs: list[Output]) -> list[str]:
     """Generated files whose chapter no longer produces them.
 
@@ -1228,14 +1236,14 @@ def stale(root: Path, outputs: list[Output]) -> list[str]:
     return extra
 
 
-# %% book/chapters/90_tangle.md, cell 123
+# %% book/chapters/90_tangle.md, cell 119
 def current(root: Path, output: Output) -> str | None:
     """What stands in the place of `output` now, to the byte."""
     path = root / output.path
     return path.read_bytes().decode("utf-8") if path.exists() else None
 
 
-# %% book/chapters/90_tangle.md, cell 124
+# %% book/chapters/90_tangle.md, cell 120
 def sync(root: Path, outputs: list[Output]) -> list[str]:
     """Bring the generated files up to date; say what was done."""
     extra = stale(root, outputs)
@@ -1252,7 +1260,7 @@ def sync(root: Path, outputs: list[Output]) -> list[str]:
     return done + [f"removed {name}" for name in extra]
 
 
-# %% book/chapters/90_tangle.md, cell 125
+# %% book/chapters/90_tangle.md, cell 121
 def check(root: Path, outputs: list[Output]) -> list[str]:
     """What `sync` would change, and the chapter it would follow."""
     extra = stale(root, outputs)
@@ -1270,18 +1278,7 @@ def check(root: Path, outputs: list[Output]) -> list[str]:
     return found
 
 
-# %% book/chapters/90_tangle.md, cell 130
-def copy_data(root: Path, into: Path) -> None:
-    """Copy the package's other files: a model, `py.typed`."""
-    for file in sorted(root.glob(f"{PACKAGE}/**/*")):
-        skip = file.suffix in [".py", ".pyc", ".new"]
-        if file.is_file() and not skip:
-            copy = into / file.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-
-
-# %% book/chapters/90_tangle.md, cell 131
+# %% book/chapters/90_tangle.md, cell 126
 def carry_out(options: argparse.Namespace) -> list[str]:
     """Tangle as the command line says; what changed, or would."""
     root, into = options.root, options.into or options.root
@@ -1290,8 +1287,6 @@ def carry_out(options: argparse.Namespace) -> list[str]:
         lines = check(root, tangled.outputs)
     else:
         lines = sync(into, tangled.outputs)
-    if options.into:
-        copy_data(root, into)
     count = len(tangled.forward)
     notes = [f"{count} uses of what a later chapter exports"]
     if count or tangled.large:
@@ -1300,7 +1295,7 @@ def carry_out(options: argparse.Namespace) -> list[str]:
     return lines
 
 
-# %% book/chapters/90_tangle.md, cell 132
+# %% book/chapters/90_tangle.md, cell 127
 def main(arguments: list[str] | None = None) -> int:
     """Command line of the tangler; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -1325,7 +1320,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(lines) and options.check)
 
 
-# %% book/chapters/90_tangle.md, cell 133
+# %% book/chapters/90_tangle.md, cell 128
 # A notebook is `__main__` as well, but it has no file.
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

@@ -29,13 +29,18 @@ print(len(list(folder.rglob("*.py"))), "modules imported")
 
 
 def tangle(root: Path, number: int, into: Path, rest: list[str]) -> None:
-    """The chapters up to `number`, tangled into an empty folder."""
+    """The chapters up to `number`, and the package's other files."""
     if into.exists() and not (into / "annotated_moe").is_dir() and any(into.iterdir()):
         sys.exit(f"{into} is not a folder that this script has made")
     shutil.rmtree(into, ignore_errors=True)
     script = HERE / "annotated_moe/tangle.py"
     options = ["--root", root, "--upto", str(number), "--into", into, *rest]
     subprocess.run([sys.executable, "-P", script, *options], check=True)
+    for file in root.glob("annotated_moe/**/*"):
+        if file.is_file() and file.suffix not in (".py", ".pyc", ".new"):
+            copy = into / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def notebook(into: Path, number: int) -> Path:

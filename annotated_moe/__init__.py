@@ -1,17 +1,12 @@
 # Generated from book/chapters/91_command_line.md by `make sync`; edit the chapter.
-"""A reader without Python at hand types `annotated-moe generate`. Text
-goes to standard output as it comes; everything else goes to standard
-error. By the end of this page you will have that program, and the
-package's front door, which collects what a reader types in Python.
+"""The front door of the package: what a reader types is here, and the
+rest is one import further in.
 """
 
-
-
-
-# %% book/chapters/91_command_line.md, cell 27
 import gc
 from typing import Any
 
+# %% book/chapters/91_command_line.md, cell 28
 looking = gc.isenabled()
 gc.disable()
 try:
@@ -27,7 +22,7 @@ finally:
         gc.enable()
 
 
-# %% book/chapters/91_command_line.md, cell 28
+# %% book/chapters/91_command_line.md, cell 29
 __all__ = [
     "PRESETS",
     "CheckpointError",
@@ -42,7 +37,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/91_command_line.md, cell 29
+# %% book/chapters/91_command_line.md, cell 30
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

@@ -36,9 +36,22 @@ from annotated_moe.formats.files import (
     other_file,
     read_json,
 )
-from annotated_moe.formats.grok1 import our_path, release_files, release_names
-from annotated_moe.formats.lazy import LazyArray, as_bytes, iter_blocks, stack_tensors
-from annotated_moe.formats.pickles import Interpreted, Tensor, read_pickled
+from annotated_moe.formats.grok1 import (
+    our_path,
+    release_files,
+    release_names,
+)
+from annotated_moe.formats.lazy import (
+    LazyArray,
+    as_bytes,
+    iter_blocks,
+    stack_tensors,
+)
+from annotated_moe.formats.pickles import (
+    Interpreted,
+    Tensor,
+    read_pickled,
+)
 from annotated_moe.formats.safetensors import (
     ONE_FILE,
     describe_weights,

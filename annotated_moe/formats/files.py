@@ -1,10 +1,6 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have a reader that returns each tensor as a view of its
-file, refuses everything else in one sentence, and knows which of the
-770 numbered files is which matrix of which layer.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09b_safetensors.md by `make sync`; edit the chapters.
+"""Files of unknown origin: what they are, mapped without being read,
+and the JSON in them; the error that names what is wrong.
 """
 
 import json
@@ -79,7 +75,7 @@ def map_file(path: Path) -> np.ndarray:
         return np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        if path.is_symlink() and not path.exists():
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
             why = f"it is a link to {os.readlink(path)}, which is missing"
         raise CheckpointError(f"{path} is not readable: {why}") from None
 
@@ -141,7 +137,7 @@ MAX_JSON = 2**24                                # bytes
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON:
+        if path.stat().st_size > MAX_JSON or not path.is_file():
             raise CheckpointError(
                 f"{path} is not readable: no file of at most {MAX_JSON} "
                 "bytes"

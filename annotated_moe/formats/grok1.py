@@ -1,27 +1,19 @@
 # Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have a reader that returns each tensor as a view of its
-file, refuses everything else in one sentence, and knows which of the
-770 numbered files is which matrix of which layer.
+"""The names of the release's files, and their order.
 """
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
-
 from annotated_moe.config import ModelConfig
 from annotated_moe.families.grok import grok_config
-from annotated_moe.formats.files import (
-    CheckpointError,
-    list_folder,
-    read_json,
-)
 from annotated_moe.formats.lazy import stack_tensors
 from annotated_moe.formats.pickles import read_pickled
 from annotated_moe.model import flat_specs
+from annotated_moe.formats.files import read_json
+import os
+from typing import Any
+from pathlib import Path
+
+from annotated_moe.formats.files import CheckpointError, list_folder
 
 
 # %% book/chapters/09_checkpoints.md, cell 47

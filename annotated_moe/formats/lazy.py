@@ -1,10 +1,6 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have a reader that returns each tensor as a view of its
-file, refuses everything else in one sentence, and knows which of the
-770 numbered files is which matrix of which layer.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09b_safetensors.md by `make sync`; edit the chapters.
+"""Arrays that are read when a part of them is asked for, and any array
+in blocks: as bytes, and searched for what is not finite.
 """
 
 import math

@@ -1,11 +1,6 @@
 # Generated from book/chapters/09b_safetensors.md by `make sync`; edit the chapter.
-"""A safetensors file is eight bytes, a piece of JSON, and the weights:
-nothing in it can run. It can still lie, or be half of itself, or hold
-one weight that is no number and turns every word the model says into
-the same one. This chapter reads such files and believes nothing in
-them, and writes them block by block, so that a writer that was
-interrupted goes on where it stopped. By its end you will have both, for
-one file and for a model cut into many.
+"""Files that are on disk before they count, with the checksum of each
+tensor, and folders that appear whole or not at all.
 """
 
 import hashlib

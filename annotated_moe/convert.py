@@ -8,7 +8,6 @@ time, goes on where it was killed, and puts nothing under the new name
 before the last byte is safe.
 """
 
-# %% book/chapters/10_convert.md, cell 1
 import argparse
 import contextlib
 import hashlib
@@ -30,7 +29,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from annotated_moe import checkpoints as ck
-from annotated_moe.checkpoints import CheckpointError, Part
+from annotated_moe.formats import lazy
+from annotated_moe.formats.files import CheckpointError, list_folder
+from annotated_moe.formats.grok1 import our_path
+from annotated_moe.formats.lazy import ConcatenatedArray, StackedArray
+from annotated_moe.formats.safetensors import (
+    DTYPE_CODES,
+    INDEX,
+    ONE_FILE,
+    safetensors_parts,
+)
+from annotated_moe.formats.writing import (
+    Part,
+    Watcher,
+    fsync_path,
+    write_file,
+    write_json,
+)
 from annotated_moe.model import ModelConfig, Variations
 from annotated_moe.quantization import QuantizedTensor, quantize
 from annotated_moe.vision import (
@@ -134,15 +149,15 @@ def part_of(w: Any, index: int | None) -> Any:
 
 # %% book/chapters/10_convert.md, cell 17
 def plan_ours(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
-    parts = ck.safetensors_parts(ck.flat_arrays(tensors))
-    return {ck.ONE_FILE: parts}
+    parts = safetensors_parts(ck.flat_arrays(tensors))
+    return {ONE_FILE: parts}
 
 
 # %% book/chapters/10_convert.md, cell 18
 def plan_grok(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     plan = {}
     for i, name in enumerate(ck.grok_paths(config)):
-        path, layer = ck.our_path(name)
+        path, layer = our_path(name)
         file = f"tensor{i:05d}_000"
         w = part_of(tensors[path], layer)
         plan[f"ckpt-0/{file}"] = pickle_parts(w, file)
@@ -168,7 +183,9 @@ def their_tensors(
             ]
             for i, end in enumerate(("", "_scale")[: len(found[0])]):
                 own = [arrays[i] for arrays in found]
-                joined = own[0] if len(own) == 1 else ck.Joined(own)
+                joined = (
+                    own[0] if len(own) == 1 else ConcatenatedArray(own)
+                )
                 yield name + end, joined
 
 
@@ -264,16 +281,16 @@ def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
     arrays = dict(their_tensors(family, tensors, config))
     groups = in_shards(arrays, most)
     if len(groups) == 1:
-        return {ck.ONE_FILE: ck.safetensors_parts(groups[0])}
+        return {ONE_FILE: safetensors_parts(groups[0])}
     plan: Plan = {}
     index: dict[str, str] = {}
     total = sum(Part(w).size for w in arrays.values())
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        plan[file] = ck.safetensors_parts(group)
+        plan[file] = safetensors_parts(group)
         index |= dict.fromkeys(group, file)
     content = {"metadata": {"total_size": total}, "weight_map": index}
-    plan[ck.INDEX] = [around(json.dumps(content, indent=1).encode())]
+    plan[INDEX] = [around(json.dumps(content, indent=1).encode())]
     return plan
 
 
@@ -334,7 +351,7 @@ JOURNAL = "journal"
 
 
 # %% book/chapters/10_convert.md, cell 31
-class Journal(ck.Watcher):
+class Journal(Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
     def __init__(self, file: IO[bytes], tell: Callable) -> None:
@@ -357,7 +374,7 @@ class Journal(ck.Watcher):
 
     def closed(self, path: Path) -> None:
         """What `path` holds by now is put on disk, then noted."""
-        ck.sync(path)
+        fsync_path(path)
         new = set(self.sums) - self.noted
         sums = {name: self.sums[name] for name in sorted(new)}
         self.note(file=path.name, at=path.stat().st_size, sums=sums)
@@ -388,9 +405,9 @@ def replay(journal: Journal) -> str | None:
 def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files, and what stands beside it."""
     inside = folder / "ckpt-0"
-    names = [folder / name for name in sorted(ck.names_in(folder))]
+    names = [folder / name for name in sorted(list_folder(folder))]
     if inside in names:
-        names += [inside / name for name in sorted(ck.names_in(inside))]
+        names += [inside / name for name in sorted(list_folder(inside))]
     return [path for path in names if path.is_file()]
 
 
@@ -399,7 +416,7 @@ def job_of(folder: Path, to: str, most: int) -> str:
     """A name for one conversion of one state of one folder."""
     stats = [(str(p), p.stat()) for p in files_of(folder)]
     state = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    words = json.dumps([state, to, most, ck.BLOCK])
+    words = json.dumps([state, to, most, lazy.BLOCK])
     return hashlib.sha256(words.encode()).hexdigest()
 
 
@@ -453,13 +470,13 @@ def check_room(target: Path, needed: int) -> None:
 
 # %% book/chapters/10_convert.md, cell 38
 WEIGHTS = {
-    "config.json", "checksums.json", ck.INDEX, "ckpt-0",
+    "config.json", "checksums.json", INDEX, "ckpt-0",
     "params.json", "checklist.chk",             # Meta's
 }
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
-    names = ck.names_in(folder) - WEIGHTS
+    names = list_folder(folder) - WEIGHTS
     files = [folder / n for n in sorted(names) if n[0] != "."]
     weights = {".safetensors", ".pth"}
     other = [p for p in files if p.suffix not in weights]
@@ -478,8 +495,8 @@ def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
                 f"{new} is not as its journal says: remove it and "
                 "start again"
             )
-        ck.write_file(path, parts, journal, at)
-        ck.sync(path.parent)
+        write_file(path, parts, journal, at)
+        fsync_path(path.parent)
 
 
 # %% book/chapters/10_convert.md, cell 40
@@ -493,14 +510,14 @@ def finish(
     """Add what is small, then give `new` its name."""
     for file in companions(folder):
         shutil.copyfile(file, new / file.name)
-        ck.sync(new / file.name)
+        fsync_path(new / file.name)
     ordered = dict(sorted(sums.items()))    # also after a resumption
-    ck.write_json(new / "checksums.json", {"sha256": ordered})
-    ck.write_json(new / "config.json", settings)
+    write_json(new / "checksums.json", {"sha256": ordered})
+    write_json(new / "config.json", settings)
     (new / JOURNAL).unlink()
-    ck.sync(new)
+    fsync_path(new)
     os.rename(new, target)
-    ck.sync(target.parent)
+    fsync_path(target.parent)
 
 
 # %% book/chapters/10_convert.md, cell 41
@@ -563,7 +580,7 @@ def check_options(to: str, most: int | None) -> int:
 # %% book/chapters/10_convert.md, cell 46
 def unsaid(folder: Path, c: ModelConfig) -> Plan:
     """The file of settings that a folder of Meta's has not."""
-    names = ck.names_in(folder)
+    names = list_folder(folder)
     said = names & set(IMAGE_FILES) or "params.json" not in names
     if c.vision is None or said:
         return {}
@@ -715,7 +732,7 @@ class Rounded:
 
 
 # %% book/chapters/10_convert.md, cell 65
-BFLOAT16 = ck.CODES["BF16"]
+BFLOAT16 = DTYPE_CODES["BF16"]
 
 
 # %% book/chapters/10_convert.md, cell 66
@@ -723,7 +740,7 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
     groups = ck.groups_for(r.path, inputs)
-    step = max(1, ck.BLOCK // (16 * inputs))
+    step = max(1, lazy.BLOCK // (16 * inputs))
     for start in range(0, w.shape[1], step):
         some = slice(start, start + step)
         new, good = round_block(w[:, some], groups, r.what)
@@ -750,7 +767,7 @@ def to_round(w: Any, path: str, what: str) -> Any:
     if len(w.shape) == 2:
         return Rounded(w, path, what)
     matrices = (w[i] for i in range(w.shape[0]))
-    return ck.Stack([to_round(m, path, what) for m in matrices])
+    return StackedArray([to_round(m, path, what) for m in matrices])
 
 
 # %% book/chapters/10_convert.md, cell 69

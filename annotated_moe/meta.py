@@ -7,7 +7,6 @@ without ever holding the model. By its end `load` understands
 in these files which row of which matrix it belongs to.
 """
 
-# %% book/chapters/14_meta.md, cell 1
 import io
 import math
 import struct
@@ -21,7 +20,31 @@ import ml_dtypes
 import numpy as np
 
 from annotated_moe import checkpoints as ck
-from annotated_moe.checkpoints import CheckpointError, Machine, Node
+from annotated_moe.formats.files import (
+    MAX_JSON,
+    CheckpointError,
+    list_folder,
+    map_file,
+    other_file,
+    read_json,
+)
+from annotated_moe.formats.lazy import (
+    LazyArray,
+    as_bytes,
+    stack_tensors,
+)
+from annotated_moe.formats.pickles import (
+    MARK,
+    OTHER_OPS,
+    PUSH_OPS,
+    Machine,
+    Node,
+    memoize,
+    note_call,
+    note_state,
+    parse,
+    set_items,
+)
 from annotated_moe.model import ModelConfig, kinds
 from annotated_moe.vision import VISION_META, VisionConfig, vision_names
 
@@ -121,7 +144,8 @@ def check_start(data: np.ndarray) -> None:
         )
     if start[:4] != b"PK\x03\x04":
         raise CheckpointError(
-            "is no zip file, which a .pth is: fetch it again"
+            other_file(data[:64].tobytes())
+            or "is no zip file, which a .pth is: fetch it again"
         )
 
 
@@ -217,7 +241,7 @@ def line(machine: Machine) -> str:
     rest = machine.data[machine.at : machine.at + 256]
     size = bytes(rest).find(b"\n")
     if size < 0:
-        raise machine.broken("a name without an end")
+        raise machine.malformed("a name without an end")
     text = bytes(machine.take(size + 1))[:-1]
     return text.decode("ascii", "replace")
 
@@ -241,9 +265,9 @@ def looked_up(full: str) -> Node:
 # %% book/chapters/14_meta.md, cell 27
 def stacked_name(machine: Machine) -> Node:
     """STACK_GLOBAL, as newer pickles have it: the name was pushed."""
-    pair = machine.several(2)
+    pair = machine.pop_many(2)
     if not all(isinstance(part, str) for part in pair):
-        raise machine.broken("a name that is not text")
+        raise machine.malformed("a name that is not text")
     return looked_up(".".join(pair))
 
 
@@ -251,11 +275,11 @@ def stacked_name(machine: Machine) -> Node:
 def reduce(machine: Machine) -> Any:
     """REDUCE, NEWOBJ: we note the call; an OrderedDict is a dict."""
     kinds = TENSOR, PARAMETER, ORDERED, *sorted(IGNORED_KINDS)
-    node = ck.call(machine, kinds)
+    node = note_call(machine, kinds)
     if node.kind != ORDERED:
         return node
     if node.args:
-        raise machine.broken("an OrderedDict with arguments")
+        raise machine.malformed("an OrderedDict with arguments")
     return {}
 
 
@@ -270,27 +294,27 @@ def long_text(machine: Machine) -> str:
     """BINUNICODE, of at most a thousand bytes."""
     size = machine.number(4)
     if size > 1000:
-        raise machine.broken(f"a name of {size} bytes")
+        raise machine.malformed(f"a name of {size} bytes")
     try:
         return str(machine.take(size), "utf-8")
     except UnicodeDecodeError:
-        raise machine.broken("this is no text") from None
+        raise machine.malformed("this is no text") from None
 
 
 # %% book/chapters/14_meta.md, cell 31
 def put(machine: Machine, index: int) -> None:
     """BINPUT: what is on top, into the memo. The next index only."""
     if index != len(machine.memo):
-        raise machine.broken(f"memo {index} out of order")
-    ck.memorize(machine)
+        raise machine.malformed(f"memo {index} out of order")
+    memoize(machine)
 
 
 # %% book/chapters/14_meta.md, cell 32
 def set_item(machine: Machine) -> None:
     """SETITEM: one name and value, into the dict below them."""
-    name, value = machine.several(2)
-    machine.stack += [ck.MARK, name, value]
-    ck.set_items(machine)
+    name, value = machine.pop_many(2)
+    machine.stack += [MARK, name, value]
+    set_items(machine)
 
 
 # %% book/chapters/14_meta.md, cell 33
@@ -299,12 +323,12 @@ def build(machine: Machine) -> None:
     if len(machine.stack) > 1 and isinstance(machine.stack[-2], dict):
         machine.pop()
     else:
-        ck.build(machine)
+        note_state(machine)
 
 
 # %% book/chapters/14_meta.md, cell 34
 PUSH: dict[str, Callable[[Machine], Any]] = {
-    **ck.PUSH,
+    **PUSH_OPS,
     "GLOBAL": lambda m: looked_up(f"{line(m)}.{line(m)}"),
     "STACK_GLOBAL": stacked_name,
     "REDUCE": reduce,
@@ -316,7 +340,7 @@ PUSH: dict[str, Callable[[Machine], Any]] = {
 
 # %% book/chapters/14_meta.md, cell 35
 DO: dict[str, Callable[[Machine], Any]] = {
-    **ck.DO,
+    **OTHER_OPS,
     "BINPUT": lambda m: put(m, m.number(1)),
     "LONG_BINPUT": lambda m: put(m, m.number(4)),
     "SETITEM": set_item,
@@ -411,12 +435,12 @@ def tensors_in(data: np.ndarray, spans: Spans) -> dict[str, np.ndarray]:
     if order not in (b"", b"little"):
         raise CheckpointError("is not little-endian: save it anew")
     begin, end = spans["data.pkl"]
-    if end - begin > ck.MOST_JSON:
+    if end - begin > MAX_JSON:
         raise CheckpointError(
             f"has a pickle of {end - begin} bytes; the most is "
-            f"{ck.MOST_JSON}"
+            f"{MAX_JSON}"
         )
-    said = ck.parse(data[begin:end].data, PUSH, DO, MOST_STEPS)
+    said = parse(data[begin:end].data, PUSH, DO, MOST_STEPS)
     if not isinstance(said, dict):
         raise CheckpointError("holds no dict of tensors")
     tensors = {}
@@ -436,11 +460,7 @@ def open_pth(path: Path) -> dict[str, np.ndarray]:
 
     Raises CheckpointError, naming the file. Nothing in it is run.
     """
-    try:
-        data = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as error:
-        message = f"{path} is not readable: {error}"
-        raise CheckpointError(message) from None
+    data = map_file(path)
     try:
         check_start(data)
         spans = below_root(extents(data, members_of(path)))
@@ -451,7 +471,7 @@ def open_pth(path: Path) -> dict[str, np.ndarray]:
 
 # %% book/chapters/14_meta.md, cell 51
 @dataclass(frozen=True, eq=False, repr=False)
-class Assembled(ck.Lazy):
+class Assembled(LazyArray):
     """Arrays beside one another along `axis`, not copied.
 
     `w[3]` is a lazy row; another index (integers, slices, or an
@@ -656,7 +676,7 @@ def table(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
 # %% book/chapters/14_meta.md, cell 72
 def copies(pieces: list[np.ndarray], c: ModelConfig) -> Assembled:
     """The same in all files, which is checked."""
-    if any(ck.as_bytes(p) != ck.as_bytes(pieces[0]) for p in pieces):
+    if any(as_bytes(p) != as_bytes(pieces[0]) for p in pieces):
         raise CheckpointError(
             "is not the same in all files: they are not of one model"
         )
@@ -720,7 +740,7 @@ WAYS |= {
 def pth_files(folder: Path) -> list[Path]:
     """consolidated.00.pth and on; CheckpointError for a gap."""
     found = sorted(
-        name for name in ck.names_in(folder)
+        name for name in list_folder(folder)
         if name.startswith("consolidated.") and name.endswith(".pth")
     )
     wanted = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
@@ -831,7 +851,7 @@ def image_weights(
         parts.append(change(w, c))
         check = f"{name} as {path}"
         ck.check_tensor(where, check, parts[-1], shape[stacked:])
-    return ck.stack_layers(where, path, parts) if stacked else parts[0]
+    return stack_tensors(where, path, parts) if stacked else parts[0]
 
 
 # %% book/chapters/14_meta.md, cell 85
@@ -859,7 +879,7 @@ def read_meta(folder: Path, config: ModelConfig) -> dict[str, Any]:
             return one(path, "", shape)
         layers = layers_with(path, config)
         parts = [one(path, f"layers.{i}.", shape[1:]) for i in layers]
-        return ck.stack_layers(folder, path, parts)
+        return stack_tensors(folder, path, parts)
 
     shapes = ck.expected(config)
     tensors = {path: all_of(path, shapes[path]) for path in shapes}
@@ -1114,7 +1134,7 @@ def meta_config(folder: Path) -> ModelConfig:
     Raises CheckpointError for a field that is unknown or wrong.
     """
     path = folder / "params.json"
-    raw = check_params(path, ck.read_json(path), FIELDS)
+    raw = check_params(path, read_json(path), FIELDS)
     moe = check_params(path, raw.get("moe_args", {}), MOE_FIELDS)
     dim, heads = need(path, raw, "dim"), need(path, raw, "n_heads")
     size, rest = divmod(dim, heads)

@@ -27,6 +27,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from annotated_moe.checkpoints import (
+    groups_for,
+    indivisible,
+    open_checkpoint,
+)
 from annotated_moe.config import ModelConfig, all_slots
 from annotated_moe.families import PRESETS
 from annotated_moe.hlo import bytes_moved, collectives
@@ -34,6 +39,7 @@ from annotated_moe.model import (
     Cache,
     Params,
     decode_step,
+    flat_specs,
     head_table,
     init_cache,
     param_specs,
@@ -41,9 +47,7 @@ from annotated_moe.model import (
 )
 from annotated_moe.moe import MoESpec
 from annotated_moe.parallel import (
-    MESH_AXES,
     AnyMesh,
-    axis_size,
     fit_spec,
     group_repeats,
     partition_spec,
@@ -96,32 +100,27 @@ def kind_of(spec: ParamSpec) -> str:
 
 
 # %% 13
-Kinds = dict[str, dict[str, str]]           # module -> name -> kind
-
-
-def weight_kinds(config: ModelConfig) -> Kinds:
-    """What each parameter is for; two kinds are known by their use.
+def parameter_kinds(config: ModelConfig) -> dict[tuple[str, str], str]:
+    """(module, name) -> kind; two kinds are known by their use alone.
 
     A "lookup table" is an embedding that nothing is multiplied by, and
     "other inputs" are read for what is not text.
     """
-    specs = param_specs(config)
-    head = head_table(specs, config)
-    kinds = {
-        module: {name: kind_of(spec) for name, spec in leaves.items()}
-        for module, leaves in specs.items()
-    }
-    for module, leaves in specs.items():
-        for name, spec in leaves.items():
-            if "vocab" in spec.axes and spec is not head:
-                kinds[module][name] = "lookup table"
-    for module, leaves in record_specs(config.other_parameters).items():
-        kinds[module] = dict.fromkeys(leaves, "other inputs")
+    head = head_table(param_specs(config), config)
+    others = record_specs(config.other_parameters)
+    kinds = {}
+    for (module, name), spec in flat_specs(config).items():
+        kind = kind_of(spec)
+        if kind == "embedding" and spec is not head:
+            kind = "lookup table"
+        if module in others:
+            kind = "other inputs"
+        kinds[module, name] = kind
     return kinds
 
 
 # %% 13
-def module_experts(config: ModelConfig) -> dict[str, MoESpec]:
+def experts_of(config: ModelConfig) -> dict[str, MoESpec]:
     """Module -> the experts of its layer, where there are any."""
     return {
         module: slot.spec.feed_forward
@@ -132,34 +131,24 @@ def module_experts(config: ModelConfig) -> dict[str, MoESpec]:
 
 
 # %% 13
-def token_weights(config: ModelConfig) -> dict[str, float]:
+def token_weights(config: ModelConfig) -> dict[str, int]:
     """Kind -> how many weights of it one token makes use of."""
-    experts, counts = module_experts(config), dict[str, float]()
-    kinds = weight_kinds(config)
-    for module, leaves in param_specs(config).items():
-        for name, spec in leaves.items():
-            size, kind = float(math.prod(spec.shape)), kinds[module][name]
-            if kind == "experts":
-                moe = experts[module]
-                size *= moe.top_k / moe.num_experts
-            counts[kind] = counts.get(kind, 0.0) + size
+    experts, counts = experts_of(config), dict[str, int]()
+    kinds = parameter_kinds(config)
+    for (module, name), spec in flat_specs(config).items():
+        size, kind = math.prod(spec.shape), kinds[module, name]
+        if kind == "experts":
+            moe = experts[module]
+            size = size // moe.num_experts * moe.top_k
+        counts[kind] = counts.get(kind, 0) + size
     return counts
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that one token makes use of."""
-    total = sum(
-        math.prod(spec.shape) for leaves in param_specs(config).values()
-        for spec in leaves.values()
-    )
-    return total, round(sum(token_weights(config).values()))
-
-
-# %% 13
-def scale_groups(spec: ParamSpec, most: int = 8) -> int:
-    """Groups of scales: several where devices share the inputs."""
-    along = MESH_AXES.get(spec.axes[-2])
-    return math.gcd(spec.shape[-2], most) if along == "model" else 1
+    specs = flat_specs(config).values()
+    total = sum(math.prod(spec.shape) for spec in specs)
+    return total, sum(token_weights(config).values())
 
 
 # %% 13
@@ -187,7 +176,7 @@ def abstract_params(
     """
     def one(spec: ParamSpec) -> Any:
         small = eight_bits and spec.matrix
-        groups = scale_groups(spec) if small else None
+        groups = groups_for(spec) if small else None
         return abstract_weight(spec, config.dtype, groups)
 
     return {
@@ -208,18 +197,12 @@ def abstract_mesh(
 
 # %% 13
 def check_divides(config: ModelConfig, mesh: AnyMesh) -> None:
-    """ValueError for a weight that its rule cannot cut on this mesh."""
-    for module, leaves in param_specs(config).items():
-        for name, spec in leaves.items():
-            for axis, size in zip(partition_spec(spec.axes), spec.shape):
-                parts = axis_size(mesh, axis)
-                if size % parts:
-                    raise ValueError(
-                        f"a {mesh_text(mesh.shape)} mesh does not divide"
-                        f" {module}/{name}: {parts} parts of {size};"
-                        " choose data, expert and model so that they"
-                        " divide every weight"
-                    )
+    """ValueError for a mesh that `load` would refuse."""
+    if wrong := indivisible(config, dict(mesh.shape)):
+        raise ValueError(
+            f"a {mesh_text(mesh.shape)} mesh does not divide the model:"
+            f" {wrong}"
+        )
 
 
 def mesh_text(sizes: Any) -> str:
@@ -336,34 +319,31 @@ def step_needs(
 
     Each weight in use once, and every slot of the cache.
     """
-    specs, kinds = param_specs(config), weight_kinds(config)
-    experts = module_experts(config)
+    experts, kinds = experts_of(config), parameter_kinds(config)
     needs = {"experts": 0.0}
-    for module, leaves in params.items():
-        for name, w in leaves.items():
-            size, spec = float(device_bytes(w)), specs[module][name]
-            kind = kinds[module][name]
-            if kind == "experts":
-                size *= read_share(w, spec, experts[module], batch)
-            elif kind == "lookup table":
-                size *= min(1, batch / config.vocab_size)
-            if kind != "other inputs":
-                needs[kind] = needs.get(kind, 0.0) + size
+    for (module, name), spec in flat_specs(config).items():
+        w, kind = params[module][name], kinds[module, name]
+        size = float(device_bytes(w))
+        if kind == "experts":
+            size *= read_share(w, spec, experts[module], batch)
+        elif kind == "lookup table":
+            size *= min(1, batch / config.vocab_size)
+        if kind != "other inputs":
+            needs[kind] = needs.get(kind, 0.0) + size
     return {**needs, "cache": float(cache_bytes(cache))}
 
 
 # %% 13
 def unread_bytes(params: Params, config: ModelConfig, batch: int) -> float:
     """Bytes of a device's weights that no step reads, experts aside."""
-    kinds, total = weight_kinds(config), 0.0
-    for module, leaves in params.items():
-        for name, w in leaves.items():
-            if kinds[module][name] == "other inputs":
-                total += device_bytes(w)
-            elif kinds[module][name] == "lookup table":
-                idle = max(0.0, 1 - batch / config.vocab_size)
-                total += device_bytes(w) * idle
-    return total
+    shares = {
+        "other inputs": 1.0,
+        "lookup table": max(0.0, 1 - batch / config.vocab_size),
+    }
+    return sum(
+        device_bytes(params[module][name]) * shares.get(kind, 0.0)
+        for (module, name), kind in parameter_kinds(config).items()
+    )
 
 
 # %% 13
@@ -503,7 +483,7 @@ def usual_mesh(devices: int, config: ModelConfig) -> dict[str, int]:
     """
     slots = all_slots(config)
     model = math.gcd(devices, *(s.spec.attention.kv_heads for s in slots))
-    counts = [moe.num_experts for moe in module_experts(config).values()]
+    counts = [moe.num_experts for moe in experts_of(config).values()]
     expert = math.gcd(devices // model, *counts) if counts else 1
     data = devices // (model * expert)
     return {"data": data, "expert": expert, "model": model}
@@ -702,7 +682,7 @@ def table(plan: Plan) -> str:
 # %% 92
 def busiest_experts(config: ModelConfig, batch: int) -> float:
     """How often a loop over asked experts runs, for most layers."""
-    moes = list(module_experts(config).values())
+    moes = list(experts_of(config).values())
     if not moes:
         return 1.0
     return max(active_experts(moe, batch) for moe in moes)
@@ -821,22 +801,16 @@ def weights_of(name: str) -> tuple[ModelConfig, Params]:
             f"{name!r} is neither a folder nor a preset; presets are"
             f" {', '.join(PRESETS)}"
         )
-    from annotated_moe.checkpoints import find_layout
-
-    config, read, where = find_layout(Path(name))
-    config = replace(config, dtype="bfloat16")
-    tensors = read(where, config)
-
-    def one(path: str, spec: ParamSpec) -> Any:
-        w = tensors[path]
-        if not isinstance(w, QuantizedTensor):
-            return abstract_weight(spec, config.dtype)
-        return abstract_weight(spec, config.dtype, w.scales.shape[-2])
-
-    return config, {
-        module: {n: one(f"{module}/{n}", s) for n, s in leaves.items()}
-        for module, leaves in param_specs(config).items()
-    }
+    opened = open_checkpoint(Path(name))
+    config = replace(opened.config, dtype="bfloat16")
+    params: dict[str, dict[str, Any]] = {}
+    for (module, leaf), w in opened.read().items():
+        small = isinstance(w, QuantizedTensor)
+        groups = w.scales.shape[-2] if small else None
+        spec = flat_specs(config)[module, leaf]
+        own = abstract_weight(spec, config.dtype, groups)
+        params.setdefault(module, {})[leaf] = own
+    return config, params
 
 
 # %% 92

@@ -350,7 +350,8 @@ class Collective(NamedTuple):
 def devices_together(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
-    Groups are printed as lists, as `[2,4]<=[8]`, or as mesh axes.
+    Groups are printed as lists, as `[2,4]<=[8]`, or as mesh axes, of
+    which `'model':(2)2` is a part, of size 2.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", after):
         return len(integers(found[1]))
@@ -359,8 +360,8 @@ def devices_together(after: str, devices: int) -> int:
     by_axes = r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}"
     if found := re.search(by_axes, after):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"\w+", found[2])
-        return math.prod(int(sizes[axis]) for axis in axes)
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return devices
 
 

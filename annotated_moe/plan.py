@@ -576,6 +576,8 @@ def make_plan(
     )
     if not compiler:
         return plan
+    if not isinstance(mesh, Mesh):
+        raise ValueError("an abstract mesh has no devices to compile for")
     begun = time.perf_counter()
     program = compile_decode(config, placed, cache, mesh)
     spent = time.perf_counter() - begun
@@ -876,11 +878,12 @@ def plan_of(args: argparse.Namespace) -> Plan:
     if args.topology:
         simulate(1)
         devices = tpu_devices(args.topology)
-        wanted = wanted or len(devices)
+        wanted = len(devices) if wanted is None else wanted
     else:
-        wanted = wanted or fewest_devices(
-            config, params, hardware, args.batch, context
-        )
+        if wanted is None:
+            wanted = fewest_devices(
+                config, params, hardware, args.batch, context
+            )
         simulate(wanted)
         devices = jax.devices()[:wanted]
     mesh = mesh_of(devices, **(sizes or usual_mesh(wanted, config)))
@@ -909,3 +912,11 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=1, help="rows at once [1]")
     add("--context", type=int, help="tokens a row [the model's]")
     add("--json", action="store_true", help="for programs")
+
+
+def add_plan(commands: Any) -> None:
+    """The subcommand `plan` of the command line."""
+    text = "say what running a model takes, before any download"
+    sub = commands.add_parser("plan", help=text, description=text)
+    sub.set_defaults(run=run_plan)
+    add_plan_options(sub)

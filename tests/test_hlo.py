@@ -165,6 +165,7 @@ def test_text_that_is_no_program(text):
         ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
         ("replica_groups=mesh['a'=1,'b'=2,'c'=4] {'b','c'}, d={2}", 8),
         ("replica_groups=mesh['a'=1,'b'=2,'c'=4] {'c'}", 4),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4] {'b','c':(2)2}, x=1", 4),
         ("replica_groups={}", 16),
     ],
 )

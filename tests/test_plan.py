@@ -19,11 +19,11 @@ from annotated_moe.attention import (
     UnitAttentionSpec,
     Window,
 )
-from annotated_moe.config import LayerSpec, ModelConfig, as_segments
 from annotated_moe.checkpoints import groups_for, small_model
+from annotated_moe.config import LayerSpec, ModelConfig, as_segments
 from annotated_moe.families import PRESETS
 from annotated_moe.families.grok import grok_config
-from annotated_moe.model import init_cache, init_params
+from annotated_moe.model import init_cache
 from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.parallel import (
     fit_groups,
@@ -118,12 +118,11 @@ def test_weights_are_where_the_loader_puts_them(sizes, dtype):
 def test_groups_that_are_fewer_than_devices(sizes):
     """Scales are repeated as `fit_groups` repeats real ones."""
     mesh, specs = make_mesh(*sizes), planning.param_specs(TINY)
-    params = init_params(jax.random.key(0), TINY)
     params = {
-        module: {n: quantize(w, min(2, groups_for(s)))
-                 if (s := specs[module][n]).matrix else w
-                 for n, w in leaves.items()}
-        for module, leaves in params.items()
+        module: {name: quantize(w, min(2, groups_for(spec))) if spec.matrix else w
+                 for name, spec in leaves.items()
+                 for w in [np.zeros(spec.shape, np.float32)]}
+        for module, leaves in specs.items()
     }
     shapes = jax.eval_shape(lambda: params)
     plan = on_mesh(shapes, TINY, mesh)
@@ -160,7 +159,7 @@ def test_grok_1_on_meshes_that_are_not_there():
 
 @pytest.mark.parametrize("shape", [(1, 6, 1), (5, 1, 1), (1, 48, 1), (1, 8, 3)])
 def test_a_mesh_that_does_not_divide(shape):
-    with pytest.raises(ValueError, match="does not divide the model: .* does not divide"):
+    with pytest.raises(ValueError, match="mesh does not divide the model: "):
         on_mesh(abstract_params(GROK), GROK, abstract_mesh(*shape))
 
 
@@ -523,7 +522,7 @@ def test_a_plan_finds_how_many_devices(capsys):
         (["grok-9"], "'grok-9' is neither a folder nor a preset; presets are grok-1"),
         ([SMALL, "--mesh", "8"], "--mesh must be DATAxMODEL or .*, not '8'"),
         ([SMALL, "--mesh", "0x8"], "--mesh must be DATAxMODEL"),
-        (["grok-1", "--mesh", "1x6"], "a 1 x 1 x 6 mesh does not divide the model: model = 6 does not"),
+        (["grok-1", "--mesh", "1x6"], "a 1 x 1 x 6 mesh does not divide the model"),
         ([SMALL, "--mesh", "1x2", "--devices", "2"], "give one"),
         ([SMALL, "--devices", "0"], "--devices must be 1 to 512, not 0"),
         ([SMALL, "--mesh", "64x64"], "--devices must be 1 to 512, not 4096"),

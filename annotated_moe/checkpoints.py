@@ -1003,8 +1003,9 @@ def find_layout(folder: Path) -> Layout:
     for detect in DETECTORS:
         if found := detect(folder, names):
             return found
-    if found_weights := describe_weights(names):
-        raise CheckpointError(f"{folder} {found_weights}")
+    shards = any(name.endswith(".safetensors") for name in names)
+    if not shards and (other := describe_weights(names)):
+        raise CheckpointError(f"{folder} {other}")
     raise CheckpointError(
         f"{folder} holds neither ckpt-0/ (Grok-1) nor a config.json of "
         f"format {OUR_FORMAT!r} or with 'architectures' (the hub), "
@@ -1033,7 +1034,9 @@ def stored(where: Path) -> dict[str, np.ndarray]:
         return open_folder(where)
     files = [n for n in list_folder(where) if n.startswith("tensor")]
     interpreted: Interpreted = {}
-    tensors = {n: read_pickled(where / n, interpreted) for n in sorted(files)}
+    tensors = {
+        n: read_pickled(where / n, interpreted) for n in sorted(files)
+    }
     return flat_arrays(tensors)
 
 

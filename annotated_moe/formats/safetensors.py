@@ -38,16 +38,16 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     sentence that begins with its path.
     """
     size = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) >= 8 and size > MAX_JSON:
+    if len(data) >= 8 and not 2 <= size <= MAX_JSON:
         refuse_other_file(data.data)
         raise CheckpointError(
-            f"is no safetensors file: its first eight bytes are {size}, "
-            f"and no header has more than {MAX_JSON} bytes"
+            f"is no safetensors file: it begins with a header of {size}"
+            f" bytes, and headers have 2 to {MAX_JSON}"
         )
     if len(data) < 8 + size:
         raise CheckpointError(
-            f"was cut within its header, at byte {len(data)}: fetch the "
-            "file again"
+            f"was cut within its header, at byte {len(data)}: fetch "
+            "the file again"
         )
     try:
         header = parse_json(data[8 : 8 + size].tobytes())
@@ -201,7 +201,8 @@ def warn_of_others(
     """A warning for safetensors files of a folder that are not read."""
     others = {name for name in names if name.endswith(".safetensors")}
     for name in sorted(others - used)[:3]:
-        warnings.warn(f"{folder / name} is not read: {why}", stacklevel=2)
+        text = f"{folder / name} is not read: {why}"
+        warnings.warn(text, stacklevel=2)
 
 
 # %% book/chapters/09b_safetensors.md, cell 41
@@ -243,24 +244,6 @@ def describe_weights(names: set[str]) -> str:
 
 
 # %% book/chapters/09b_safetensors.md, cell 42
-def open_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Name -> array of one safetensors file, or of all shards.
-
-    Where there is an index, it decides which files are the model.
-    CheckpointError for a shard that is missing or not as it says.
-    """
-    names = list_folder(folder)
-    if INDEX in names:
-        return open_shards(folder, read_index(folder, names), names)
-    if ONE_FILE not in names:
-        found = describe_weights(names) or (
-            f"holds neither {ONE_FILE} nor {INDEX}: fetch the weights"
-        )
-        raise CheckpointError(f"{folder} {found}")
-    warn_of_others(folder, names, {ONE_FILE}, f"{ONE_FILE} is the model")
-    return open_arrays(folder / ONE_FILE)
-
-
 def open_shards(
     folder: Path, index: dict[str, str], names: set[str]
 ) -> dict[str, np.ndarray]:
@@ -282,3 +265,23 @@ def open_shards(
             "index places there"
         )
     return arrays
+
+
+# %% book/chapters/09b_safetensors.md, cell 43
+def open_folder(folder: Path) -> dict[str, np.ndarray]:
+    """Name -> array of one safetensors file, or of all shards.
+
+    Where there is an index, it decides which files are the model.
+    CheckpointError for a shard that is missing or not as it says.
+    """
+    names = list_folder(folder)
+    if INDEX in names:
+        return open_shards(folder, read_index(folder, names), names)
+    if ONE_FILE not in names:
+        found = describe_weights(names) or (
+            f"holds neither {ONE_FILE} nor {INDEX}: fetch the weights"
+        )
+        raise CheckpointError(f"{folder} {found}")
+    why = f"{ONE_FILE} is the model"
+    warn_of_others(folder, names, {ONE_FILE}, why)
+    return open_arrays(folder / ONE_FILE)

@@ -125,6 +125,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+# %% book/chapters/09b_safetensors.md, cell 8
 def parse_json(data: bytes) -> dict[str, Any]:
     """The one JSON object in `data`, no name of it met twice.
 
@@ -140,7 +141,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09b_safetensors.md, cell 10
+# %% book/chapters/09b_safetensors.md, cell 11
 MAX_JSON = 2**24                                # bytes
 
 

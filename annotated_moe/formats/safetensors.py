@@ -30,7 +30,7 @@ from annotated_moe.formats.files import (
 from annotated_moe.formats.writing import Part
 
 
-# %% book/chapters/09b_safetensors.md, cell 11
+# %% book/chapters/09b_safetensors.md, cell 12
 def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     """What a safetensors file says it holds, and where that begins.
 
@@ -57,7 +57,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-# %% book/chapters/09b_safetensors.md, cell 12
+# %% book/chapters/09b_safetensors.md, cell 13
 DTYPE_CODES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -66,6 +66,7 @@ DTYPE_CODES: dict[str, np.dtype] = {
 }
 
 
+# %% book/chapters/09b_safetensors.md, cell 14
 def as_extent(name: str, entry: Any) -> Extent:
     """Where a tensor lies behind the header, and as what."""
     match entry:
@@ -95,7 +96,7 @@ def as_extent(name: str, entry: Any) -> Extent:
     return Extent(begin, end, dtype, tuple(shape))
 
 
-# %% book/chapters/09b_safetensors.md, cell 13
+# %% book/chapters/09b_safetensors.md, cell 15
 def check_extents(extents: dict[str, Extent], size: int) -> None:
     """CheckpointError unless they fill `size` bytes, each once."""
     last = max((extent.end for extent in extents.values()), default=0)
@@ -119,7 +120,7 @@ def check_extents(extents: dict[str, Extent], size: int) -> None:
         )
 
 
-# %% book/chapters/09b_safetensors.md, cell 14
+# %% book/chapters/09b_safetensors.md, cell 16
 def parse_safetensors(data: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> view of `data`, the bytes of a safetensors file."""
     header, start = read_header(data)
@@ -133,6 +134,7 @@ def parse_safetensors(data: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+# %% book/chapters/09b_safetensors.md, cell 17
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a safetensors file, mapped, not copied.
 
@@ -145,7 +147,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09b_safetensors.md, cell 24
+# %% book/chapters/09b_safetensors.md, cell 28
 def safetensors_parts(
     arrays: dict[str, Any], metadata: dict[str, str] | None = None
 ) -> list[Part]:
@@ -174,7 +176,7 @@ def safetensors_parts(
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09b_safetensors.md, cell 39
+# %% book/chapters/09b_safetensors.md, cell 47
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
@@ -194,7 +196,7 @@ def read_index(folder: Path, names: set[str]) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09b_safetensors.md, cell 40
+# %% book/chapters/09b_safetensors.md, cell 48
 def warn_of_others(
     folder: Path, names: set[str], used: set[str], why: str
 ) -> None:
@@ -205,11 +207,11 @@ def warn_of_others(
         warnings.warn(text, stacklevel=2)
 
 
-# %% book/chapters/09b_safetensors.md, cell 41
+# %% book/chapters/09b_safetensors.md, cell 49
 OTHER_WEIGHTS = {
     ".bin": "pickles of PyTorch, which are not read here: fetch the "
-    "model's safetensors, or write them with save_pretrained(..., "
-    "safe_serialization=True) of transformers",
+    "model's safetensors, or load them in transformers, whose "
+    "save_pretrained writes safetensors",
     ".gguf": "a file of llama.cpp, which is not read here: fetch the "
     "model's safetensors",
     ".pt": "pickles of PyTorch, which are not read here: save them as "
@@ -223,6 +225,7 @@ OTHER_WEIGHTS = {
 }
 
 
+# %% book/chapters/09b_safetensors.md, cell 50
 def describe_weights(names: set[str]) -> str:
     """What a folder without `model.safetensors` holds instead.
 
@@ -243,7 +246,7 @@ def describe_weights(names: set[str]) -> str:
     return ""
 
 
-# %% book/chapters/09b_safetensors.md, cell 42
+# %% book/chapters/09b_safetensors.md, cell 51
 def open_shards(
     folder: Path, index: dict[str, str], names: set[str]
 ) -> dict[str, np.ndarray]:
@@ -252,11 +255,16 @@ def open_shards(
     warn_of_others(folder, names, shards, f"{INDEX} does not name it")
     for shard in sorted(shards):
         for name, array in open_arrays(folder / shard).items():
-            if index.get(name) != shard:
+            if name not in index:
                 raise CheckpointError(
                     f"{folder / shard} holds {name[:80]!r}, which the "
-                    f"index places in {index.get(name)!r}: one "
-                    "parameter has two tensors"
+                    "index does not name: fetch both again"
+                )
+            if index[name] != shard:
+                raise CheckpointError(
+                    f"{folder / shard} holds {name[:80]!r}, which the "
+                    f"index places in {index[name]!r}: one parameter "
+                    "has two tensors"
                 )
             arrays[name] = array
     for name in sorted(set(index) - set(arrays)):
@@ -267,7 +275,7 @@ def open_shards(
     return arrays
 
 
-# %% book/chapters/09b_safetensors.md, cell 43
+# %% book/chapters/09b_safetensors.md, cell 52
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards.
 

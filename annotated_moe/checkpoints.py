@@ -44,6 +44,7 @@ from annotated_moe.formats.native import (
 )
 from annotated_moe.formats.pickles import read_pickled
 from annotated_moe.formats.safetensors import (
+    describe_weights,
     open_folder,
     safetensors_parts,
 )
@@ -342,6 +343,9 @@ def open_checkpoint(folder: Path) -> Opened:
         if weights is not None:
             config = layout.config(folder)
             return Opened(folder, weights, layout, config)
+    shards = any(name.endswith(".safetensors") for name in names)
+    if not shards and (other := describe_weights(names)):
+        raise CheckpointError(f"{folder} {other}")
     raise CheckpointError(
         f"{folder} holds no checkpoint: known layouts are "
         + ", ".join(layout.name for layout in LAYOUTS)

@@ -7,7 +7,6 @@ Grok-1's vocabulary learns the same one, and seen why 131,072 pieces are
 right for Grok-1 and 2,048 for the small model that ships here.
 """
 
-# %% book/chapters/01_tokenizer.md, cell 1
 import io
 import operator
 import os

@@ -8,7 +8,6 @@ for, and one class opens the tokenizers of Llama, Mixtral, Qwen and
 OLMoE.
 """
 
-# %% book/chapters/19_vocabularies.md, cell 1
 import base64
 import binascii
 import codecs

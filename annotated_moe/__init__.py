@@ -1,10 +1,12 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/19_vocabularies.md by `make sync`; edit the chapters.
 """The front door of the package: what a reader types is here, and the
 rest is one import further in.
 """
 
 import gc
 from typing import Any
+
+import annotated_moe.chat as chat_module
 
 # %% book/chapters/09_checkpoints.md, cell 163
 looking = gc.isenabled()
@@ -49,3 +51,7 @@ def __getattr__(name: str) -> Any:
     from importlib.metadata import version
 
     return version("annotated-moe")
+
+
+# %% book/chapters/19_vocabularies.md, cell 31
+chat_module.register_chat()

@@ -41,7 +41,12 @@ from annotated_moe.model import (
 )
 from annotated_moe.quantization import QuantizedTensor, quantize
 from annotated_moe.streaming import StreamedModel
-from annotated_moe.tokenizer import Tokenizer
+from annotated_moe.tokenizer import (
+    COMPANIONS,
+    FORMATS,
+    Tokenizer,
+    open_tokenizer,
+)
 from annotated_moe.vision import (
     IMAGE_FILES,
     IMAGE_IDS,
@@ -52,7 +57,6 @@ from annotated_moe.vision import (
     vision_config,
     vision_names,
 )
-from annotated_moe.vocabularies import BESIDE, TOKENIZERS
 
 
 # %% book/chapters/09_checkpoints.md, cell 6
@@ -1196,8 +1200,8 @@ PARTS = {
     "config.json",
     "model.safetensors",
     "checksums.json",
-    *TOKENIZERS,
-    *BESIDE,
+    *(form.file_name for form in FORMATS),
+    *(name.split("/")[0] for name in COMPANIONS),
 }
 
 
@@ -1955,18 +1959,16 @@ def find_tokenizer(
     `tokenizer.json` goes first: where both are, it has tokens that
     were added later.
     """
-    paths = [folder / name for name in TOKENIZERS]
-    path = next((p for p in paths if os.path.lexists(p)), None)
-    if path is None:
-        return None
     try:
-        tokenizer = Tokenizer(path)
+        tokenizer = open_tokenizer(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    if tokenizer is None:
+        return None
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{path} has {tokenizer.vocab_size} pieces, but the "
-            f"model's vocabulary is {config.vocab_size}"
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} "
+            f"pieces, but the model's vocabulary is {config.vocab_size}"
         )
     if config.vision is not None and (folder / "params.json").exists():
         meta_images(tokenizer, config.vision)
@@ -1976,9 +1978,9 @@ def find_tokenizer(
 # %% book/chapters/09_checkpoints.md, cell 156
 def meta_images(tokenizer: Tokenizer, eyes: VisionConfig) -> None:
     """Put beside a tokenizer of Meta's what its program takes."""
-    if not set(IMAGE_FILES) & set(tokenizer.beside):
+    if not set(IMAGE_FILES) & set(tokenizer.companions):
         text = json.dumps(preprocessor_config(eyes), indent=1)
-        tokenizer.beside[IMAGE_FILES[0]] = text.encode()
+        tokenizer.companions[IMAGE_FILES[0]] = text.encode()
 
 
 # %% book/chapters/09_checkpoints.md, cell 157

@@ -18,11 +18,12 @@ import jax
 from jax.sharding import Mesh
 
 from annotated_moe import checkpoints, hosts
+from annotated_moe.chat import chat_ids
 from annotated_moe.model import Model
 from annotated_moe.sharding import make_mesh
 from annotated_moe.streaming import StreamedModel, watched
+from annotated_moe.tokenizer import split_at
 from annotated_moe.vision import IMAGE, read_image
-from annotated_moe.vocabularies import split_at
 
 
 # %% book/chapters/09_checkpoints.md, cell 181
@@ -96,7 +97,7 @@ def prompt_ids(
     if args.chat:
         content = message_parts(prompt) if images else prompt
         message = {"role": "user", "content": content}
-        prompt = model.words().chat([message])
+        prompt = chat_ids(model.words(), [message])
     return model.with_images(prompt, images)
 
 
@@ -114,7 +115,7 @@ def message_parts(prompt: str) -> list[dict[str, str]]:
 def ends(model: Model, chat: bool) -> tuple[int, ...]:
     """The ids that end a text; in a chat, a turn as well."""
     ids = model.config.stop_ids
-    return ids + model.words().turn_ids if chat else ids
+    return ids + model.words().stop_ids if chat else ids
 
 
 # %% book/chapters/09_checkpoints.md, cell 189

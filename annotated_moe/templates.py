@@ -1,14 +1,8 @@
 # Generated from book/chapters/19_vocabularies.md by `make sync`; edit the chapter.
-"""An instruct model reads a conversation in the form that it was
-trained on, and that form is a program that came with the weights. This
-chapter runs it. By the end the program cannot reach your files, a
-message of 49 characters can no longer put words into the mouth of the
-system, you have measured what a token before the first word is good
-for, and one class opens the tokenizers of Llama, Mixtral, Qwen and
-OLMoE.
+"""A chat template is a program by a stranger. This module runs one in a
+process of its own, and is that process.
 """
 
-# %% book/chapters/19_vocabularies.md, cell 2
 import importlib
 import json
 import subprocess
@@ -19,8 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-
-# %% book/chapters/19_vocabularies.md, cell 16
+# %% book/chapters/19_vocabularies.md, cell 15
 MAX_SECONDS, MAX_BYTES, MAX_TEXT = 5, 2**30, 2**22
 
 
@@ -46,7 +39,7 @@ def sandbox(library: ModuleType, extension: Any) -> Any:
     return env
 
 
-# %% book/chapters/19_vocabularies.md, cell 17
+# %% book/chapters/19_vocabularies.md, cell 16
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None,
     separators: Any = None, sort_keys: bool = False,
@@ -61,7 +54,7 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-# %% book/chapters/19_vocabularies.md, cell 18
+# %% book/chapters/19_vocabularies.md, cell 17
 def generation_tag(extension: Any) -> Any:
     """`{% generation %}` marks answers for training; prints them."""
     class Generation(extension):
@@ -75,7 +68,7 @@ def generation_tag(extension: Any) -> Any:
     return Generation
 
 
-# %% book/chapters/19_vocabularies.md, cell 19
+# %% book/chapters/19_vocabularies.md, cell 18
 def render(
     template: str, variables: dict[str, Any], asked: list[str]
 ) -> dict[str, Any]:
@@ -97,7 +90,7 @@ def render(
     return {"text": "".join(text), "unread": unread}
 
 
-# %% book/chapters/19_vocabularies.md, cell 20
+# %% book/chapters/19_vocabularies.md, cell 19
 def limit_process() -> None:
     """Bound what this process may take, as far as the system can."""
     with suppress(ImportError):
@@ -120,7 +113,7 @@ def answer(request: str) -> dict[str, Any]:
         return {"error": str(error) or type(error).__name__}
 
 
-# %% book/chapters/19_vocabularies.md, cell 21
+# %% book/chapters/19_vocabularies.md, cell 20
 def render_apart(
     template: str, variables: dict[str, Any], asked: list[str]
 ) -> dict[str, Any]:

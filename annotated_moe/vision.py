@@ -26,13 +26,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int, Int32, UInt8
 
 from annotated_moe.attention import attend
 from annotated_moe.rope import rope_angles
-from annotated_moe.vocabularies import (
-    encode_marked,
-    marks,
-    needed,
-    parse_json,
-    specials_of,
-)
+from annotated_moe.tokenizer import marks, needed, parse_json, split_at
 
 
 # %% book/chapters/17_vision.md, cell 3
@@ -1052,11 +1046,11 @@ def read_prompt(
 
     `words` is a Tokenizer. ValueError if something does not fit.
     """
-    ids = mark_ids(specials_of(words.processor), c)
+    ids = mark_ids(words.backend.specials, c)
     if isinstance(prompt, str):
-        mark = {IMAGE: ids[IMAGE]}
-        prompt = encode_marked(prompt, mark, words.encode)
-    how = image_settings(words.beside, c)
+        prompt = [i for part in split_at(prompt, [IMAGE]) for i in (
+            [ids[IMAGE]] if part == IMAGE else words.encode(part))]
+    how = image_settings(words.companions, c)
     return place_images(list(prompt), images, ids, how, c)
 
 

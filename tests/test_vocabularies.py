@@ -21,7 +21,8 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import checkpoints as ck
-from annotated_moe import cli, convert, templates, vocabularies
+from annotated_moe import cli, convert, templates
+from annotated_moe import tokenizer as formats
 from annotated_moe.model import Model
 from annotated_moe.tokenizer import Tokenizer
 
@@ -121,9 +122,9 @@ def meta_file(pieces):
 @pytest.fixture(autouse=True)
 def tiny_forms(monkeypatch):
     """Let 265 and 266 base tokens stand for Llama 3 and Llama 4."""
-    forms = vocabularies.META_FORMS
+    forms = formats.META_FORMS
     small = {265: forms[128_000], 266: forms[200_000]}
-    monkeypatch.setattr(vocabularies, "META_FORMS", forms | small)
+    monkeypatch.setattr(formats, "META_FORMS", forms | small)
 
 
 MAKE = {
@@ -211,7 +212,7 @@ def test_ids_and_text_are_those_of_the_library(name):
 def test_bytes_are_those_of_tiktoken():
     pieces = merged_ranks(265)
     library = tiktoken.Encoding(
-        "x", pat_str=vocabularies.LLAMA3_PATTERN, special_tokens={},
+        "x", pat_str=formats.LLAMA3_PATTERN, special_tokens={},
         mergeable_ranks={p: i for i, p in enumerate(pieces)})
     tokenizer, rng = made("llama 3"), random.Random(2)
     for text in SAMPLES:
@@ -223,7 +224,7 @@ def test_bytes_are_those_of_tiktoken():
 
 def test_a_long_run_is_cut_as_meta_cuts_it():
     text = "a" * 60_000 + " " * 30_000 + "b" * 340_000
-    parts = list(vocabularies.stretches(text))
+    parts = list(formats.stretches(text))
     assert "".join(parts) == text
     sizes = [25_000, 25_000, 35_000, 30_000]
     assert [len(p) for p in parts[:4]] == sizes

@@ -1,8 +1,9 @@
-# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/19_vocabularies.md by `make sync`; edit the chapters.
 """The front door: a Grok-1-class mixture-of-experts model that a book
 builds, piece by piece.
 """
 
+import annotated_moe.chat as chat_module
 from annotated_moe.checkpoints import load, save, verify
 from annotated_moe.config import ModelConfig
 from annotated_moe.families import PRESETS
@@ -23,3 +24,7 @@ __all__ = [
 __all__.extend(
     entry.__name__ for entry in (CheckpointError, load, save, verify)
 )
+
+
+# %% book/chapters/19_vocabularies.md, cell 31
+chat_module.register_chat()

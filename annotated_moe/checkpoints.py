@@ -64,7 +64,7 @@ from annotated_moe.parallel import (
 )
 from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.tokenizer import Tokenizer
+from annotated_moe.tokenizer import Tokenizer, open_tokenizer
 
 # %% book/chapters/09c_layouts.md, cell 11
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
@@ -414,18 +414,11 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
 
 
 # %% book/chapters/09c_layouts.md, cell 30
-TOKENIZER_FILES = ["tokenizer.model"]
-
-
-def find_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+def find_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, if there is one."""
-    paths = [folder / name for name in TOKENIZER_FILES]
-    path = next((p for p in paths if os.path.lexists(p)), None)
-    if path is None:
-        return None
     try:
-        return Tokenizer(path)
-    except ValueError as error:
+        return open_tokenizer(folder)
+    except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from None
 
 
@@ -503,7 +496,7 @@ def load_into_memory(
             f"{module}/{name}", w, specs[module, name], mesh, dtype
         )
         params.setdefault(module, {})[name] = own
-    tokenizer = find_tokenizer(opened.folder, config)
+    tokenizer = find_tokenizer(opened.folder)
     kind = MODEL_CLASSES[type(config)]
     return kind(config, params, tokenizer, mesh)
 

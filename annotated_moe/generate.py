@@ -444,7 +444,10 @@ class Model:
         if images is not None:
             raise ValueError("this model reads text: leave out images")
         if isinstance(prompt, str):
-            return self.require_tokenizer().encode(prompt), None
+            tokenizer = self.require_tokenizer()
+            ids = tokenizer.encode_prompt(prompt, add_bos)
+            tokenizer.check_ids(ids, self.config.vocab_size)
+            return ids, None
         if isinstance(prompt, (list, tuple, np.ndarray)):
             return list(prompt), None
         raise TypeError(f"a prompt is a str or ids: {prompt!r:.60}")

@@ -1,4 +1,6 @@
-"""Grok-1, and smaller models of its architecture."""
+# Generated from book/chapters/08_model.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+"""Grok-1, and smaller models of its architecture.
+"""
 
 from typing import Any
 
@@ -15,7 +17,8 @@ from annotated_moe.formats.hub import (
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
-# %% 08
+
+# %% book/chapters/08_model.md, cell 104
 def grok_config(
     vocab_size: int = 131072,
     context: int = 8192,
@@ -55,7 +58,7 @@ def grok_config(
     )
 
 
-# %% 09
+# %% book/chapters/14_hub.md, cell 2
 def like_grok(config: ModelConfig) -> ModelConfig:
     """The model of Grok-1's architecture with a model's sizes."""
     layer = config.layer(0)
@@ -74,7 +77,7 @@ def like_grok(config: ModelConfig) -> ModelConfig:
     )
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 4
 GROK_LAYER = (
     WeightName("pre_attn_norm.scale", "rms_norm/scale"),
     WeightName("post_attn_norm.scale", "rms_norm_1/scale"),
@@ -95,7 +98,7 @@ GROK_LAYER = (
 )
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 8
 class GrokFamily(Family):
     """The community's conversion of Grok-1.
 

@@ -1,19 +1,22 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09c_layouts.md by `make sync`; edit the chapters.
 """The names of the release's files, and their order.
 """
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 from annotated_moe.config import ModelConfig
 from annotated_moe.families.grok import grok_config
+from annotated_moe.formats.files import (
+    CheckpointError,
+    list_folder,
+    read_json,
+)
 from annotated_moe.formats.lazy import stack_tensors
 from annotated_moe.formats.pickles import read_pickled
 from annotated_moe.model import flat_specs
-from annotated_moe.formats.files import read_json
-import os
-from typing import Any
-from pathlib import Path
-
-from annotated_moe.formats.files import CheckpointError, list_folder
 
 
 # %% book/chapters/09_checkpoints.md, cell 47
@@ -62,7 +65,7 @@ def release_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 3
 FIELD_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -88,13 +91,13 @@ IGNORED = {
 }
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 4
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 5
 def release_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -126,7 +129,7 @@ def release_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 6
 def read_release(
     folder: Path, config: ModelConfig
 ) -> dict[tuple[str, str], Any]:

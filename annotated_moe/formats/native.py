@@ -1,4 +1,6 @@
-"""Our own layout: a spec as JSON, and one safetensors file."""
+# Generated from book/chapters/09c_layouts.md by `make sync`; edit the chapter.
+"""Our own layout: a spec as JSON, and one safetensors file.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ from annotated_moe.model import flat_specs
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.specs import from_json, to_json
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 7
 FORMAT = "annotated-moe-2"
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 8
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """What `config.json` says of a model."""
     return {"format": FORMAT, **to_json(config)}
@@ -28,7 +30,7 @@ def is_native(folder: Path) -> bool:
     return str(read_json(path).get("format")).startswith("annotated-moe")
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 9
 def native_config(path: Path) -> ModelConfig:
     """The configuration that a `config.json` of ours describes."""
     raw = read_json(path)
@@ -46,7 +48,7 @@ def native_config(path: Path) -> ModelConfig:
     return config
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 19
 def flat_arrays(
     tensors: dict[tuple[str, str], Any],
 ) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def flat_arrays(
     return flat
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 20
 def read_native(
     folder: Path, config: ModelConfig
 ) -> dict[tuple[str, str], Any]:

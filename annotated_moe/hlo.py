@@ -1,8 +1,10 @@
-"""Reading compiled programs: what they move, and what they send.
-
-A compiled program is text. From it follow the bytes that a device reads
-and writes in one run, loops counted as often as they run, and the
-bytes that devices send one another.
+# Generated from book/chapters/92_hlo.md by `make sync`; edit the chapter.
+"""A compiler that made a step ten times too slow had written down
+exactly what it did, and what it wrote is text. By the end of this page
+you can ask such a text two questions: how many bytes does a device move
+in one run, and which lines move most; and what do devices send one
+another. The plan then gets both answers, and the command `annotated-moe
+plan` prints them.
 """
 
 import math
@@ -10,11 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 5
 Number = int | float
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 6
 class Instruction(NamedTuple):
     """One line of a compiled program."""
 
@@ -31,7 +33,7 @@ Computation = dict[str, Instruction]        # by name, in order
 Program = dict[str, Computation]
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 7
 def closing(text: str) -> int:
     """Where the parenthesis that opens `text` is closed."""
     depth = 0
@@ -42,7 +44,7 @@ def closing(text: str) -> int:
     raise ValueError(f"no closing parenthesis in {text[:60]!r}")
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 8
 def parse_instruction(line: str) -> Instruction | None:
     """`ROOT %name = shape kind(operands), attributes`, or None."""
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
@@ -59,7 +61,7 @@ def parse_instruction(line: str) -> Instruction | None:
     return Instruction(head[2], shape, kind, operands, inside, after, root)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 9
 def parse_program(text: str) -> tuple[Program, str]:
     """The computations of `compiled.as_text()`, and which runs first.
 
@@ -79,7 +81,7 @@ def parse_program(text: str) -> tuple[Program, str]:
     return program, entry
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 10
 def called(caller: Instruction, role: str = "calls") -> str:
     """The computation that an instruction names in that role."""
     found = re.search(rf"\b{role}=%?([\w.\-]+)", caller.after)
@@ -101,7 +103,7 @@ def parameter(computation: Computation, number: int) -> str:
     )
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 11
 def trip_count(
     program: Program, loop: Instruction, unknown: Number
 ) -> float:
@@ -116,7 +118,7 @@ def trip_count(
     return float(unknown)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 12
 def executed(
     program: Program, start: str, unknown: Number, times: Number = 1.0
 ) -> Iterator[tuple[float, Computation, Instruction]]:
@@ -142,7 +144,7 @@ def executed(
             yield times, computation, one
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 15
 WIDTHS = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
@@ -155,7 +157,7 @@ def integers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 16
 def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     """Bytes of one array in main memory, its tile's padding included.
 
@@ -186,7 +188,7 @@ def plain_bytes(shape: str) -> int:
     )
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 19
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}     # what is new
 
@@ -231,7 +233,7 @@ def bytes_used_by(
     )
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 20
 def bytes_returned(
     program: Program, computation: Computation, root: Instruction
 ) -> int:
@@ -253,7 +255,7 @@ def bytes_returned(
     return value_bytes(root.shape)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 21
 def fusion_bytes(
     program: Program, computation: Computation, fusion: Instruction
 ) -> int:
@@ -266,7 +268,7 @@ def fusion_bytes(
     return total + min(written, value_bytes(fusion.shape))
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 22
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast",
     "after-all", "partition-id", "replica-id", "copy-done",
@@ -295,7 +297,7 @@ def instruction_bytes(
     return sum(whole) + value_bytes(one.shape)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 23
 def largest_movers(
     text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
@@ -325,7 +327,7 @@ def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     ))
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 26
 class Collective(NamedTuple):
     """A collective, what a device puts in, and how often it is run."""
 
@@ -346,7 +348,7 @@ class Collective(NamedTuple):
         return self.times * self.bytes * share[self.kind]
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 27
 def devices_together(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
@@ -365,7 +367,7 @@ def devices_together(after: str, devices: int) -> int:
     return devices
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 28
 COLLECTIVES = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?$"

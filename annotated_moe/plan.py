@@ -1,9 +1,12 @@
-"""What a run needs, before it: bytes a device, bytes a token, a bound.
-
-A model's shapes are known, and so are the rules that cut it up. This
-module turns a configuration, a mesh and a data sheet into the bytes
-that each device holds, the bytes that a token must read, and the most
-tokens a second that the machine can make.
+# Generated from book/chapters/13_plan.md, book/chapters/92_hlo.md by `make sync`; edit the chapters.
+"""The first time Grok-1's decode step was compiled for a slice of eight
+TPUs, each of them moved 116 GB to make one token. It should have moved
+11. Nothing was wrong: each logit came out right to the last bit, and
+every test passed. It was only ten times too slow, and nobody could have
+known, because nobody had said what a token must cost. By the end of
+this chapter you can say it, for any model on any machine and before the
+first byte is downloaded: what each device holds, what it must read for
+a token, and how many tokens a second that allows at most.
 """
 
 import argparse
@@ -58,7 +61,7 @@ from annotated_moe.params import ParamSpec, record_specs
 from annotated_moe.quantization import QuantizedTensor
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 9
 @dataclass(frozen=True)
 class Hardware:
     """What one device can do, by its maker's data sheet.
@@ -74,7 +77,7 @@ class Hardware:
     disk: float = 0.0                       # sequential reads
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 10
 GIB = 2.0**30
 
 HARDWARE = {
@@ -87,7 +90,7 @@ HARDWARE = {
 }
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 14
 def kind_of(spec: ParamSpec) -> str:
     """Which part of a model a parameter belongs to, by its axes."""
     if "experts" in spec.axes:
@@ -99,7 +102,7 @@ def kind_of(spec: ParamSpec) -> str:
     return "dense blocks" if "mlp" in spec.axes else "router and norms"
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 15
 def parameter_kinds(config: ModelConfig) -> dict[tuple[str, str], str]:
     """(module, name) -> kind; two kinds are known by their use alone.
 
@@ -119,7 +122,7 @@ def parameter_kinds(config: ModelConfig) -> dict[tuple[str, str], str]:
     return kinds
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 16
 def experts_of(config: ModelConfig) -> dict[str, MoESpec]:
     """Module -> the experts of its layer, where there are any."""
     return {
@@ -130,7 +133,7 @@ def experts_of(config: ModelConfig) -> dict[str, MoESpec]:
     }
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 17
 def token_weights(config: ModelConfig) -> dict[str, int]:
     """Kind -> how many weights of it one token makes use of."""
     experts, counts = experts_of(config), dict[str, int]()
@@ -151,7 +154,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return total, sum(token_weights(config).values())
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 20
 def abstract_weight(
     spec: ParamSpec, dtype: Any, groups: int | None = None
 ) -> Any:
@@ -166,7 +169,7 @@ def abstract_weight(
     )
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 21
 def abstract_params(
     config: ModelConfig, eight_bits: bool = False
 ) -> Params:
@@ -185,7 +188,7 @@ def abstract_params(
     }
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 22
 def abstract_mesh(
     data: int = 1, model: int = 1, expert: int = 1
 ) -> AbstractMesh:
@@ -195,7 +198,7 @@ def abstract_mesh(
     return AbstractMesh((data, expert, model), names, axis_types=auto)
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 23
 def check_divides(config: ModelConfig, mesh: AnyMesh) -> None:
     """ValueError for a mesh that `load` would refuse."""
     if wrong := indivisible(config, dict(mesh.shape)):
@@ -210,16 +213,7 @@ def mesh_text(sizes: Any) -> str:
     return " x ".join(str(size) for size in sizes.values())
 
 
-# %% 13
-def with_shardings(tree: Any, where: Any) -> Any:
-    """Shapes and dtypes, told where their arrays would lie."""
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        tree, where,
-    )
-
-
-# %% 13
+# %% book/chapters/13_plan.md, cell 24
 def repeat_scales(w: Any, spec: ParamSpec, mesh: AnyMesh) -> Any:
     """`w` with as many scales as `fit_groups` would give it."""
     if not isinstance(w, QuantizedTensor):
@@ -231,7 +225,15 @@ def repeat_scales(w: Any, spec: ParamSpec, mesh: AnyMesh) -> Any:
     return QuantizedTensor(w.weight, scales)
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 25
+def with_shardings(tree: Any, where: Any) -> Any:
+    """Shapes and dtypes, told where their arrays would lie."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        tree, where,
+    )
+
+
 def on_mesh(
     params: Params, config: ModelConfig, mesh: AnyMesh
 ) -> Params:
@@ -252,7 +254,7 @@ def on_mesh(
     return with_shardings(fitted, shardings(where, mesh))
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 26
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree with shardings."""
     return sum(
@@ -261,7 +263,7 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 31
 def abstract_cache(
     config: ModelConfig, mesh: AnyMesh, batch: int, context: int
 ) -> Cache:
@@ -286,7 +288,7 @@ def cache_bytes(cache: Cache) -> int:
     )
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 34
 def active_experts(moe: MoESpec, batch: int) -> float:
     """How many experts of a layer are asked by `batch` tokens.
 
@@ -296,7 +298,7 @@ def active_experts(moe: MoESpec, batch: int) -> float:
     return moe.num_experts * (1 - skipped)
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 35
 def read_share(
     w: Any, spec: ParamSpec, moe: MoESpec, batch: int
 ) -> float:
@@ -311,7 +313,7 @@ def read_share(
     return max(asked, 1) / held
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 36
 def step_needs(
     params: Params, cache: Cache, config: ModelConfig, batch: int
 ) -> dict[str, float]:
@@ -333,20 +335,21 @@ def step_needs(
     return {**needs, "cache": float(cache_bytes(cache))}
 
 
-# %% 13
-def unread_bytes(params: Params, config: ModelConfig, batch: int) -> float:
-    """Bytes of a device's weights that no step reads, experts aside."""
-    shares = {
-        "other inputs": 1.0,
-        "lookup table": max(0.0, 1 - batch / config.vocab_size),
-    }
-    return sum(
-        device_bytes(params[module][name]) * shares.get(kind, 0.0)
-        for (module, name), kind in parameter_kinds(config).items()
-    )
+# %% book/chapters/13_plan.md, cell 37
+UNITS = (
+    (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"),
+)
 
 
-# %% 13
+def amount(size: int | float) -> str:
+    """Bytes with three digits: 39.9 GB."""
+    unit, name = next((u for u in UNITS if size >= u[0]), UNITS[-1])
+    value = size / unit
+    digits = max(0, 2 - int(math.log10(max(value, 1))))
+    return f"{value:.{digits}f} {name}"
+
+
+# %% book/chapters/13_plan.md, cell 40
 def step_flops(config: ModelConfig, batch: int, context: int) -> float:
     """Operations of one decode step on all devices together.
 
@@ -365,21 +368,7 @@ def step_flops(config: ModelConfig, batch: int, context: int) -> float:
     return batch * (2 * sum(used.values()) + attention)
 
 
-# %% 13
-UNITS = (
-    (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"),
-)
-
-
-def amount(size: int | float) -> str:
-    """Bytes with three digits: 39.9 GB."""
-    unit, name = next((u for u in UNITS if size >= u[0]), UNITS[-1])
-    value = size / unit
-    digits = max(0, 2 - int(math.log10(max(value, 1))))
-    return f"{value:.{digits}f} {name}"
-
-
-# %% 13
+# %% book/chapters/13_plan.md, cell 45
 @dataclass(frozen=True)
 class Plan:
     """What running a model would take; bytes and operations a device.
@@ -407,7 +396,7 @@ class Plan:
     moved: float | None = None              # by the program for a TPU
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 46
 def temporaries_known(plan: Plan) -> bool:
     """Whether it was compiled for the hardware that will run it."""
     if plan.compiler == "CPU":
@@ -429,7 +418,20 @@ def fits(plan: Plan) -> bool:
     return held(plan) <= HARDWARE[plan.hardware].memory
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 47
+def unread_bytes(params: Params, config: ModelConfig, batch: int) -> float:
+    """Bytes of a device's weights that no step reads, experts aside."""
+    shares = {
+        "other inputs": 1.0,
+        "lookup table": max(0.0, 1 - batch / config.vocab_size),
+    }
+    return sum(
+        device_bytes(params[module][name]) * shares.get(kind, 0.0)
+        for (module, name), kind in parameter_kinds(config).items()
+    )
+
+
+# %% book/chapters/13_plan.md, cell 48
 def disk_bytes(plan: Plan) -> float:
     """Bytes a step must read from disk, memory being kept full.
 
@@ -447,7 +449,7 @@ def disk_bytes(plan: Plan) -> float:
     return experts * max(0.0, 1 - spare / idle)
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 49
 def step_seconds(plan: Plan) -> dict[str, float]:
     """The least time of one step, by what it would wait for."""
     machine = HARDWARE[plan.hardware]
@@ -464,7 +466,7 @@ def step_seconds(plan: Plan) -> dict[str, float]:
     }
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 50
 def bound(plan: Plan) -> tuple[str, float]:
     """What binds, and the most tokens a second, all rows together.
 
@@ -475,7 +477,7 @@ def bound(plan: Plan) -> tuple[str, float]:
     return name, plan.batch / seconds[name]
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 51
 def usual_mesh(devices: int, config: ModelConfig) -> dict[str, int]:
     """Sizes by name: a key head for each `model` shard at most.
 
@@ -489,7 +491,7 @@ def usual_mesh(devices: int, config: ModelConfig) -> dict[str, int]:
     return {"data": data, "expert": expert, "model": model}
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 52
 MOST_DEVICES = 512
 
 
@@ -517,7 +519,7 @@ def fewest_devices(
     )
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 55
 def compile_decode(
     config: ModelConfig, params: Params, cache: Cache, mesh: Mesh
 ) -> Any:
@@ -530,7 +532,7 @@ def compile_decode(
         return job.compile()
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 56
 Report = Callable[[Any, Plan, ModelConfig], dict[str, Any]]
 REPORTS: list[Report] = []
 
@@ -550,7 +552,7 @@ def report_memory(
 REPORTS.append(report_memory)
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 57
 def make_plan(
     name: str, config: ModelConfig, params: Params, mesh: AnyMesh,
     hardware: str, batch: int = 1, context: int | None = None,
@@ -587,7 +589,7 @@ def make_plan(
     return replace(plan, **fields)
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 62
 def recorded(topology: str) -> Plan:
     """Grok-1's plan for a slice, as `plan --json` once wrote it.
 
@@ -600,7 +602,7 @@ def recorded(topology: str) -> Plan:
     return Plan(**json.loads(file.read_text()))
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 65
 def memory_lines(plan: Plan) -> list[tuple[str, str]]:
     """What a device holds, and whether it has room."""
     have = amount(HARDWARE[plan.hardware].memory)
@@ -618,7 +620,7 @@ def memory_lines(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 66
 def step_lines(plan: Plan) -> list[tuple[str, str]]:
     """What a device does in one step."""
     total = sum(plan.needs.values())
@@ -637,7 +639,7 @@ def step_lines(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 67
 def bound_lines(plan: Plan) -> list[tuple[str, str]]:
     """How long a step takes at least, and what it waits for."""
     lines = [
@@ -652,7 +654,7 @@ def bound_lines(plan: Plan) -> list[tuple[str, str]]:
     return [*lines, ("at most", f"{rate} tokens a second; {name} binds")]
 
 
-# %% 13
+# %% book/chapters/13_plan.md, cell 68
 def count(number: int) -> str:
     """A number of weights in words: 315.7 billion."""
     if number < 1e9:
@@ -681,7 +683,7 @@ def table(plan: Plan) -> str:
     )
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 32
 def busiest_experts(config: ModelConfig, batch: int) -> float:
     """How often a loop over asked experts runs, for most layers."""
     moes = list(experts_of(config).values())
@@ -690,7 +692,7 @@ def busiest_experts(config: ModelConfig, batch: int) -> float:
     return max(active_experts(moe, batch) for moe in moes)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 33
 def report_collectives(
     program: Any, plan: Plan, config: ModelConfig
 ) -> dict[str, Any]:
@@ -706,7 +708,7 @@ def report_collectives(
     return {"collectives": found}
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 34
 def report_moved(
     program: Any, plan: Plan, config: ModelConfig
 ) -> dict[str, Any]:
@@ -720,10 +722,11 @@ def report_moved(
     return {"moved": bytes_moved(program.as_text(), unknown)}
 
 
+# %% book/chapters/92_hlo.md, cell 35
 REPORTS += [report_collectives, report_moved]
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 38
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
@@ -743,7 +746,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return describe_slice(topology)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 39
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",              # ask no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # nor guess what is here
@@ -769,7 +772,7 @@ def describe_slice(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 40
 def mesh_of(
     devices: Any, data: int = 1, model: int = 1, expert: int = 1
 ) -> Mesh:
@@ -785,7 +788,7 @@ def mesh_of(
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 43
 IN_8_BITS = ("grok-1",)                     # as published
 
 
@@ -815,7 +818,7 @@ def weights_of(name: str) -> tuple[ModelConfig, Params]:
     return config, params
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 44
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
     if not 1 <= devices <= MOST_DEVICES:
@@ -828,7 +831,7 @@ def simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 45
 def parse_mesh(text: str) -> dict[str, int]:
     """Sizes by name of "1x2x4", or of "1x8", where experts are whole."""
     found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3})){1,2}", text)
@@ -841,7 +844,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {"data": data, "expert": (expert or [1])[0], "model": model}
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 46
 def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     """The context to plan for; ValueError if the job makes no sense."""
     context = config.context if args.context is None else args.context
@@ -856,7 +859,7 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 47
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
     kind = args.topology and args.topology.split(":")[0]
@@ -868,7 +871,7 @@ def hardware_of(args: argparse.Namespace) -> str:
     return kind or args.hardware or "h100"
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 48
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = weights_of(args.model)
@@ -893,7 +896,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-# %% 92
+# %% book/chapters/92_hlo.md, cell 49
 def run_plan(args: argparse.Namespace) -> None:
     """Print a plan as a table, or as JSON."""
     plan = plan_of(args)

@@ -58,7 +58,9 @@ def parse_instruction(line: str) -> Instruction | None:
     inside, after = text[:end], text[end + 1:]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     root = head[1] is not None
-    return Instruction(head[2], shape, kind, operands, inside, after, root)
+    return Instruction(
+        head[2], shape, kind, operands, inside, after, root
+    )
 
 
 # %% book/chapters/92_hlo.md, cell 9
@@ -209,6 +211,7 @@ def bytes_used(
     return min(total, whole)
 
 
+# %% book/chapters/92_hlo.md, cell 20
 def bytes_used_by(
     program: Program, computation: Computation, user: Instruction,
     name: str,
@@ -219,8 +222,8 @@ def bytes_used_by(
         return value_bytes(user.shape)
     if user.kind in UPDATES and first:
         return 0
-    renamed = user.kind == "bitcast" or "output_to_operand" in user.after
-    if renamed:
+    same = user.kind == "bitcast" or "output_to_operand" in user.after
+    if same:
         rest = bytes_used(program, computation, user.name)
         return 0 if user.root else rest
     if user.kind != "fusion":
@@ -233,7 +236,7 @@ def bytes_used_by(
     )
 
 
-# %% book/chapters/92_hlo.md, cell 20
+# %% book/chapters/92_hlo.md, cell 21
 def bytes_returned(
     program: Program, computation: Computation, root: Instruction
 ) -> int:
@@ -255,7 +258,7 @@ def bytes_returned(
     return value_bytes(root.shape)
 
 
-# %% book/chapters/92_hlo.md, cell 21
+# %% book/chapters/92_hlo.md, cell 22
 def fusion_bytes(
     program: Program, computation: Computation, fusion: Instruction
 ) -> int:
@@ -268,7 +271,7 @@ def fusion_bytes(
     return total + min(written, value_bytes(fusion.shape))
 
 
-# %% book/chapters/92_hlo.md, cell 22
+# %% book/chapters/92_hlo.md, cell 23
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast",
     "after-all", "partition-id", "replica-id", "copy-done",
@@ -297,7 +300,7 @@ def instruction_bytes(
     return sum(whole) + value_bytes(one.shape)
 
 
-# %% book/chapters/92_hlo.md, cell 23
+# %% book/chapters/92_hlo.md, cell 24
 def largest_movers(
     text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
@@ -327,7 +330,7 @@ def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     ))
 
 
-# %% book/chapters/92_hlo.md, cell 26
+# %% book/chapters/92_hlo.md, cell 27
 class Collective(NamedTuple):
     """A collective, what a device puts in, and how often it is run."""
 
@@ -348,7 +351,7 @@ class Collective(NamedTuple):
         return self.times * self.bytes * share[self.kind]
 
 
-# %% book/chapters/92_hlo.md, cell 27
+# %% book/chapters/92_hlo.md, cell 28
 def devices_together(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
@@ -363,11 +366,11 @@ def devices_together(after: str, devices: int) -> int:
     if found := re.search(by_axes, after):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+        return math.prod(int(part or sizes[a]) for a, part in axes)
     return devices
 
 
-# %% book/chapters/92_hlo.md, cell 28
+# %% book/chapters/92_hlo.md, cell 29
 COLLECTIVES = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?$"

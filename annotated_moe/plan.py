@@ -158,7 +158,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
 def abstract_weight(
     spec: ParamSpec, dtype: Any, groups: int | None = None
 ) -> Any:
-    """A weight without its numbers; with `groups` of scales, in int8."""
+    """A weight without numbers; with `groups` of scales, in int8."""
     if groups is None:
         kind = "float32" if spec.float32 else dtype
         return jax.ShapeDtypeStruct(spec.shape, kind)
@@ -277,8 +277,8 @@ def abstract_cache(
         spec = fit_spec(partition_spec(axes), a.shape, mesh)
         return NamedSharding(mesh, spec)
 
-    lies = [jax.tree.map(where, slot, slot.axes) for slot in cache.slots]
-    return with_shardings(cache, Cache(tuple(lies)))
+    slots = (jax.tree.map(where, s, s.axes) for s in cache.slots)
+    return with_shardings(cache, Cache(tuple(slots)))
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -361,7 +361,8 @@ def step_flops(config: ModelConfig, batch: int, context: int) -> float:
         used.pop(kind, None)
     cache = jax.eval_shape(partial(init_cache, config, 1, context))
     attention = sum(
-        2.0 * len(slot.layers) * kept.slots * slot.spec.attention.q_heads
+        2.0 * len(slot.layers) * kept.slots
+        * slot.spec.attention.q_heads
         * (kept.k.shape[-1] + kept.v.shape[-1])
         for slot, kept in zip(all_slots(config), cache.slots)
     )
@@ -419,7 +420,9 @@ def fits(plan: Plan) -> bool:
 
 
 # %% book/chapters/13_plan.md, cell 47
-def unread_bytes(params: Params, config: ModelConfig, batch: int) -> float:
+def unread_bytes(
+    params: Params, config: ModelConfig, batch: int
+) -> float:
     """Bytes of a device's weights that no step reads, experts aside."""
     shares = {
         "other inputs": 1.0,
@@ -483,8 +486,8 @@ def usual_mesh(devices: int, config: ModelConfig) -> dict[str, int]:
 
     What is left divides the experts, and then the data.
     """
-    slots = all_slots(config)
-    model = math.gcd(devices, *(s.spec.attention.kv_heads for s in slots))
+    heads = (s.spec.attention.kv_heads for s in all_slots(config))
+    model = math.gcd(devices, *heads)
     counts = [moe.num_experts for moe in experts_of(config).values()]
     expert = math.gcd(devices // model, *counts) if counts else 1
     data = devices // (model * expert)
@@ -506,7 +509,7 @@ def fewest_devices(
     machine, devices = HARDWARE[hardware], 1
     while devices <= MOST_DEVICES:
         mesh = abstract_mesh(**usual_mesh(devices, config))
-        with suppress(ValueError):          # a weight it does not divide
+        with suppress(ValueError):          # it does not divide
             size = device_bytes(on_mesh(params, config, mesh))
             cache = abstract_cache(config, mesh, batch, context)
             size += cache_bytes(cache)
@@ -579,7 +582,7 @@ def make_plan(
     if not compiler:
         return plan
     if not isinstance(mesh, Mesh):
-        raise ValueError("an abstract mesh has no devices to compile for")
+        raise ValueError("an abstract mesh has nothing to compile for")
     begun = time.perf_counter()
     program = compile_decode(config, placed, cache, mesh)
     spent = time.perf_counter() - begun
@@ -624,7 +627,8 @@ def memory_lines(plan: Plan) -> list[tuple[str, str]]:
 def step_lines(plan: Plan) -> list[tuple[str, str]]:
     """What a device does in one step."""
     total = sum(plan.needs.values())
-    parts = [f"{kind} {amount(n)}" for kind, n in plan.needs.items() if n]
+    needs = plan.needs.items()
+    parts = [f"{kind} {amount(n)}" for kind, n in needs if n]
     pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
     lines = [("must read", amount(total))]
     lines += [("", ", ".join(pair)) for pair in pairs]
@@ -651,7 +655,8 @@ def bound_lines(plan: Plan) -> list[tuple[str, str]]:
     if not speed:
         return [*lines, ("at most", "nothing: it does not fit")]
     rate = f"{speed:,.3g}" if speed < 1000 else f"{speed:,.0f}"
-    return [*lines, ("at most", f"{rate} tokens a second; {name} binds")]
+    text = f"{rate} tokens a second; {name} binds"
+    return [*lines, ("at most", text)]
 
 
 # %% book/chapters/13_plan.md, cell 68
@@ -683,22 +688,26 @@ def table(plan: Plan) -> str:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 32
-def busiest_experts(config: ModelConfig, batch: int) -> float:
-    """How often a loop over asked experts runs, for most layers."""
-    moes = list(experts_of(config).values())
-    if not moes:
-        return 1.0
-    return max(active_experts(moe, batch) for moe in moes)
-
-
 # %% book/chapters/92_hlo.md, cell 33
+def expert_runs(config: ModelConfig, plan: Plan) -> float:
+    """How often a device's loop over asked experts runs in a layer.
+
+    Of the busiest device, in the layers that ask most; 1 without any.
+    """
+    runs, parts = [1.0], plan.mesh["expert"]
+    for moe in experts_of(config).values():
+        cut = parts if moe.num_experts % parts == 0 else 1
+        runs.append(active_experts(moe, plan.batch) / cut)
+    return max(runs)
+
+
+# %% book/chapters/92_hlo.md, cell 34
 def report_collectives(
     program: Any, plan: Plan, config: ModelConfig
 ) -> dict[str, Any]:
     """What the devices send one another: [kind, times, bytes sent]."""
     devices = math.prod(plan.mesh.values())
-    unknown = busiest_experts(config, plan.batch)
+    unknown = expert_runs(config, plan)
     kinds: dict[str, list[Any]] = {}
     for one in collectives(program.as_text(), devices, unknown):
         entry = kinds.setdefault(one.kind, [one.kind, 0, 0.0])
@@ -708,7 +717,7 @@ def report_collectives(
     return {"collectives": found}
 
 
-# %% book/chapters/92_hlo.md, cell 34
+# %% book/chapters/92_hlo.md, cell 35
 def report_moved(
     program: Any, plan: Plan, config: ModelConfig
 ) -> dict[str, Any]:
@@ -718,15 +727,15 @@ def report_moved(
     """
     if plan.compiler == "CPU":
         return {}
-    unknown = busiest_experts(config, plan.batch)
+    unknown = expert_runs(config, plan)
     return {"moved": bytes_moved(program.as_text(), unknown)}
 
 
-# %% book/chapters/92_hlo.md, cell 35
+# %% book/chapters/92_hlo.md, cell 36
 REPORTS += [report_collectives, report_moved]
 
 
-# %% book/chapters/92_hlo.md, cell 38
+# %% book/chapters/92_hlo.md, cell 39
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
@@ -746,7 +755,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return describe_slice(topology)
 
 
-# %% book/chapters/92_hlo.md, cell 39
+# %% book/chapters/92_hlo.md, cell 40
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",              # ask no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # nor guess what is here
@@ -772,7 +781,7 @@ def describe_slice(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-# %% book/chapters/92_hlo.md, cell 40
+# %% book/chapters/92_hlo.md, cell 41
 def mesh_of(
     devices: Any, data: int = 1, model: int = 1, expert: int = 1
 ) -> Mesh:
@@ -788,12 +797,12 @@ def mesh_of(
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-# %% book/chapters/92_hlo.md, cell 43
+# %% book/chapters/92_hlo.md, cell 44
 IN_8_BITS = ("grok-1",)                     # as published
 
 
 def weights_of(name: str) -> tuple[ModelConfig, Params]:
-    """Configuration and weights, without numbers, to compute in bfloat16.
+    """Configuration and weights without numbers, in bfloat16.
 
     Of a preset by its name, or of a checkpoint's folder, of which only
     headers are read.
@@ -818,7 +827,7 @@ def weights_of(name: str) -> tuple[ModelConfig, Params]:
     return config, params
 
 
-# %% book/chapters/92_hlo.md, cell 44
+# %% book/chapters/92_hlo.md, cell 45
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
     if not 1 <= devices <= MOST_DEVICES:
@@ -831,20 +840,20 @@ def simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-# %% book/chapters/92_hlo.md, cell 45
+# %% book/chapters/92_hlo.md, cell 46
 def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes by name of "1x2x4", or of "1x8", where experts are whole."""
-    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3})){1,2}", text)
-    if not found:
+    """Sizes by name of "1x2x4", or of "1x8": no cut of experts."""
+    size = r"[1-9]\d{0,3}"
+    if not re.fullmatch(rf"{size}(x{size}){{1,2}}", text):
         raise ValueError(
-            "--mesh must be DATAxMODEL or DATAxEXPERTxMODEL, such as 1x8"
-            f" or 1x2x4, not {text!r}"
+            "--mesh must be DATAxMODEL or DATAxEXPERTxMODEL, such as"
+            f" 1x8 or 1x2x4, not {text!r}"
         )
     data, *expert, model = map(int, text.split("x"))
     return {"data": data, "expert": (expert or [1])[0], "model": model}
 
 
-# %% book/chapters/92_hlo.md, cell 46
+# %% book/chapters/92_hlo.md, cell 47
 def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     """The context to plan for; ValueError if the job makes no sense."""
     context = config.context if args.context is None else args.context
@@ -859,7 +868,7 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
-# %% book/chapters/92_hlo.md, cell 47
+# %% book/chapters/92_hlo.md, cell 48
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
     kind = args.topology and args.topology.split(":")[0]
@@ -871,7 +880,7 @@ def hardware_of(args: argparse.Namespace) -> str:
     return kind or args.hardware or "h100"
 
 
-# %% book/chapters/92_hlo.md, cell 48
+# %% book/chapters/92_hlo.md, cell 49
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = weights_of(args.model)
@@ -896,7 +905,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 49
+# %% book/chapters/92_hlo.md, cell 50
 def run_plan(args: argparse.Namespace) -> None:
     """Print a plan as a table, or as JSON."""
     plan = plan_of(args)

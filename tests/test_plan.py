@@ -206,6 +206,15 @@ def test_the_busiest_device_reads_an_expert_at_least(expert, batch, read):
     assert math.isclose(needs / (64 * 3 * 6144 * 32768 * 2), read, rel_tol=1e-6)
 
 
+def test_a_loop_over_experts_runs_for_those_held():
+    base = replace(BASE, batch=64)
+    for expert, runs in [(1, 8), (2, 4), (8, 1)]:
+        plan = replace(base, mesh={"data": 1, "expert": expert, "model": 1})
+        assert math.isclose(planning.expert_runs(GROK, plan), runs, rel_tol=1e-6)
+    assert planning.expert_runs(grok_config(num_experts=1), base) == 1
+    assert planning.expert_runs(GROK, replace(BASE, batch=1)) == 2
+
+
 def test_more_rows_ask_more_experts():
     rng = np.random.default_rng(0)
     moe = GROK.layer(0).feed_forward
@@ -483,7 +492,7 @@ def test_copied_heads_do_not_copy_the_cache(capsys):
 
 
 @needs_tpu
-@pytest.mark.parametrize("name", ["v5p:3x3x3", "v5e:x", "v6e:"])
+@pytest.mark.parametrize("name", ["v5p:3x3x3", "v5e:x"])
 def test_slices_that_do_not_exist(name):
     with pytest.raises(ValueError, match=f"no slice '{name}'"):
         planning.tpu_devices(name)
@@ -530,6 +539,7 @@ def test_a_plan_finds_how_many_devices(capsys):
         (["grok-1", "--context", "8193"], "--context must be 1 to 8192, not 8193"),
         ([SMALL, "--topology", "v9:2x2"], "no topology 'v9:2x2': write v5p:2x2x2"),
         ([SMALL, "--topology", "v5p"], "no topology 'v5p'"),
+        ([SMALL, "--topology", "v6e:"], "no topology 'v6e:'"),
         ([SMALL, "--topology", "v5p:2x2x2", "--hardware", "h100"], "is no h100"),
         (["/"], "holds no checkpoint"),
     ],

@@ -123,6 +123,7 @@ def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
 class Llama4Family(LlamaFamily):
     """Llama 4's texts."""
 
+    model_type = "llama4_text"
     rope_base = 500000.0
     norm_eps = 1e-5
 

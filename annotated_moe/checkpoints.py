@@ -36,6 +36,7 @@ from annotated_moe.model import (
     PRESETS,
     Model,
     ModelConfig,
+    announce,
     init_params,
     kinds,
     stack_of,
@@ -2056,8 +2057,9 @@ def load(
     if mesh is not None:
         check_mesh(folder, config, mesh)
     config = replace(config, dtype=dtype)
-    params: dict[str, dict] = {}
-    for name, w in read(where, config).items():
+    tensors, params = read(where, config), dict[str, dict]()
+    announce(mesh, "load", config=config, weights=tensors)
+    for name, w in tensors.items():
         module, leaf = name.rsplit("/", 1)
         w = w if stream else place(name, w, mesh, dtype)
         params.setdefault(module, {})[leaf] = w

@@ -208,7 +208,7 @@ FOLDER = "checkpoint folder [the small model]"
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
-    sub.set_defaults(run=hosts.together(run_generate))
+    sub.set_defaults(run=hosts.run_multihost(run_generate))
     hosts.add_options(sub)
     add, number, real = sub.add_argument, {"type": int}, {"type": float}
     add("--model", help=FOLDER)

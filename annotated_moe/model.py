@@ -13,7 +13,13 @@ ship inside this package.
 import contextlib
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -1156,6 +1162,16 @@ def seen_by(
 
 
 # %% book/chapters/08_model.md, cell 111
+RUN_CHECKS: list[Callable[[Any, str, dict[str, Any]], None]] = []
+
+
+def announce(mesh: Any, call: str, **inputs: Any) -> None:
+    """Give every check of `RUN_CHECKS` the mesh, call and inputs."""
+    for check in RUN_CHECKS:
+        check(mesh, call, inputs)
+
+
+# %% book/chapters/08_model.md, cell 112
 def token_steps(
     model: "Steps", rows: list[list[int]], how: Sampling, count: int,
     images: Any = None,
@@ -1182,7 +1198,7 @@ def token_steps(
         yield np.asarray(tokens).tolist()
 
 
-# %% book/chapters/08_model.md, cell 112
+# %% book/chapters/08_model.md, cell 113
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
@@ -1198,7 +1214,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 113
+# %% book/chapters/08_model.md, cell 114
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -1209,7 +1225,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 114
+# %% book/chapters/08_model.md, cell 115
 @dataclass(frozen=True)
 class Runnable:
     """A configuration, its weights, and where and with what to run."""
@@ -1238,7 +1254,7 @@ class Runnable:
         return self.tokenizer
 
 
-# %% book/chapters/08_model.md, cell 115
+# %% book/chapters/08_model.md, cell 116
 class Steps(Runnable):
     """The compiled programs, on these weights."""
 
@@ -1258,7 +1274,7 @@ class Steps(Runnable):
         return decode_step(self.params, tokens, cache, self.config)
 
 
-# %% book/chapters/08_model.md, cell 116
+# %% book/chapters/08_model.md, cell 117
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[list[list[int]], int]:
@@ -1276,7 +1292,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 117
+# %% book/chapters/08_model.md, cell 118
 def check_mask(
     tokens: np.ndarray, lengths: Any, mask: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -1296,7 +1312,7 @@ def check_mask(
     return first, count
 
 
-# %% book/chapters/08_model.md, cell 118
+# %% book/chapters/08_model.md, cell 119
 def masked_logits(
     model: "LogitsModel", tokens: Any, lengths: Any, mask: Any,
     images: Any = None,
@@ -1312,7 +1328,7 @@ def masked_logits(
     return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
 
 
-# %% book/chapters/08_model.md, cell 119
+# %% book/chapters/08_model.md, cell 120
 class LogitsModel(Steps):
     """What a model says of tokens that are there."""
 
@@ -1329,6 +1345,8 @@ class LogitsModel(Steps):
         if mask is not None:
             return masked_logits(self, tokens, lengths, mask, images)
         rows, t = check_tokens(tokens, lengths, self.config)
+        announce(self.mesh, "logits", tokens=rows, images=images,
+                 config=self.config)
         width = bucket(t, self.config.context)
         padded = pad_rows(rows, width, self.config.pad_id)
         seen = seen_by(self, rows, images, padded)
@@ -1337,7 +1355,7 @@ class LogitsModel(Steps):
             return self.all_logits(padded, lengths, seen)[:, :t]
 
 
-# %% book/chapters/08_model.md, cell 120
+# %% book/chapters/08_model.md, cell 121
 class IdModel(LogitsModel):
     """What a model does with token ids."""
 
@@ -1355,11 +1373,15 @@ class IdModel(LogitsModel):
         """
         rows = check_rows(prompts, max_new_tokens, self.config)
         how = sampling(len(rows), temperature, top_p, top_k, seed)
+        announce(self.mesh, "generate_ids", prompts=rows,
+                 max_new_tokens=max_new_tokens, **how._asdict(),
+                 stop_ids=set(stop_ids), images=images,
+                 config=self.config)
         steps = token_steps(self, rows, how, max_new_tokens, images)
         return collect(steps, len(rows), stop_ids)
 
 
-# %% book/chapters/08_model.md, cell 121
+# %% book/chapters/08_model.md, cell 122
 class StreamModel(IdModel):
     """Token ids one by one."""
 
@@ -1373,12 +1395,16 @@ class StreamModel(IdModel):
         rows = check_rows([prompt], max_new_tokens, self.config)
         how = sampling(1, temperature, top_p, top_k, seed)
         images = None if image is None else [image]
+        announce(self.mesh, "stream_ids", prompt=rows[0],
+                 max_new_tokens=max_new_tokens, **how._asdict(),
+                 stop_ids=set(stop_ids), images=images,
+                 config=self.config)
         steps = token_steps(self, rows, how, max_new_tokens, images)
         ids = (token for (token,) in steps)
         return takewhile(lambda token: token not in stop_ids, ids)
 
 
-# %% book/chapters/08_model.md, cell 122
+# %% book/chapters/08_model.md, cell 123
 def images_of(given: Any) -> list[Any]:
     """One prompt's pictures: None, one, or several, as a list."""
     if given is None:
@@ -1400,7 +1426,7 @@ def images_each(prompts: list, images: Any) -> list[Any]:
     return list(images)
 
 
-# %% book/chapters/08_model.md, cell 123
+# %% book/chapters/08_model.md, cell 124
 class SeeingModel(StreamModel):
     """Prompts in which pictures stand."""
 
@@ -1424,7 +1450,7 @@ class SeeingModel(StreamModel):
         return read_prompt(prompt, pictures, self.words(), eyes)
 
 
-# %% book/chapters/08_model.md, cell 124
+# %% book/chapters/08_model.md, cell 125
 class ShownModel(SeeingModel):
     """Several prompts at once."""
 
@@ -1444,7 +1470,7 @@ class ShownModel(SeeingModel):
         return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 125
+# %% book/chapters/08_model.md, cell 126
 class TextModel(ShownModel):
     """Texts that go on from texts."""
 
@@ -1465,7 +1491,7 @@ class TextModel(ShownModel):
         return [self.words().decode(row) for row in new]
 
 
-# %% book/chapters/08_model.md, cell 126
+# %% book/chapters/08_model.md, cell 127
 class Model(TextModel):
     """Logits, and text or ids that go on from a prompt."""
 
@@ -1489,7 +1515,7 @@ class Model(TextModel):
         return stream_text(ids, self.words())
 
 
-# %% book/chapters/08_model.md, cell 132
+# %% book/chapters/08_model.md, cell 133
 PRESETS = {"grok-1": ModelConfig()} | {
     name: ModelConfig(**settings)
     for family in (llama, mixtral, llama4)

@@ -1,16 +1,12 @@
 # Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have `load`, which looks at a folder, works out its
-layout, holds every tensor against the configuration, and puts each on
-its devices while reading only the bytes that a device keeps.
+"""The front door of the package: what a reader types is here, and the
+rest is one import further in.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 162
 import gc
 from typing import Any
 
+# %% book/chapters/09_checkpoints.md, cell 163
 looking = gc.isenabled()
 gc.disable()
 try:
@@ -30,7 +26,7 @@ finally:
         gc.enable()
 
 
-# %% book/chapters/09_checkpoints.md, cell 163
+# %% book/chapters/09_checkpoints.md, cell 164
 __all__ = [
     "PRESETS",
     "CheckpointError",
@@ -45,7 +41,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 164
+# %% book/chapters/09_checkpoints.md, cell 165
 def __getattr__(name: str) -> Any:
     """`__version__`, looked up when asked for: that takes a while."""
     if name != "__version__":

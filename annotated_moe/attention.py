@@ -8,7 +8,6 @@ different length decode together, and a running softmax that reads the
 longest prompt in memory that does not grow with its square.
 """
 
-# %% book/chapters/04_attention.md, cell 1
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

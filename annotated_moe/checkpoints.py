@@ -7,7 +7,6 @@ layout, holds every tensor against the configuration, and puts each on
 its devices while reading only the bytes that a device keeps.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 1
 import hashlib
 import json
 import math

@@ -1,13 +1,8 @@
 # Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have `load`, which looks at a folder, works out its
-layout, holds every tensor against the configuration, and puts each on
-its devices while reading only the bytes that a device keeps.
+"""The command line: `annotated-moe generate` streams text to standard
+output, and says everything else on standard error.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 179
 import argparse
 import atexit
 import gc
@@ -30,13 +25,13 @@ from annotated_moe.vision import IMAGE, read_image
 from annotated_moe.vocabularies import split_at
 
 
-# %% book/chapters/09_checkpoints.md, cell 180
+# %% book/chapters/09_checkpoints.md, cell 181
 def say(text: str) -> None:
     """Status goes to stderr: stdout holds the text and nothing else."""
     print(text, file=sys.stderr, flush=True)
 
 
-# %% book/chapters/09_checkpoints.md, cell 181
+# %% book/chapters/09_checkpoints.md, cell 182
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
@@ -49,7 +44,7 @@ def mesh_of(devices: int) -> Mesh | None:
     return make_mesh(model=devices)
 
 
-# %% book/chapters/09_checkpoints.md, cell 182
+# %% book/chapters/09_checkpoints.md, cell 183
 def open_model(
     path: str | None, devices: int, dtype: str, stream: bool = False
 ) -> tuple[Model, str]:
@@ -70,14 +65,14 @@ def open_model(
     )
 
 
-# %% book/chapters/09_checkpoints.md, cell 183
+# %% book/chapters/09_checkpoints.md, cell 184
 def room(model: Model, prompt: list[int]) -> int:
     """At most 128 new tokens, and never more than the context holds."""
     left = model.config.context - len(prompt) + 1
     return max(1, min(128, left))
 
 
-# %% book/chapters/09_checkpoints.md, cell 184
+# %% book/chapters/09_checkpoints.md, cell 185
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
@@ -90,7 +85,7 @@ def read_on(
     yield text.flush()
 
 
-# %% book/chapters/09_checkpoints.md, cell 185
+# %% book/chapters/09_checkpoints.md, cell 186
 def prompt_ids(
     model: Model, args: argparse.Namespace, images: list[Any]
 ) -> tuple[list[int], Any]:
@@ -105,7 +100,7 @@ def prompt_ids(
     return model.with_images(prompt, images)
 
 
-# %% book/chapters/09_checkpoints.md, cell 186
+# %% book/chapters/09_checkpoints.md, cell 187
 def message_parts(prompt: str) -> list[dict[str, str]]:
     """A message's content, its images apart from its text."""
     return [
@@ -115,14 +110,14 @@ def message_parts(prompt: str) -> list[dict[str, str]]:
     ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 187
+# %% book/chapters/09_checkpoints.md, cell 188
 def ends(model: Model, chat: bool) -> tuple[int, ...]:
     """The ids that end a text; in a chat, a turn as well."""
     ids = model.config.stop_ids
     return ids + model.words().turn_ids if chat else ids
 
 
-# %% book/chapters/09_checkpoints.md, cell 188
+# %% book/chapters/09_checkpoints.md, cell 189
 def run_generate(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.image]
     model, status = open_model(
@@ -147,7 +142,7 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(start, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/09_checkpoints.md, cell 189
+# %% book/chapters/09_checkpoints.md, cell 190
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -159,7 +154,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
-# %% book/chapters/09_checkpoints.md, cell 190
+# %% book/chapters/09_checkpoints.md, cell 191
 def rate(times: list[float]) -> str:
     """The first two tokens waited for a compiler and do not count."""
     text = f"{len(times)} new tokens"
@@ -171,7 +166,7 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/09_checkpoints.md, cell 191
+# %% book/chapters/09_checkpoints.md, cell 192
 def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
@@ -181,7 +176,7 @@ def bytes_by_dtype(tensors: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-# %% book/chapters/09_checkpoints.md, cell 192
+# %% book/chapters/09_checkpoints.md, cell 193
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or args.model or checkpoints.small_model())
     config, read, where = checkpoints.find_layout(folder)
@@ -200,11 +195,11 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:22s}{value}")
 
 
-# %% book/chapters/09_checkpoints.md, cell 193
+# %% book/chapters/09_checkpoints.md, cell 194
 FOLDER = "checkpoint folder [the small model]"
 
 
-# %% book/chapters/09_checkpoints.md, cell 194
+# %% book/chapters/09_checkpoints.md, cell 195
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
@@ -230,7 +225,7 @@ def add_generate(commands: Any) -> None:
     add("--stream", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 195
+# %% book/chapters/09_checkpoints.md, cell 196
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -241,7 +236,7 @@ def add_info(commands: Any) -> None:
     sub.add_argument("--verify", action="store_true", help=text)
 
 
-# %% book/chapters/09_checkpoints.md, cell 196
+# %% book/chapters/09_checkpoints.md, cell 197
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
@@ -249,7 +244,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
-# %% book/chapters/09_checkpoints.md, cell 197
+# %% book/chapters/09_checkpoints.md, cell 198
 def add_convert(commands: Any) -> None:
     from annotated_moe import convert
 
@@ -268,7 +263,7 @@ def add_plan(commands: Any) -> None:
     scale.add_plan(commands)
 
 
-# %% book/chapters/09_checkpoints.md, cell 198
+# %% book/chapters/09_checkpoints.md, cell 199
 ADD = {
     "generate": add_generate,
     "convert": add_convert,
@@ -278,7 +273,7 @@ ADD = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 199
+# %% book/chapters/09_checkpoints.md, cell 200
 def make_parser(command: str) -> argparse.ArgumentParser:
     """For one command, or for all where it is none of them."""
     text = "Run the mixture-of-experts model that the book builds."
@@ -289,7 +284,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 200
+# %% book/chapters/09_checkpoints.md, cell 201
 def spare_collector() -> None:
     """Look for no garbage in what was imported, nor at the exit.
 
@@ -299,7 +294,7 @@ def spare_collector() -> None:
     atexit.register(gc.disable)
 
 
-# %% book/chapters/09_checkpoints.md, cell 201
+# %% book/chapters/09_checkpoints.md, cell 202
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     if argv is None:

@@ -8,7 +8,6 @@ time, goes on where it was killed, and puts nothing under the new name
 before the last byte is safe.
 """
 
-# %% book/chapters/10_convert.md, cell 1
 import argparse
 import contextlib
 import hashlib

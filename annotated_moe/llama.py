@@ -12,7 +12,6 @@ compute what this book computes, and the small model reading its 1,024
 tokens, mended in a line and without training.
 """
 
-# %% book/chapters/15_llama.md, cell 1
 import math
 from typing import Any
 
@@ -20,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+# %% book/chapters/15_llama.md, cell 2
 Scaling = tuple[float, float, float, int]
 
 
-# %% book/chapters/15_llama.md, cell 8
+# %% book/chapters/15_llama.md, cell 9
 EVERY_LLAMA: dict[str, Any] = {
     # In what all Llamas differ from Grok-1, as ModelConfig's fields.
     "num_experts": 1,               # one dense block, no router
@@ -37,7 +37,7 @@ EVERY_LLAMA: dict[str, Any] = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 14
+# %% book/chapters/15_llama.md, cell 15
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -48,7 +48,7 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 33
+# %% book/chapters/15_llama.md, cell 34
 def slow_down(
     rates: Float32[Array, " pairs"], scaling: Scaling
 ) -> Float32[Array, " pairs"]:
@@ -70,7 +70,7 @@ def slow_down(
     return (1 - keep) * rates / factor + keep * rates
 
 
-# %% book/chapters/15_llama.md, cell 41
+# %% book/chapters/15_llama.md, cell 42
 def sized(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -87,7 +87,7 @@ def sized(
     }
 
 
-# %% book/chapters/15_llama.md, cell 42
+# %% book/chapters/15_llama.md, cell 43
 LLAMA_1 = EVERY_LLAMA | {
     "vocab_size": 32000,
     "context": 2048,
@@ -98,7 +98,7 @@ LLAMA_1 = EVERY_LLAMA | {
 LLAMA_2 = LLAMA_1 | {"context": 4096, "norm_eps": 1e-5}
 
 
-# %% book/chapters/15_llama.md, cell 43
+# %% book/chapters/15_llama.md, cell 44
 LLAMA_3 = LLAMA_2 | {
     "vocab_size": 128256,
     "context": 8192,
@@ -116,7 +116,7 @@ LLAMA_3_2 = LLAMA_3_1 | {
 }
 
 
-# %% book/chapters/15_llama.md, cell 44
+# %% book/chapters/15_llama.md, cell 45
 # Source: the params.json or config.json beside each model's weights.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-1-7b": LLAMA_1 | sized(32, 32, 32, 11008),
@@ -137,7 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 58
+# %% book/chapters/15_llama.md, cell 59
 ATTENTION = "decoder_layer/multi_head_attention"
 HUB_ENDS = (
     ("model.embed_tokens.weight", "in_out_embed/embeddings", "as is"),
@@ -151,7 +151,7 @@ HUB_NORMS = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 59
+# %% book/chapters/15_llama.md, cell 60
 HUB_ATTENTION = (
     ("self_attn.q_proj.weight", f"{ATTENTION}/query/w", "transpose"),
     ("self_attn.k_proj.weight", f"{ATTENTION}/key/w", "transpose"),
@@ -164,7 +164,7 @@ HUB_ATTENTION = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 60
+# %% book/chapters/15_llama.md, cell 61
 HUB_MLP = (
     ("mlp.gate_proj.weight", "decoder_layer/linear/w", "transpose"),
     ("mlp.up_proj.weight", "decoder_layer/linear_v/w", "transpose"),
@@ -176,7 +176,7 @@ HUB_MLP = (
 WEIGHTS = HUB_ENDS + HUB_NORMS + HUB_ATTENTION + HUB_MLP
 
 
-# %% book/chapters/15_llama.md, cell 61
+# %% book/chapters/15_llama.md, cell 62
 HUB_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "context",
@@ -198,7 +198,7 @@ HUB_DEFAULTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 62
+# %% book/chapters/15_llama.md, cell 63
 HUB_SPECIAL = (
     "head_dim rope_theta rope_scaling rope_parameters pad_token_id "
     "eos_token_id dtype torch_dtype"
@@ -210,7 +210,7 @@ HUB_CONSTANTS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 63
+# %% book/chapters/15_llama.md, cell 64
 def size_in(raw: dict[str, Any], name: str) -> int:
     """A field that must be a size; ValueError, naming it, if not."""
     value = raw.get(name)
@@ -219,7 +219,7 @@ def size_in(raw: dict[str, Any], name: str) -> int:
     return value
 
 
-# %% book/chapters/15_llama.md, cell 64
+# %% book/chapters/15_llama.md, cell 65
 def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """Base and scaling, in the newer spelling or the older."""
     rope = raw.get("rope_parameters")
@@ -246,7 +246,7 @@ ROPE_SCALING = (
 )
 
 
-# %% book/chapters/15_llama.md, cell 65
+# %% book/chapters/15_llama.md, cell 66
 def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     """What Llama's relatives have in common, as our settings.
 
@@ -272,7 +272,7 @@ def read_hub(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/15_llama.md, cell 66
+# %% book/chapters/15_llama.md, cell 67
 def read_llama(raw: dict[str, Any]) -> dict[str, Any]:
     return read_hub(raw) | {"num_experts": 1, "top_k": 1}
 
@@ -283,7 +283,7 @@ def read_dtype(raw: dict[str, Any]) -> str:
     return "float32" if name == "float32" else "bfloat16"
 
 
-# %% book/chapters/15_llama.md, cell 67
+# %% book/chapters/15_llama.md, cell 68
 def write_hub(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that `read_hub` reads, from our settings."""
     rope = {"rope_type": "default"}

@@ -13,7 +13,6 @@ the size, and a test for a mistake that Meta's own code makes from the
 second chunk on.
 """
 
-# %% book/chapters/18_llama4.md, cell 1
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +36,11 @@ from annotated_moe.llama import (
 from annotated_moe.moe import Route
 from annotated_moe.rms_norm import rms_norm
 
+# %% book/chapters/18_llama4.md, cell 2
 Settings = dict[str, Any]                       # of a ModelConfig
 
 
-# %% book/chapters/18_llama4.md, cell 5
+# %% book/chapters/18_llama4.md, cell 6
 PLAIN: Settings = {
     "vocab_size": 202048, "d_model": 5120, "num_layers": 48,
     "q_heads": 40, "kv_heads": 8, "head_size": 128,
@@ -52,7 +52,7 @@ PLAIN: Settings = {
 }
 
 
-# %% book/chapters/18_llama4.md, cell 6
+# %% book/chapters/18_llama4.md, cell 7
 NEW: Settings = {
     "attn_chunk": 8192,                 # where a layer has RoPE
     "nope_every": 4,                    # every fourth has none
@@ -63,7 +63,7 @@ NEW: Settings = {
 }
 
 
-# %% book/chapters/18_llama4.md, cell 7
+# %% book/chapters/18_llama4.md, cell 8
 PRESETS: dict[str, Settings] = {
     "llama-4-scout": PLAIN | NEW | {
         "context": 10485760, "num_experts": 16,
@@ -75,7 +75,7 @@ PRESETS: dict[str, Settings] = {
 }
 
 
-# %% book/chapters/18_llama4.md, cell 13
+# %% book/chapters/18_llama4.md, cell 14
 def within_chunk(
     chunk: int, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
 ) -> Bool[Array, "B T S"]:
@@ -87,7 +87,7 @@ def within_chunk(
     return q // chunk == k // chunk
 
 
-# %% book/chapters/18_llama4.md, cell 37
+# %% book/chapters/18_llama4.md, cell 38
 def heat_queries(
     q: Float[Array, "B T Q H"], k: Float[Array, "B T K H"],
     positions: Int32[Array, "B T"], turn: Callable,
@@ -108,7 +108,7 @@ def heat_queries(
     return q * heat[..., None, None], k
 
 
-# %% book/chapters/18_llama4.md, cell 47
+# %% book/chapters/18_llama4.md, cell 48
 def turn_and_norm(
     q: Float[Array, "B T Q H"], k: Float[Array, "B T K H"],
     positions: Int32[Array, "B T"], turn: Callable, eps: float,
@@ -123,7 +123,7 @@ def turn_and_norm(
     return rms_norm(q, one, eps), rms_norm(k, one, eps)
 
 
-# %% book/chapters/18_llama4.md, cell 51
+# %% book/chapters/18_llama4.md, cell 52
 def route_sigmoid(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -139,7 +139,7 @@ def route_sigmoid(
     return Route(probs, gates, experts, logits)
 
 
-# %% book/chapters/18_llama4.md, cell 63
+# %% book/chapters/18_llama4.md, cell 64
 WEIGHTS = HUB_ENDS + HUB_NORMS + (
     ("self_attn.q_proj.weight", f"{ATTENTION}/query/w", "halves"),
     ("self_attn.k_proj.weight", f"{ATTENTION}/key/w", "halves"),
@@ -169,7 +169,7 @@ WEIGHTS = HUB_ENDS + HUB_NORMS + (
 )
 
 
-# %% book/chapters/18_llama4.md, cell 64
+# %% book/chapters/18_llama4.md, cell 65
 FIELDS = HUB_FIELDS | {
     "num_local_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -187,7 +187,7 @@ IGNORED = HUB_IGNORED + (
 )
 
 
-# %% book/chapters/18_llama4.md, cell 65
+# %% book/chapters/18_llama4.md, cell 66
 def layers_in(raw: Settings, name: str, default: Any) -> list[int]:
     """A list of numbers that a configuration may leave out."""
     found = raw.get(name)
@@ -198,7 +198,7 @@ def layers_in(raw: Settings, name: str, default: Any) -> list[int]:
     return found
 
 
-# %% book/chapters/18_llama4.md, cell 66
+# %% book/chapters/18_llama4.md, cell 67
 def read_places(raw: dict[str, Any]) -> dict[str, Any]:
     """Which layers have no RoPE, and which have experts."""
     n = min(size_in(raw, "num_hidden_layers"), 10000)
@@ -221,7 +221,7 @@ def read_places(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/18_llama4.md, cell 67
+# %% book/chapters/18_llama4.md, cell 68
 def check_types(raw: dict[str, Any], turns: list[int]) -> None:
     """ValueError unless exactly the layers with RoPE are chunked."""
     if len(turns) != raw["num_hidden_layers"]:
@@ -235,7 +235,7 @@ def check_types(raw: dict[str, Any], turns: list[int]) -> None:
         )
 
 
-# %% book/chapters/18_llama4.md, cell 68
+# %% book/chapters/18_llama4.md, cell 69
 def read_llama4(raw: dict[str, Any]) -> dict[str, Any]:
     heat = raw.get("attn_temperature_tuning", True)
     pair = raw.get("floor_scale", 8192), raw.get("attn_scale", 0.1)
@@ -249,7 +249,7 @@ def read_llama4(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/18_llama4.md, cell 69
+# %% book/chapters/18_llama4.md, cell 70
 def write_llama4(values: dict[str, Any]) -> dict[str, Any]:
     n, nth = values["num_layers"], values["nope_every"]
     bare = {i for i in range(n) if nth and (i + 1) % nth == 0}

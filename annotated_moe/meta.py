@@ -7,7 +7,6 @@ without ever holding the model. By its end `load` understands
 in these files which row of which matrix it belongs to.
 """
 
-# %% book/chapters/14_meta.md, cell 1
 import io
 import math
 import struct

@@ -9,7 +9,6 @@ and gives the same numbers, and five published models are five rows of a
 table whose parameters a cell counts.
 """
 
-# %% book/chapters/16_mixtral.md, cell 1
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

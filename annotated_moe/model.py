@@ -9,7 +9,6 @@ around them. It ends with text coming out of a model small enough to
 ship inside this package.
 """
 
-# %% book/chapters/08_model.md, cell 1
 import contextlib
 import functools
 import math

@@ -11,7 +11,6 @@ agree, counts what each costs, and then trains a router, first badly,
 then well.
 """
 
-# %% book/chapters/05_moe.md, cell 1
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

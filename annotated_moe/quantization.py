@@ -9,7 +9,6 @@ and never writes the matrix out in a wider type, so that what was saved
 on disk stays saved while the model runs.
 """
 
-# %% book/chapters/06_quantization.md, cell 1
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Shaped
 
+# %% book/chapters/06_quantization.md, cell 2
 Index = tuple[Any, ...]                                     # of a stack
 
 
-# %% book/chapters/06_quantization.md, cell 9
+# %% book/chapters/06_quantization.md, cell 10
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -46,7 +46,7 @@ class QuantizedTensor:
         return len(self.shape)
 
 
-# %% book/chapters/06_quantization.md, cell 10
+# %% book/chapters/06_quantization.md, cell 11
 def group_size(q: QuantizedTensor) -> int:
     """How many input features share a scale: D / G.
 
@@ -62,7 +62,7 @@ def group_size(q: QuantizedTensor) -> int:
     return d // groups
 
 
-# %% book/chapters/06_quantization.md, cell 11
+# %% book/chapters/06_quantization.md, cell 12
 def quantize(
     w: Float[Array, "*E D F"], groups: int = 1
 ) -> QuantizedTensor:
@@ -88,7 +88,7 @@ def quantize(
     return QuantizedTensor(q.reshape(w.shape), scales)
 
 
-# %% book/chapters/06_quantization.md, cell 12
+# %% book/chapters/06_quantization.md, cell 13
 def bfloat16_scales(
     peak: Float[Array, "*E G F"],
 ) -> Float[Array, "*E G F"]:
@@ -101,7 +101,7 @@ def bfloat16_scales(
     return jax.lax.reduce_precision(scales, 8, 7)
 
 
-# %% book/chapters/06_quantization.md, cell 13
+# %% book/chapters/06_quantization.md, cell 14
 def dequantize(
     q: QuantizedTensor, dtype: Any = jnp.float32
 ) -> Float[Array, "*E D F"]:
@@ -116,14 +116,14 @@ def dequantize(
     return w.reshape(q.shape).astype(dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 19
+# %% book/chapters/06_quantization.md, cell 20
 def step_of_each_weight(q: QuantizedTensor) -> Float32[Array, "*E D F"]:
     """What one more in a weight's integer adds: its group's scale."""
     scales = q.scales.astype(jnp.float32)                   # [*E, G, F]
     return jnp.repeat(scales, group_size(q), axis=-2)
 
 
-# %% book/chapters/06_quantization.md, cell 33
+# %% book/chapters/06_quantization.md, cell 34
 def change_bound(
     gradients: Any, quantized: Any
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
@@ -148,7 +148,7 @@ def change_bound(
     return jnp.abs(far).sum() / 2, jnp.sqrt((far**2).sum() / 12)
 
 
-# %% book/chapters/06_quantization.md, cell 41
+# %% book/chapters/06_quantization.md, cell 42
 def whole_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -166,7 +166,7 @@ def whole_matmul(
     return jnp.sum(y * scales[:, None], axis=0)
 
 
-# %% book/chapters/06_quantization.md, cell 51
+# %% book/chapters/06_quantization.md, cell 52
 def read_rows(
     stack: Shaped[Array, "*E D F"],
     index: Index,
@@ -179,14 +179,14 @@ def read_rows(
     return tile.reshape(rows, stack.shape[-1])
 
 
-# %% book/chapters/06_quantization.md, cell 52
+# %% book/chapters/06_quantization.md, cell 53
 def tile_rows(group: int, target: int) -> int:
     """The divisor of `group` nearest to `target`, as a ratio."""
     divisors = [t for t in range(1, group + 1) if group % t == 0]
     return min(divisors, key=lambda t: max(t / target, target / t))
 
 
-# %% book/chapters/06_quantization.md, cell 55
+# %% book/chapters/06_quantization.md, cell 56
 def tiled_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -215,7 +215,7 @@ def tiled_matmul(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/06_quantization.md, cell 64
+# %% book/chapters/06_quantization.md, cell 65
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Row:
@@ -238,7 +238,7 @@ class Row:
         return len(self.shape)
 
 
-# %% book/chapters/06_quantization.md, cell 65
+# %% book/chapters/06_quantization.md, cell 66
 class OwnProduct(ABC):
     """A matrix [D, F] that is no array, but can be multiplied by."""
 
@@ -249,11 +249,11 @@ class OwnProduct(ABC):
         """x times this matrix, in float32."""
 
 
-# %% book/chapters/06_quantization.md, cell 66
+# %% book/chapters/06_quantization.md, cell 67
 Weight = jax.Array | QuantizedTensor | Row | OwnProduct
 
 
-# %% book/chapters/06_quantization.md, cell 67
+# %% book/chapters/06_quantization.md, cell 68
 def cut_as_bits(
     w: Float[Array, "*L D F"], index: Index
 ) -> Float[Array, "D F"]:
@@ -263,7 +263,7 @@ def cut_as_bits(
     return jax.lax.bitcast_convert_type(bits[index], w.dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 68
+# %% book/chapters/06_quantization.md, cell 69
 def pick(
     w: Float[Array, "*L D F"], index: Index
 ) -> Float[Array, "D F"]:
@@ -276,7 +276,7 @@ def pick(
     )
 
 
-# %% book/chapters/06_quantization.md, cell 69
+# %% book/chapters/06_quantization.md, cell 70
 def matmul(
     x: Float[Array, "N D"], w: Weight, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -300,7 +300,7 @@ def matmul(
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/06_quantization.md, cell 70
+# %% book/chapters/06_quantization.md, cell 71
 def check_fits(x: Any, w: Any, index: Index) -> None:
     """Raise ValueError unless x [N, D] times w[index] [D, F] exists."""
     if isinstance(w, QuantizedTensor):

@@ -9,7 +9,6 @@ which the world lays out its pairs and how to get from one to the other,
 and have seen what becomes of the angles in bfloat16.
 """
 
-# %% book/chapters/03_rope.md, cell 1
 from collections.abc import Callable
 
 import jax.numpy as jnp

@@ -9,7 +9,6 @@ mistake that made every token cost ten times what it should; and it ends
 with `annotated-moe plan`, which answers the question in seconds.
 """
 
-# %% book/chapters/13_scale.md, cell 2
 import argparse
 import json
 import math
@@ -37,10 +36,11 @@ from annotated_moe.attention import KVCache
 from annotated_moe.model import PRESETS, ModelConfig, Params
 from annotated_moe.quantization import QuantizedTensor
 
+# %% book/chapters/13_scale.md, cell 3
 Number = int | float
 
 
-# %% book/chapters/13_scale.md, cell 5
+# %% book/chapters/13_scale.md, cell 6
 @dataclass(frozen=True)
 class Hardware:
     """What one device can do, by its maker's data sheet.
@@ -57,7 +57,7 @@ class Hardware:
     disk: float = 0.0                       # sequential reads
 
 
-# %% book/chapters/13_scale.md, cell 6
+# %% book/chapters/13_scale.md, cell 7
 HARDWARE = {
     "laptop": Hardware("laptop: 8 Zen 4 cores, DDR5-5600, NVMe",
                        32e9, 89.6e9, 0.97e12, 3.9e12, disk=7.45e9),
@@ -72,7 +72,7 @@ HARDWARE = {
 }
 
 
-# %% book/chapters/13_scale.md, cell 10
+# %% book/chapters/13_scale.md, cell 11
 def abstract(tree: Any) -> Any:
     """Every array of a tree as its shape and dtype."""
     return jax.tree.map(
@@ -80,7 +80,7 @@ def abstract(tree: Any) -> Any:
     )
 
 
-# %% book/chapters/13_scale.md, cell 11
+# %% book/chapters/13_scale.md, cell 12
 def published(config: ModelConfig, eight_bits: bool = True) -> Params:
     """Shapes of a preset's weights, in 8 bits as Grok-1's are."""
     def made() -> Any:
@@ -92,7 +92,7 @@ def published(config: ModelConfig, eight_bits: bool = True) -> Params:
     return jax.eval_shape(made)
 
 
-# %% book/chapters/13_scale.md, cell 12
+# %% book/chapters/13_scale.md, cell 13
 def rule(path: str) -> P:
     """The partition rule of a parameter, its stack of layers kept."""
     spec = sharding.spec_for(path)
@@ -112,7 +112,7 @@ def as_loaded(path: str, w: Any, mesh: Any, dtype: str) -> Any:
     return jax.ShapeDtypeStruct(w.shape, "float32" if kept else dtype)
 
 
-# %% book/chapters/13_scale.md, cell 13
+# %% book/chapters/13_scale.md, cell 14
 def on_mesh(params: Params, mesh: Any, dtype: str) -> Params:
     """`params` as `load` places them: shapes, dtypes, shardings.
 
@@ -130,7 +130,7 @@ def on_mesh(params: Params, mesh: Any, dtype: str) -> Params:
     return with_shardings(fitted, sharding.shardings(specs, mesh))
 
 
-# %% book/chapters/13_scale.md, cell 14
+# %% book/chapters/13_scale.md, cell 15
 def with_shardings(tree: Any, where: Any) -> Any:
     """Shapes and dtypes, told where their arrays would lie."""
     return jax.tree.map(
@@ -139,7 +139,7 @@ def with_shardings(tree: Any, where: Any) -> Any:
     )
 
 
-# %% book/chapters/13_scale.md, cell 15
+# %% book/chapters/13_scale.md, cell 16
 def check_divides(params: Params, mesh: Any) -> None:
     """ValueError for a weight that its rule cannot cut on this mesh."""
     for module, leaves in params.items():
@@ -155,7 +155,7 @@ def check_divides(params: Params, mesh: Any) -> None:
                     )
 
 
-# %% book/chapters/13_scale.md, cell 16
+# %% book/chapters/13_scale.md, cell 17
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree with shardings."""
     return sum(
@@ -164,11 +164,11 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-# %% book/chapters/13_scale.md, cell 17
+# %% book/chapters/13_scale.md, cell 18
 IN_8_BITS = ("grok-1",)
 
 
-# %% book/chapters/13_scale.md, cell 18
+# %% book/chapters/13_scale.md, cell 19
 def model_named(name: str) -> tuple[ModelConfig, Params]:
     """Configuration and weights' shapes of a preset or checkpoint.
 
@@ -190,7 +190,7 @@ def model_named(name: str) -> tuple[ModelConfig, Params]:
     return replace(config, dtype="bfloat16"), params
 
 
-# %% book/chapters/13_scale.md, cell 19
+# %% book/chapters/13_scale.md, cell 20
 def shape_of(w: Any) -> Any:
     """A tensor on disk as a shape; float ones are cast when loaded."""
     if not isinstance(w, QuantizedTensor):
@@ -200,7 +200,7 @@ def shape_of(w: Any) -> Any:
     return QuantizedTensor(weight, scales)
 
 
-# %% book/chapters/13_scale.md, cell 24
+# %% book/chapters/13_scale.md, cell 25
 def empty_cache(
     config: ModelConfig, mesh: Mesh, batch: int, context: int
 ) -> KVCache:
@@ -216,7 +216,7 @@ def empty_cache(
     return with_shardings(shapes, program.output_shardings)
 
 
-# %% book/chapters/13_scale.md, cell 25
+# %% book/chapters/13_scale.md, cell 26
 def busy_experts(config: ModelConfig, batch: int) -> float:
     """How many experts of a layer are asked by `batch` tokens.
 
@@ -228,7 +228,7 @@ def busy_experts(config: ModelConfig, batch: int) -> float:
     return config.num_experts * (1 - skipped)
 
 
-# %% book/chapters/13_scale.md, cell 26
+# %% book/chapters/13_scale.md, cell 27
 KINDS = (
     ("experts", r"^decoder_layer/moe/"),
     ("attention", r"^decoder_layer/multi_head_attention/"),
@@ -244,7 +244,7 @@ def kind_of(path: str) -> str:
     return next(kind for kind, words in KINDS if re.search(words, path))
 
 
-# %% book/chapters/13_scale.md, cell 27
+# %% book/chapters/13_scale.md, cell 28
 def weights_by_kind(params: Params) -> dict[str, float]:
     """Bytes a device holds; the first four kinds, and what else is."""
     sizes = dict.fromkeys([kind for kind, _ in KINDS[:4]], 0.0)
@@ -255,7 +255,7 @@ def weights_by_kind(params: Params) -> dict[str, float]:
     return sizes
 
 
-# %% book/chapters/13_scale.md, cell 28
+# %% book/chapters/13_scale.md, cell 29
 def unread(params: Params, config: ModelConfig, batch: int) -> float:
     """Bytes of a table of which a step reads no more than its rows."""
     if config.tied:
@@ -264,13 +264,13 @@ def unread(params: Params, config: ModelConfig, batch: int) -> float:
     return table * max(0.0, 1 - batch / config.vocab_size)
 
 
-# %% book/chapters/13_scale.md, cell 29
+# %% book/chapters/13_scale.md, cell 30
 def cache_bytes(cache: KVCache) -> int:
     """Keys and values, those of layers that look less far included."""
     return device_bytes(replace(cache, length=None))
 
 
-# %% book/chapters/13_scale.md, cell 30
+# %% book/chapters/13_scale.md, cell 31
 def step_needs(
     params: Params, cache: KVCache, config: ModelConfig, batch: int
 ) -> dict[str, float]:
@@ -286,7 +286,7 @@ def step_needs(
     return {**needs, "cache": float(cache_bytes(cache))}
 
 
-# %% book/chapters/13_scale.md, cell 31
+# %% book/chapters/13_scale.md, cell 32
 def step_flops(config: ModelConfig, batch: int, context: int) -> float:
     """Operations of one decode step on all devices together.
 
@@ -305,7 +305,7 @@ def step_flops(config: ModelConfig, batch: int, context: int) -> float:
     return batch * (2.0 * active + 4.0 * slots * heads)
 
 
-# %% book/chapters/13_scale.md, cell 32
+# %% book/chapters/13_scale.md, cell 33
 UNITS = (
     (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"),
 )
@@ -319,7 +319,7 @@ def amount(size: Number) -> str:
     return f"{value:.{digits}f} {name}"
 
 
-# %% book/chapters/13_scale.md, cell 38
+# %% book/chapters/13_scale.md, cell 39
 class Op(NamedTuple):
     """One line of a compiled program."""
 
@@ -335,7 +335,7 @@ class Op(NamedTuple):
 Program = dict[str, dict[str, Op]]          # computation -> name -> Op
 
 
-# %% book/chapters/13_scale.md, cell 39
+# %% book/chapters/13_scale.md, cell 40
 def closing(text: str) -> int:
     """Where the parenthesis that opens `text` is closed."""
     depth = 0
@@ -346,7 +346,7 @@ def closing(text: str) -> int:
     raise ValueError(f"no closing parenthesis in {text[:60]!r}")
 
 
-# %% book/chapters/13_scale.md, cell 40
+# %% book/chapters/13_scale.md, cell 41
 def parse_op(line: str) -> Op | None:
     """`ROOT %name = shape kind(operands), attributes`, or None."""
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
@@ -363,7 +363,7 @@ def parse_op(line: str) -> Op | None:
     return Op(head[2], shape, kind, operands, inside, after, root)
 
 
-# %% book/chapters/13_scale.md, cell 41
+# %% book/chapters/13_scale.md, cell 42
 def parse_program(text: str) -> tuple[Program, str]:
     """The computations of `compiled.as_text()`, and which is first."""
     program: Program = {}
@@ -380,7 +380,7 @@ def parse_program(text: str) -> tuple[Program, str]:
     return program, entry
 
 
-# %% book/chapters/13_scale.md, cell 42
+# %% book/chapters/13_scale.md, cell 43
 def called(op: Op, role: str = "calls") -> str:
     """The computation that `op` names in that role."""
     found = re.search(rf"\b{role}=%?([\w.\-]+)", op.after)
@@ -389,13 +389,13 @@ def called(op: Op, role: str = "calls") -> str:
     return found[1]
 
 
-# %% book/chapters/13_scale.md, cell 43
+# %% book/chapters/13_scale.md, cell 44
 def root_of(ops: dict[str, Op]) -> Op:
     """The line whose value a computation returns."""
     return next(op for op in ops.values() if op.root)
 
 
-# %% book/chapters/13_scale.md, cell 44
+# %% book/chapters/13_scale.md, cell 45
 def times_around(program: Program, loop: Op, unknown: Number) -> float:
     """How often a loop runs; `unknown` where the data decides."""
     told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.after)
@@ -408,11 +408,11 @@ def times_around(program: Program, loop: Op, unknown: Number) -> float:
     return float(unknown)
 
 
-# %% book/chapters/13_scale.md, cell 45
+# %% book/chapters/13_scale.md, cell 46
 Line = tuple[float, dict[str, Op], Op]
 
 
-# %% book/chapters/13_scale.md, cell 46
+# %% book/chapters/13_scale.md, cell 47
 def lines_run(
     program: Program, start: str, unknown: Number, times: Number = 1.0
 ) -> Iterator[Line]:
@@ -438,7 +438,7 @@ def lines_run(
             yield times, ops, op
 
 
-# %% book/chapters/13_scale.md, cell 47
+# %% book/chapters/13_scale.md, cell 48
 WIDTHS = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
@@ -451,7 +451,7 @@ def integers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-# %% book/chapters/13_scale.md, cell 48
+# %% book/chapters/13_scale.md, cell 49
 def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     """Bytes of one array in main memory, its tile's padding included.
 
@@ -469,13 +469,13 @@ def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     return math.prod(shape) * WIDTHS.get(kind, 0)
 
 
-# %% book/chapters/13_scale.md, cell 49
+# %% book/chapters/13_scale.md, cell 50
 def value_bytes(shape: str) -> int:
     """Bytes of a printed shape, which may be a tuple of arrays."""
     return sum(array_bytes(*found) for found in ARRAY.findall(shape))
 
 
-# %% book/chapters/13_scale.md, cell 50
+# %% book/chapters/13_scale.md, cell 51
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
@@ -495,7 +495,7 @@ def bytes_read(program: Program, ops: dict[str, Op], name: str) -> int:
     return min(total, whole)
 
 
-# %% book/chapters/13_scale.md, cell 51
+# %% book/chapters/13_scale.md, cell 52
 def read_by(
     program: Program, ops: dict[str, Op], op: Op, name: str, whole: int
 ) -> int:
@@ -516,7 +516,7 @@ def read_by(
     return asked
 
 
-# %% book/chapters/13_scale.md, cell 52
+# %% book/chapters/13_scale.md, cell 53
 def argument(ops: dict[str, Op], place: int) -> str:
     """The name of a computation's parameter number `place`."""
     return next(
@@ -525,7 +525,7 @@ def argument(ops: dict[str, Op], place: int) -> str:
     )
 
 
-# %% book/chapters/13_scale.md, cell 53
+# %% book/chapters/13_scale.md, cell 54
 def bytes_written(program: Program, ops: dict[str, Op], op: Op) -> int:
     """What a fused computation with this root writes."""
     if op.kind == "tuple":
@@ -542,7 +542,7 @@ def bytes_written(program: Program, ops: dict[str, Op], op: Op) -> int:
     return value_bytes(op.shape)
 
 
-# %% book/chapters/13_scale.md, cell 54
+# %% book/chapters/13_scale.md, cell 55
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast",
     "after-all", "partition-id", "replica-id", "copy-done",
@@ -550,7 +550,7 @@ FREE = {
 }
 
 
-# %% book/chapters/13_scale.md, cell 55
+# %% book/chapters/13_scale.md, cell 56
 def line_bytes(program: Program, ops: dict[str, Op], op: Op) -> int:
     """Bytes to and from main memory of one line that is run."""
     if op.kind in FREE:
@@ -570,7 +570,7 @@ def line_bytes(program: Program, ops: dict[str, Op], op: Op) -> int:
     return sum(whole) + value_bytes(op.shape)
 
 
-# %% book/chapters/13_scale.md, cell 56
+# %% book/chapters/13_scale.md, cell 57
 def fusion_bytes(
     program: Program, ops: dict[str, Op], op: Op
 ) -> int:
@@ -583,7 +583,7 @@ def fusion_bytes(
     return total + min(written, value_bytes(op.shape))
 
 
-# %% book/chapters/13_scale.md, cell 57
+# %% book/chapters/13_scale.md, cell 58
 def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     """Bytes one device reads and writes in a run of the program.
 
@@ -596,7 +596,7 @@ def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     return float(sum(sizes))
 
 
-# %% book/chapters/13_scale.md, cell 58
+# %% book/chapters/13_scale.md, cell 59
 def largest_movers(
     text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
@@ -608,7 +608,7 @@ def largest_movers(
     return sorted(found, reverse=True)[:most]
 
 
-# %% book/chapters/13_scale.md, cell 61
+# %% book/chapters/13_scale.md, cell 62
 class Exchange(NamedTuple):
     """A collective, what a device puts in, and how often it is run."""
 
@@ -629,7 +629,7 @@ class Exchange(NamedTuple):
         return self.times * self.bytes * hops[self.kind]
 
 
-# %% book/chapters/13_scale.md, cell 62
+# %% book/chapters/13_scale.md, cell 63
 def group_size(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
@@ -647,7 +647,7 @@ def group_size(after: str, devices: int) -> int:
     return devices
 
 
-# %% book/chapters/13_scale.md, cell 63
+# %% book/chapters/13_scale.md, cell 64
 EXCHANGES = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?$"
@@ -673,7 +673,7 @@ def exchanges(
                 yield Exchange(found[1], n, size, times)
 
 
-# %% book/chapters/13_scale.md, cell 64
+# %% book/chapters/13_scale.md, cell 65
 def plain_bytes(shape: str) -> int:
     """Bytes of a printed shape wherever it lies, without padding."""
     return sum(
@@ -682,7 +682,7 @@ def plain_bytes(shape: str) -> int:
     )
 
 
-# %% book/chapters/13_scale.md, cell 65
+# %% book/chapters/13_scale.md, cell 66
 def compile_decode(
     config: ModelConfig, params: Params, cache: KVCache, mesh: Mesh
 ) -> Any:
@@ -695,7 +695,7 @@ def compile_decode(
         return job.compile()
 
 
-# %% book/chapters/13_scale.md, cell 66
+# %% book/chapters/13_scale.md, cell 67
 def grid(devices: Any, data: int, model: int) -> Mesh:
     """`sharding.make_mesh` for devices that JAX does not list."""
     if data * model != len(devices):
@@ -708,7 +708,7 @@ def grid(devices: Any, data: int, model: int) -> Mesh:
     return Mesh(array, ("data", "model"), axis_types=auto)
 
 
-# %% book/chapters/13_scale.md, cell 67
+# %% book/chapters/13_scale.md, cell 68
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
@@ -728,7 +728,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return describe(topology)
 
 
-# %% book/chapters/13_scale.md, cell 68
+# %% book/chapters/13_scale.md, cell 69
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",              # ask no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # nor guess what is here
@@ -737,7 +737,7 @@ QUIET = {
 }
 
 
-# %% book/chapters/13_scale.md, cell 69
+# %% book/chapters/13_scale.md, cell 70
 def describe(topology: str) -> list[Any]:
     """Ask libtpu for a slice's devices, without its messages."""
     from jax.experimental import topologies
@@ -755,7 +755,7 @@ def describe(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-# %% book/chapters/13_scale.md, cell 73
+# %% book/chapters/13_scale.md, cell 74
 @dataclass(frozen=True)
 class Plan:
     """What running a model would take; bytes and seconds a device."""
@@ -780,7 +780,7 @@ class Plan:
     unread: float = 0.0                     # of weights, in any step
 
 
-# %% book/chapters/13_scale.md, cell 74
+# %% book/chapters/13_scale.md, cell 75
 def knows(plan: Plan) -> bool:
     """Whether it was compiled for its hardware: a CPU, or a slice."""
     return plan.compiler != "CPU" or not HARDWARE[plan.hardware].link
@@ -795,13 +795,13 @@ def held(plan: Plan) -> int:
     return both + plan.temporaries if knows(plan) else both
 
 
-# %% book/chapters/13_scale.md, cell 75
+# %% book/chapters/13_scale.md, cell 76
 def fits(plan: Plan) -> bool:
     """Whether a device's memory holds all of it."""
     return held(plan) <= HARDWARE[plan.hardware].memory
 
 
-# %% book/chapters/13_scale.md, cell 76
+# %% book/chapters/13_scale.md, cell 77
 def disk_bytes(plan: Plan) -> float:
     """Bytes a step must read from disk, memory being kept full.
 
@@ -819,7 +819,7 @@ def disk_bytes(plan: Plan) -> float:
     return experts * max(0.0, 1 - spare / idle)
 
 
-# %% book/chapters/13_scale.md, cell 77
+# %% book/chapters/13_scale.md, cell 78
 def step_seconds(plan: Plan) -> dict[str, float]:
     """The least time of one step, by what it would wait for."""
     machine = HARDWARE[plan.hardware]
@@ -836,7 +836,7 @@ def step_seconds(plan: Plan) -> dict[str, float]:
     }
 
 
-# %% book/chapters/13_scale.md, cell 78
+# %% book/chapters/13_scale.md, cell 79
 def bound(plan: Plan) -> tuple[str, float]:
     """What binds, and the most tokens a second, all rows together.
 
@@ -847,7 +847,7 @@ def bound(plan: Plan) -> tuple[str, float]:
     return name, plan.batch / seconds[name]
 
 
-# %% book/chapters/13_scale.md, cell 79
+# %% book/chapters/13_scale.md, cell 80
 def make_plan(
     name: str, config: ModelConfig, params: Params, mesh: Mesh,
     hardware: str, batch: int, context: int, compiler: str = "CPU",
@@ -871,7 +871,7 @@ def make_plan(
     )
 
 
-# %% book/chapters/13_scale.md, cell 80
+# %% book/chapters/13_scale.md, cell 81
 def read_program(
     program: Any, config: ModelConfig, batch: int, devices: int,
     compiler: str,
@@ -891,7 +891,7 @@ def read_program(
     return fields
 
 
-# %% book/chapters/13_scale.md, cell 81
+# %% book/chapters/13_scale.md, cell 82
 def add_up(found: Iterator[Exchange]) -> list[list[Any]]:
     """[kind, how often, bytes sent] for each kind of exchange."""
     kinds: dict[str, list[Exchange]] = {}
@@ -904,14 +904,14 @@ def add_up(found: Iterator[Exchange]) -> list[list[Any]]:
     ]
 
 
-# %% book/chapters/13_scale.md, cell 82
+# %% book/chapters/13_scale.md, cell 83
 def usual_mesh(devices: int, config: ModelConfig) -> tuple[int, int]:
     """(data, model): a key head for each model shard at most."""
     model = math.gcd(devices, config.kv_heads)
     return devices // model, model
 
 
-# %% book/chapters/13_scale.md, cell 83
+# %% book/chapters/13_scale.md, cell 84
 def fewest_devices(
     config: ModelConfig, params: Params, hardware: str, batch: int,
     context: int,
@@ -934,7 +934,7 @@ def fewest_devices(
     )
 
 
-# %% book/chapters/13_scale.md, cell 84
+# %% book/chapters/13_scale.md, cell 85
 def recorded(topology: str) -> Plan:
     """Grok-1's plan for a slice, as `plan --json` once wrote it.
 
@@ -949,11 +949,11 @@ def recorded(topology: str) -> Plan:
     return Plan(**fields, mesh=(data, model))
 
 
-# %% book/chapters/13_scale.md, cell 90
+# %% book/chapters/13_scale.md, cell 91
 MOST_DEVICES = 64
 
 
-# %% book/chapters/13_scale.md, cell 91
+# %% book/chapters/13_scale.md, cell 92
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
     if not 1 <= devices <= 512:
@@ -965,7 +965,7 @@ def simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-# %% book/chapters/13_scale.md, cell 92
+# %% book/chapters/13_scale.md, cell 93
 def mesh_sizes(text: str) -> tuple[int, int]:
     """"2x4" as (2, 4)."""
     found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
@@ -976,7 +976,7 @@ def mesh_sizes(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-# %% book/chapters/13_scale.md, cell 93
+# %% book/chapters/13_scale.md, cell 94
 def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     """The context to plan for; ValueError if the job makes no sense."""
     context = config.context if args.context is None else args.context
@@ -992,7 +992,7 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
-# %% book/chapters/13_scale.md, cell 94
+# %% book/chapters/13_scale.md, cell 95
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
     slices = args.topology and args.topology.split(":")[0]
@@ -1004,7 +1004,7 @@ def hardware_of(args: argparse.Namespace) -> str:
     return slices or args.hardware or "h100"
 
 
-# %% book/chapters/13_scale.md, cell 95
+# %% book/chapters/13_scale.md, cell 96
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = model_named(args.model)
@@ -1025,7 +1025,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return make_plan(args.model, config, params, mesh, *job, compiler)
 
 
-# %% book/chapters/13_scale.md, cell 96
+# %% book/chapters/13_scale.md, cell 97
 def memory_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a device holds, and whether it has room."""
     have = amount(HARDWARE[plan.hardware].memory)
@@ -1040,7 +1040,7 @@ def memory_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-# %% book/chapters/13_scale.md, cell 97
+# %% book/chapters/13_scale.md, cell 98
 def step_rows(plan: Plan) -> list[tuple[str, str]]:
     """What a device does in one step."""
     total = sum(plan.needs.values())
@@ -1060,7 +1060,7 @@ def step_rows(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-# %% book/chapters/13_scale.md, cell 98
+# %% book/chapters/13_scale.md, cell 99
 def bound_rows(plan: Plan) -> list[tuple[str, str]]:
     """How long a step takes at least, and what it waits for."""
     seconds = step_seconds(plan)
@@ -1074,7 +1074,7 @@ def bound_rows(plan: Plan) -> list[tuple[str, str]]:
     return [*rows, ("at most", f"{rate} tokens a second; {name} binds")]
 
 
-# %% book/chapters/13_scale.md, cell 99
+# %% book/chapters/13_scale.md, cell 100
 def count(number: int) -> str:
     """A number of weights in words: 315.7 billion."""
     if number < 1e9:
@@ -1102,7 +1102,7 @@ def table(plan: Plan) -> str:
     )
 
 
-# %% book/chapters/13_scale.md, cell 100
+# %% book/chapters/13_scale.md, cell 101
 def run_plan(args: argparse.Namespace) -> None:
     """Print a plan as a table, or as JSON."""
     plan = plan_of(args)
@@ -1110,7 +1110,7 @@ def run_plan(args: argparse.Namespace) -> None:
     print(text if args.json else table(plan))
 
 
-# %% book/chapters/13_scale.md, cell 101
+# %% book/chapters/13_scale.md, cell 102
 def add_plan(commands: Any) -> None:
     """The subcommand `plan` of the command line."""
     text = "say what running a model takes, before any download"

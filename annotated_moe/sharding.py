@@ -9,7 +9,6 @@ what they say to each other, and weighs the full model on each of them
 without allocating a byte of it.
 """
 
-# %% book/chapters/07_sharding.md, cell 2
 import math
 import re
 from typing import Any
@@ -24,11 +23,12 @@ from jaxtyping import Array, Float, Shaped
 from annotated_moe import quantization
 from annotated_moe.quantization import QuantizedTensor, Row, Weight
 
+# %% book/chapters/07_sharding.md, cell 3
 AnyMesh = Mesh | AbstractMesh
 Axis = str | tuple[str, ...] | None
 
 
-# %% book/chapters/07_sharding.md, cell 7
+# %% book/chapters/07_sharding.md, cell 8
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     """A grid of `data` x `model` devices with these two axis names.
 
@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     return Mesh(grid, ("data", "model"), axis_types=auto)
 
 
-# %% book/chapters/07_sharding.md, cell 11
+# %% book/chapters/07_sharding.md, cell 12
 RULES: tuple[tuple[str, P], ...] = (
     (r"multi_head_attention/(query|key|value)/w", P("data", "model")),
     (r"multi_head_attention/linear/w", P("model", "data")),
@@ -63,7 +63,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-# %% book/chapters/07_sharding.md, cell 12
+# %% book/chapters/07_sharding.md, cell 13
 FAMILY_RULES: tuple[tuple[str, P], ...] = (
     (r"multi_head_attention/(query|key|value)/b", P("model")),
     (r"multi_head_attention/linear/b", P("data")),
@@ -77,7 +77,7 @@ FAMILY_RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-# %% book/chapters/07_sharding.md, cell 13
+# %% book/chapters/07_sharding.md, cell 14
 def spec_for(path: str) -> P:
     """The spec of the first rule that matches the end of `path`.
 
@@ -93,7 +93,7 @@ def spec_for(path: str) -> P:
     )
 
 
-# %% book/chapters/07_sharding.md, cell 17
+# %% book/chapters/07_sharding.md, cell 18
 def axis_size(mesh: AnyMesh, axis: Axis) -> int:
     """How many parts `axis` cuts a dimension into; 1 for None.
 
@@ -115,7 +115,7 @@ def fit(axis: Axis, size: int, mesh: AnyMesh) -> Axis:
     return axis if parts > 1 and size % parts == 0 else None
 
 
-# %% book/chapters/07_sharding.md, cell 18
+# %% book/chapters/07_sharding.md, cell 19
 def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     """`spec` as far as it fits `shape`: one entry for each dimension.
 
@@ -128,7 +128,7 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     return P(*(fit(a, n, mesh) for a, n in zip(wishes, shape)))
 
 
-# %% book/chapters/07_sharding.md, cell 21
+# %% book/chapters/07_sharding.md, cell 22
 def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     """`w` with a fitted spec in place of each array.
 
@@ -149,7 +149,7 @@ def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     return QuantizedTensor(fitted, scales)
 
 
-# %% book/chapters/07_sharding.md, cell 22
+# %% book/chapters/07_sharding.md, cell 23
 def group_repeats(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> int:
@@ -159,7 +159,7 @@ def group_repeats(
     return 1 if groups == 1 else math.lcm(groups, parts) // groups
 
 
-# %% book/chapters/07_sharding.md, cell 23
+# %% book/chapters/07_sharding.md, cell 24
 def fit_groups(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> QuantizedTensor:
@@ -175,7 +175,7 @@ def fit_groups(
     return QuantizedTensor(q.weight, scales)
 
 
-# %% book/chapters/07_sharding.md, cell 28
+# %% book/chapters/07_sharding.md, cell 29
 def partition_specs(
     params: dict[str, dict[str, Any]], mesh: AnyMesh
 ) -> dict[str, dict[str, Any]]:
@@ -195,7 +195,7 @@ def partition_specs(
     return specs
 
 
-# %% book/chapters/07_sharding.md, cell 29
+# %% book/chapters/07_sharding.md, cell 30
 def shardings(specs: Any, mesh: AnyMesh) -> Any:
     """A tree of specs as a tree of shardings, for `jax.device_put`."""
     return jax.tree.map(
@@ -205,14 +205,14 @@ def shardings(specs: Any, mesh: AnyMesh) -> Any:
     )
 
 
-# %% book/chapters/07_sharding.md, cell 33
+# %% book/chapters/07_sharding.md, cell 34
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
-# %% book/chapters/07_sharding.md, cell 34
+# %% book/chapters/07_sharding.md, cell 35
 def matmul(
     x: Float[Array, "N D"], w: Weight, axes: tuple[Axis, Axis]
 ) -> Float[Array, "N F"]:
@@ -239,7 +239,7 @@ def matmul(
     )(x, w)
 
 
-# %% book/chapters/07_sharding.md, cell 50
+# %% book/chapters/07_sharding.md, cell 51
 def constrain(
     x: Shaped[Array, "..."], *axes: Axis
 ) -> Shaped[Array, "..."]:
@@ -255,7 +255,7 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-# %% book/chapters/07_sharding.md, cell 57
+# %% book/chapters/07_sharding.md, cell 58
 def head_copies(kv_heads: int, q_heads: int) -> int:
     """How often the current mesh holds each key head: mostly once.
 
@@ -269,7 +269,7 @@ def head_copies(kv_heads: int, q_heads: int) -> int:
     return math.lcm(kv_heads, parts) // kv_heads
 
 
-# %% book/chapters/07_sharding.md, cell 58
+# %% book/chapters/07_sharding.md, cell 59
 def spread_heads(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], q_heads: int
 ) -> tuple[Float[Array, "B T M H"], Float[Array, "B T M H"]]:

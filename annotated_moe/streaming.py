@@ -9,7 +9,6 @@ file left them, and the proof that the streamed model says what the
 resident one says.
 """
 
-# %% book/chapters/11_streaming.md, cell 1
 import mmap
 import os
 import sys

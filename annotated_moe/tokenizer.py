@@ -8,7 +8,6 @@ running model back into text as they come, without ever tearing a
 character in two.
 """
 
-# %% book/chapters/01_tokenizer.md, cell 1
 import io
 import operator
 import os

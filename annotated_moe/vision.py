@@ -11,7 +11,6 @@ its scores, and have trained a tiny one that can tell what a bag of
 patches cannot.
 """
 
-# %% book/chapters/17_vision.md, cell 1
 import math
 import os
 import re

@@ -8,7 +8,6 @@ program cannot reach your files, and a message of 49 characters can no
 longer put words into the mouth of the system.
 """
 
-# %% book/chapters/19_vocabularies.md, cell 1
 import base64
 import binascii
 import codecs

@@ -51,7 +51,6 @@ def test_a_chapter_has_all_its_parts(path):
     header = yaml.safe_load(text.split("---\n")[1])
     assert header["jupytext"]["formats"] == "md:myst,ipynb"
     assert header["kernelspec"] == {"display_name": "Python 3", "name": "python3"}
-    assert chapter.module == path.stem.split("_", 1)[1]
     assert re.search(r"^\(.+\)=\n# ", text, re.MULTILINE), "a label above the title"
     assert ":class: departure" in text
     assert sum("check" in cell.tags for cell in chapter.cells) >= 3
@@ -117,7 +116,7 @@ def test_every_exported_cell_links_to_its_line():
     found = extension.find_lines(REPOSITORY / "annotated_moe")
     for chapter in map(read, CHAPTERS):
         for cell in chapter.cells:
-            if "export" in cell.tags:
+            if "export" in cell.tags and not only_imports(cell.source):
                 name, line = found.pop((chapter.path, cell.number))
                 lines = (REPOSITORY / name).read_text("utf-8").split("\n")
                 assert lines[line] == cell.source.split("\n")[0]

@@ -245,6 +245,17 @@ class Parser(argparse.ArgumentParser):
 
 
 # %% book/chapters/09_checkpoints.md, cell 198
+class Version(argparse.Action):
+    """Looks the version up when asked for it: that takes a while."""
+
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"annotated-moe {version('annotated-moe')}")
+        parser.exit()
+
+
+# %% book/chapters/09_checkpoints.md, cell 199
 def add_convert(commands: Any) -> None:
     from annotated_moe import convert
 
@@ -263,7 +274,7 @@ def add_plan(commands: Any) -> None:
     scale.add_plan(commands)
 
 
-# %% book/chapters/09_checkpoints.md, cell 199
+# %% book/chapters/09_checkpoints.md, cell 200
 ADD = {
     "generate": add_generate,
     "convert": add_convert,
@@ -273,18 +284,20 @@ ADD = {
 }
 
 
-# %% book/chapters/09_checkpoints.md, cell 200
+# %% book/chapters/09_checkpoints.md, cell 201
 def make_parser(command: str) -> argparse.ArgumentParser:
     """For one command, or for all where it is none of them."""
     text = "Run the mixture-of-experts model that the book builds."
     parser = Parser("annotated-moe", description=text)
+    text = "print the version and exit"
+    parser.add_argument("--version", action=Version, nargs=0, help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in [ADD[command]] if command in ADD else ADD.values():
         add(commands)
     return parser
 
 
-# %% book/chapters/09_checkpoints.md, cell 201
+# %% book/chapters/09_checkpoints.md, cell 202
 def spare_collector() -> None:
     """Look for no garbage in what was imported, nor at the exit.
 
@@ -294,7 +307,7 @@ def spare_collector() -> None:
     atexit.register(gc.disable)
 
 
-# %% book/chapters/09_checkpoints.md, cell 202
+# %% book/chapters/09_checkpoints.md, cell 203
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     if argv is None:

@@ -222,7 +222,10 @@ OWN_OPTIONS = {"process", "model", "image"}     # compared when loaded
 
 # %% book/chapters/12_hosts.md, cell 42
 def join_from(args: argparse.Namespace) -> None:
-    """`join` as the options say; ValueError if they do not fit."""
+    """`join` as the options say; ValueError if they do not fit.
+
+    What goes wrong from then on ends this process, with one line.
+    """
     n, i = args.processes, args.process
     if n is None or i is None:
         raise ValueError("--hosts needs --processes and --process too")
@@ -239,6 +242,7 @@ def join_from(args: argparse.Namespace) -> None:
     print(f"Process {i} of {n}: meeting at {args.hosts}, for at most "
           f"{3 * HEARTBEAT_TIMEOUT} s ...", file=sys.stderr, flush=True)
     start_guard(i)
+    reserve_stdout(i)
     try:
         join(args.hosts, n, i, args.devices // n)
         agree("the command line", **given)
@@ -261,7 +265,6 @@ def run_multihost(run: Command) -> Command:
                     "--processes and --process go with --hosts")
             return run(args)
         join_from(args)
-        reserve_stdout(args.process)
         try:
             result = run(args)
             sys.stdout.flush()

@@ -453,7 +453,8 @@ def test_options_that_do_not_fit(words, complaint, capsys):
 def test_every_process_gets_its_share_of_the_devices(monkeypatch):
     calls = []
     monkeypatch.setattr(hosts, "join", lambda *call: calls.append(call))
-    monkeypatch.setattr(hosts, "start_guard", lambda process: None)
+    for name in ("start_guard", "reserve_stdout"):
+        monkeypatch.setattr(hosts, name, lambda process: None)
     for given, own, every in [(1, 1, 4), (8, 2, 8), (32, 8, 32)]:
         args = argparse.Namespace(
             hosts="h:1", processes=4, process=3, devices=given)

@@ -189,20 +189,22 @@ def pair(start, alone):
     return jobs
 
 
-ASKED = {"prompts": [[5, 9, 33]], "max_new_tokens": 5}
+ASKED = {"prompts": PROMPTS, "max_new_tokens": 5}       # compiled already
+TOKENS = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
 LOADED = {"path": None, "mesh": [1, 4], "dtype": "float32"}
 DIFFERENT = {
-    "prompts": ("generate_ids", ASKED, {"prompts": [[5, 9, 34]]},
-                "prompts: process 0 has [[5, 9, 33]], process 1 has [[5, 9, 34]]"),
-    "lengths": ("generate_ids", ASKED, {"prompts": [[5, 9]]}, "prompts: "),
+    "prompts": ("generate_ids", ASKED, {"prompts": [[5, 9, 34], *PROMPTS[1:]]},
+                "prompts: process 0 has [[5, 9, 33], [17, "),
+    "lengths": ("generate_ids", ASKED, {"prompts": [[5, 9], *PROMPTS[1:]]},
+                "prompts: "),
     "rows": ("generate_ids", ASKED, {"prompts": [[5, 9], [1]]},
              "prompts (and seed, temperature, top_k): "),
     "new tokens": ("generate_ids", ASKED, {"max_new_tokens": 6},
                    "max_new_tokens: process 0 has 5, process 1 has 6"),
-    "seed": ("generate_ids", ASKED, {"seed": 1}, "seed: process 0 has [0],"),
+    "seed": ("generate_ids", ASKED, {"seed": 1}, "seed: process 0 has [0, 1, 2],"),
     "top_p": ("generate_ids", ASKED, {"top_p": 0.5}, "top_p: "),
     "stop": ("generate_ids", ASKED, {"stop_ids": [3]}, "has [], process 1 has [3]"),
-    "tokens": ("logits", {"tokens": [[1, 2]]}, {"tokens": [[1, 3]]}, "tokens: "),
+    "tokens": ("logits", {"tokens": TOKENS}, {"tokens": TOKENS[::-1]}, "tokens: "),
     "mesh": ("load", LOADED, {"mesh": [2, 2]}, "differ in mesh.data (and mesh.model"),
     "dtype": ("load", LOADED, {"dtype": "bfloat16"}, "differ in config.dtype: "),
     "model": ("load", LOADED, {"path": "other"}, "differ in config.vocab_size"),

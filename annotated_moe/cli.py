@@ -248,7 +248,7 @@ class Parser(argparse.ArgumentParser):
 class Version(argparse.Action):
     """Looks the version up when asked for it: that takes a while."""
 
-    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+    def __call__(self, parser: Any, *_: Any) -> None:
         from importlib.metadata import version
 
         print(f"annotated-moe {version('annotated-moe')}")

@@ -18,12 +18,13 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test env parity-env sync check lint unit notebooks wheel-notebooks \
+.PHONY: help run test test-all env parity-env sync check lint unit notebooks wheel-notebooks \
 	book book-html train prefix clean
 
 help:
 	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
 	@echo 'make test              drift, lint, unit tests, every notebook'
+	@echo 'make test-all          these, and the full products of families and meshes'
 	@echo 'make parity-env        torch and transformers, for more tests'
 	@echo 'make sync              write notebooks and package from the chapters'
 	@echo 'make check             fail if they differ from the chapters'
@@ -38,6 +39,12 @@ run: env
 	@$(BIN)/annotated-moe generate --devices 8 --prompt "$$PROMPT"
 
 test: check lint unit notebooks
+
+# `make test` leaves out the tests marked `full`.
+SELECT := not full
+
+test-all:
+	@$(MAKE) test SELECT=
 
 env: $(STAMP)
 
@@ -81,7 +88,7 @@ lint: env
 # passes of the compiler that is a third less work. Notebooks have all of them.
 unit: env
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-		$(BIN)/pytest -n 2 --dist worksteal --durations=20 \
+		$(BIN)/pytest -n 2 --dist worksteal --durations=20 -m '$(SELECT)' \
 		--ignore=tests/test_book.py tests
 
 # Every notebook, in an empty directory. Their outputs are kept: the book

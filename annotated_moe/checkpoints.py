@@ -1966,9 +1966,10 @@ def find_tokenizer(
     if tokenizer is None:
         return None
     if tokenizer.vocab_size > config.vocab_size:
+        path = folder / tokenizer.format.file_name
         raise CheckpointError(
-            f"{folder} has a tokenizer of {tokenizer.vocab_size} "
-            f"pieces, but the model's vocabulary is {config.vocab_size}"
+            f"{path} has {tokenizer.vocab_size} pieces, but the "
+            f"model's vocabulary is {config.vocab_size}"
         )
     if config.vision is not None and (folder / "params.json").exists():
         meta_images(tokenizer, config.vision)

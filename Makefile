@@ -19,7 +19,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .DEFAULT_GOAL := help
 .PHONY: help run test env parity-env sync check lint unit notebooks wheel-notebooks \
-	book book-html train clean
+	test-newest book book-html train clean
 
 help:
 	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
@@ -30,6 +30,7 @@ help:
 	@echo 'make book              build the book, serve it, open it'
 	@echo 'make book-html         build the book, run what is new; a warning is an error'
 	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'
+	@echo 'make test-newest PYTHON=...  tests and notebooks, with the newest of everything'
 	@echo 'make train             train the small model again'
 	@echo 'make lint | unit | notebooks | env | clean'
 
@@ -103,6 +104,24 @@ wheel-notebooks: env
 		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
 	rm -rf $(WHEEL)
 
+# What `pip install` gives today: no lock, the newest release of every dependency.
+# Another Python than that of $(VENV): make test-newest PYTHON=python3.13
+NEWEST := .newest
+
+test-newest:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or later: make PYTHON=/path/to/python3' >&2; exit 1; }
+	rm -rf $(NEWEST) && mkdir -p $(NEWEST)/empty
+	$(PYTHON) -m venv $(NEWEST)/venv
+	$(NEWEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--upgrade '.[book,test,tokenizers,images,train]'
+	$(NEWEST)/venv/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version)"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+		$(NEWEST)/venv/bin/pytest -n 2 --dist worksteal tests
+	cp book/chapters/*.ipynb $(NEWEST)/empty
+	cd $(NEWEST)/empty && \
+		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
+
 book-html: env $(RAN)/.done
 	rm -rf _build/html _build/.doctrees _build/jupyter_execute
 	$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going .
@@ -117,6 +136,6 @@ train: env
 	$(BIN)/python scripts/train_small.py
 
 clean:
-	rm -rf $(VENV) $(WHEEL) $(RAN) _build dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL) $(NEWEST) $(RAN) _build dist build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,13 +18,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
 .PHONY: help run test test-all env parity-env sync check lint unit notebooks wheel-notebooks \
-	book book-html train prefix clean
-=======
-.PHONY: help run test env parity-env sync check lint unit notebooks wheel-notebooks \
-	test-newest book book-html train clean
->>>>>>> misc
+	test-newest book book-html train prefix clean
 
 help:
 	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
@@ -161,10 +156,6 @@ train: env
 	$(BIN)/python scripts/train_small.py
 
 clean:
-<<<<<<< HEAD
-	rm -rf $(VENV) $(WHEEL) $(RAN) $(PREFIX) _build dist build *.egg-info
-=======
-	rm -rf $(VENV) $(WHEEL) $(NEWEST) $(RAN) _build dist build *.egg-info
->>>>>>> misc
+	rm -rf $(VENV) $(WHEEL) $(NEWEST) $(RAN) $(PREFIX) _build dist build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

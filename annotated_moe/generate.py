@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -394,6 +394,7 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None = None
     mesh: Any = None
+    in_memory: ClassVar[bool] = True        # or are weights on disk
 
     def __repr__(self) -> str:
         c = self.config

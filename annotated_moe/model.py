@@ -151,6 +151,18 @@ def param_specs(
 
 
 # %% 08
+def flat_specs(
+    config: ModelConfig,
+) -> dict[tuple[str, str], ParamSpec]:
+    """(module, name) -> what a parameter is."""
+    return {
+        (module, name): spec
+        for module, leaves in param_specs(config).items()
+        for name, spec in leaves.items()
+    }
+
+
+# %% 08
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 

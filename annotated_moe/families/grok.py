@@ -1,7 +1,17 @@
 """Grok-1, and smaller models of its architecture."""
 
+from typing import Any
+
 from annotated_moe.attention import AttentionSpec
 from annotated_moe.config import LayerSpec, ModelConfig, Segment
+from annotated_moe.formats.hub import (
+    FAMILIES,
+    Family,
+    Fields,
+    WeightName,
+    one_or_many,
+    read_dtype,
+)
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
@@ -43,3 +53,127 @@ def grok_config(
         embedding_multiplier, output_multiplier, tied=True,
         pad_id=pad_id, eos_ids=eos_ids, dtype=dtype,
     )
+
+
+# %% 09
+def like_grok(config: ModelConfig) -> ModelConfig:
+    """The model of Grok-1's architecture with a model's sizes."""
+    layer = config.layer(0)
+    attention, experts = layer.attention, layer.feed_forward
+    sparse = isinstance(experts, MoESpec)
+    return grok_config(
+        config.vocab_size, config.context, config.d_model,
+        experts.width, config.num_layers, attention.q_heads,
+        attention.kv_heads, attention.head_size,
+        experts.num_experts if sparse else 1,
+        experts.top_k if sparse else 1,
+        config.embedding_multiplier, config.output_multiplier,
+        attention.multiplier, attention.softcap,
+        attention.rope.base if attention.rope else 10000.0,
+        config.pad_id, config.eos_ids, config.dtype,
+    )
+
+
+# %% 14_hub
+GROK_LAYER = (
+    WeightName("pre_attn_norm.scale", "rms_norm/scale"),
+    WeightName("post_attn_norm.scale", "rms_norm_1/scale"),
+    WeightName("pre_moe_norm.scale", "rms_norm_2/scale"),
+    WeightName("post_moe_norm.scale", "rms_norm_3/scale"),
+    *(
+        WeightName(f"attn.{theirs}_proj.weight",
+                   f"multi_head_attention/{ours}/w", "transpose")
+        for theirs, ours in (("q", "query"), ("k", "key"),
+                             ("v", "value"), ("o", "linear"))
+    ),
+    WeightName("moe_block.gate.weight", "router/w", "transpose"),
+    *(
+        WeightName(f"moe_block.experts.{{expert}}.{name}.weight",
+                   f"moe/{name}/w", "transpose")
+        for name in ("linear", "linear_v", "linear_1")
+    ),
+)
+
+
+# %% 14_hub
+class GrokFamily(Family):
+    """The community's conversion of Grok-1.
+
+    Source: `hpcai-tech/grok-1` on the hub, whose file names and fields
+    these are.
+    """
+
+    ends = (
+        WeightName("model.embed_tokens.weight",
+                   "in_out_embed/embeddings"),
+        WeightName("model.norm.scale", "rms_norm/scale"),
+    )
+
+    def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
+        return GROK_LAYER
+
+    def read(self, fields: Fields) -> ModelConfig:
+        fields.only("rms_norm_eps", 1e-5)
+        fields.only("tie_word_embeddings", True)
+        heads = fields.size("num_attention_heads")
+        width = fields.size("hidden_size")
+        size = fields.size("head_dim", width // heads)
+        return grok_config(
+            vocab_size=fields.size("vocab_size"),
+            context=fields.size("max_position_embeddings"),
+            d_model=width,
+            d_ff=fields.size("intermediate_size"),
+            num_layers=fields.size("num_hidden_layers"),
+            q_heads=heads,
+            kv_heads=fields.size("num_key_value_heads", heads),
+            head_size=size,
+            num_experts=fields.size("num_experts"),
+            top_k=fields.size("num_experts_per_tok"),
+            embedding_multiplier=fields.number(
+                "embedding_multiplier_scale"),
+            output_multiplier=fields.number("output_multiplier_scale"),
+            attn_multiplier=fields.number("attn_output_multiplier"),
+            attn_softcap=fields.number("max_attn_value"),
+            rope_base=fields.number("rope_theta", 10000.0),
+            pad_id=(*fields.ids("pad_token_id"), 0)[0],
+            eos_ids=fields.ids("eos_token_id"),
+            dtype=read_dtype(fields),
+        )
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        layer = config.layer(0)
+        attention, experts = layer.attention, layer.feed_forward
+        if not isinstance(experts, MoESpec):
+            raise ValueError("this layout has no model without experts")
+        again = like_grok(config)
+        if again != config:
+            raise ValueError(
+                "this model is none of Grok-1's architecture, which is "
+                "all that this layout can say"
+            )
+        assert attention.rope is not None
+        return {
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.context,
+            "hidden_size": config.d_model,
+            "intermediate_size": experts.width,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": attention.q_heads,
+            "num_key_value_heads": attention.kv_heads,
+            "head_dim": attention.head_size,
+            "num_experts": experts.num_experts,
+            "num_experts_per_tok": experts.top_k,
+            "embedding_multiplier_scale": config.embedding_multiplier,
+            "output_multiplier_scale": config.output_multiplier,
+            "attn_output_multiplier": attention.multiplier,
+            "max_attn_value": attention.softcap,
+            "rope_theta": attention.rope.base,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "pad_token_id": config.pad_id,
+            "eos_token_id": one_or_many(config.eos_ids),
+            "torch_dtype": config.dtype,
+        }
+
+
+FAMILIES["Grok1ModelForCausalLM"] = GrokFamily()

@@ -50,7 +50,7 @@ from annotated_moe.formats.writing import (
     write_file,
     write_json,
 )
-from annotated_moe.generate import Model
+from annotated_moe.generate import MODEL_CLASSES, Model
 from annotated_moe.model import Params, flat_specs
 from annotated_moe.parallel import (
     fit_spec,
@@ -492,9 +492,6 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
 
 
 # %% 09c
-MODEL_CLASSES: dict[type, Callable[..., Model]] = {ModelConfig: Model}
-
-
 def load_into_memory(
     opened: Opened, mesh: Mesh | None, dtype: str
 ) -> Model:

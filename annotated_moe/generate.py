@@ -458,3 +458,7 @@ class Model:
     stream_ids = stream_ids
     generate = generate
     stream = stream
+
+
+# %% 08
+MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}

@@ -1,4 +1,4 @@
-"""Pictures before an encoder: resized, cut into tiles, put in prompts."""
+"""Pictures before an encoder: resized, in tiles, and in prompts."""
 
 import math
 import os
@@ -142,7 +142,7 @@ class ImageSettings(Spec):
                 f"max_tiles must be at most 1024: {self.max_tiles}"
             )
         if not self.mean or len(self.mean) != len(self.std):
-            raise ValueError("mean and std need a number a channel each")
+            raise ValueError("mean and std need a number a channel")
 
 
 # %% 17

@@ -41,7 +41,7 @@ from annotated_moe.formats.hub import (
     read_rope,
     write_rope,
 )
-from annotated_moe.generate import Model, Rows, pad_rows
+from annotated_moe.generate import MODEL_CLASSES, Model, Rows, pad_rows
 from annotated_moe.model import Params
 from annotated_moe.params import get_parameter
 from annotated_moe.rope import Rope, rope_angles
@@ -79,7 +79,8 @@ class VisionSpec(Spec):
         ):
             if whole % part:
                 raise ValueError(
-                    f"vision: {by} = {part} must divide {name} = {whole}"
+                    f"vision: {by} = {part} must divide "
+                    f"{name} = {whole}"
                 )
 
     @property
@@ -140,7 +141,7 @@ def affine(
 
 
 # %% 17
-Stack = int | None                          # how many layers, or no stack
+Stack = int | None                      # how many layers; None: one
 
 
 def replicated(
@@ -159,7 +160,9 @@ def replicated(
 class LayerNorm(hk.Module):
     """`layer_norm` with parameters of its own."""
 
-    def __init__(self, eps: float, name: str, stack: Stack = None) -> None:
+    def __init__(
+        self, eps: float, name: str, stack: Stack = None
+    ) -> None:
         super().__init__(name=name)
         self.eps, self.stack = eps, stack
 
@@ -178,7 +181,10 @@ class LayerNorm(hk.Module):
 
 # %% 17
 class Affine(hk.Module):
-    """`affine` with parameters of its own; columns of length about 1."""
+    """`affine` with parameters of its own.
+
+    At first the columns of the matrix have a length of about 1.
+    """
 
     def __init__(
         self, size: int, name: str, bias: bool = False,
@@ -190,10 +196,11 @@ class Affine(hk.Module):
     def weights(self, features: int) -> Weights:
         shape = features, self.size
         init = hk.initializers.RandomNormal(features**-0.5)
-        w = {"w": replicated("w", shape, init, self.stack)}
-        if self.bias:
-            w["b"] = replicated("b", shape[1:], jnp.zeros, self.stack)
-        return w
+        w = replicated("w", shape, init, self.stack)
+        if not self.bias:
+            return {"w": w}
+        b = replicated("b", shape[1:], jnp.zeros, self.stack)
+        return {"w": w, "b": b}
 
     def __call__(
         self, x: Float[Array, "*B D"]
@@ -328,6 +335,26 @@ def pixel_shuffle(
 
 
 # %% 17
+class Adapter(hk.Module):
+    """Squares of encoded patches, mixed by two matrices."""
+
+    def __init__(
+        self, width: int, shuffle: int, dtype: str,
+        name: str = "adapter",
+    ) -> None:
+        super().__init__(name=name)
+        self.width, self.shuffle, self.dtype = width, shuffle, dtype
+
+    def __call__(
+        self, x: Float32[Array, "I P W"]
+    ) -> Float32[Array, "I R F"]:
+        x = pixel_shuffle(x, self.shuffle)
+        for name in ("linear", "linear_1"):
+            x = gelu(Affine(self.width, name)(x.astype(self.dtype)))
+        return x
+
+
+# %% 17
 class VisionEncoder(hk.Module):
     """Tiles to image embeddings, for a decoder to read among tokens.
 
@@ -367,24 +394,13 @@ class VisionEncoder(hk.Module):
         h = VisionLayers(s, self.dtype)(self.embed(tiles), turns)
         return LayerNorm(s.norm_eps, "norm_after")(h)
 
-    @hk.name_like("__call__")
-    def adapt(
-        self, x: Float32[Array, "I P W"]
-    ) -> Float32[Array, "I R F"]:
-        """Squares of encoded patches, mixed by two matrices."""
-        s = self.spec
-        x = pixel_shuffle(x, s.shuffle).astype(self.dtype)
-        for name in ("adapter/linear", "adapter/linear_1"):
-            y = Affine(s.adapter_width, name)(x)
-            x = gelu(y).astype(self.dtype)
-        return x
-
     def __call__(
         self, tiles: Float[Array, "I C Y X"]
     ) -> Float32[Array, "N D"]:
-        x = self.adapt(self.encode(tiles)[:, :-1])
-        y = Affine(self.spec.d_model, "projection")(x)      # [I, R, D]
-        return y.reshape(-1, self.spec.d_model)
+        s, x = self.spec, self.encode(tiles)[:, :-1]
+        x = Adapter(s.adapter_width, s.shuffle, self.dtype)(x)
+        y = Affine(s.d_model, "projection")(x.astype(self.dtype))
+        return y.reshape(-1, s.d_model)
 
 
 # %% 17
@@ -669,8 +685,12 @@ class SeeingModel(Model):
             embeddings = image_embeddings(
                 own, tiles, spec, self.config.dtype
             )
-        index = embedding_index(pad_rows(rows, width, -1), spec.image_id)
+        tokens = pad_rows(rows, width, -1)
+        index = embedding_index(tokens, spec.image_id)
         return ImageInputs(embeddings, index)
+
+
+MODEL_CLASSES[SeeingConfig] = SeeingModel
 
 
 # %% 17
@@ -809,7 +829,9 @@ def read_vision(
 # %% 17
 def write_vision(spec: VisionSpec) -> dict[str, Any]:
     """The `vision_config` that `read_vision` reads."""
-    sizes = {n: getattr(spec, ours) for n, ours in VISION_FIELDS.items()}
+    sizes = {
+        name: getattr(spec, ours) for name, ours in VISION_FIELDS.items()
+    }
     return {
         **sizes, **VISION_FIXED, **write_rope(Rope(spec.rope_base)),
         "model_type": "llama4_vision_model",
@@ -853,7 +875,8 @@ class SeeingFamily(Family):
         })
         config = self.decoder.read(text)
         text.finish()
-        return seeing(config, read_vision(vision, fields, config.d_model))
+        spec = read_vision(vision, fields, config.d_model)
+        return seeing(config, spec)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         if not isinstance(config, SeeingConfig):
@@ -887,7 +910,8 @@ def preprocessor_config(spec: VisionSpec) -> bytes:
     return json.dumps({
         "image_processor_type": PROCESSORS[0],
         "do_resize": True, "size": size, "resample": 2,
-        "max_patches": settings.max_tiles, "resize_to_max_canvas": False,
+        "max_patches": settings.max_tiles,
+        "resize_to_max_canvas": False,
         "do_rescale": True, "rescale_factor": settings.rescale_factor,
         "do_normalize": True, "image_mean": list(settings.mean),
         "image_std": list(settings.std),

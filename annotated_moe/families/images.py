@@ -15,7 +15,7 @@ from annotated_moe.tokenizer import Tokenizer, split_at
 from annotated_moe.vocabularies import needed
 
 
-# %% 17
+# %% 17b
 def best_grid(
     height: int, width: int, image_size: int, max_tiles: int = 16
 ) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def best_grid(
     return min(fits, key=math.prod)
 
 
-# %% 17
+# %% 17b
 def size_on_grid(
     height: int, width: int, grid: tuple[int, int], image_size: int
 ) -> tuple[int, int]:
@@ -51,7 +51,7 @@ def size_on_grid(
     return most_y, max(fit, 1)
 
 
-# %% 17
+# %% 17b
 def interpolation_weights(
     old: int, new: int
 ) -> Float64[np.ndarray, "new old"]:
@@ -66,7 +66,7 @@ def interpolation_weights(
     return w / w.sum(axis=1, keepdims=True)
 
 
-# %% 17
+# %% 17b
 def fixed_point(
     w: Float64[np.ndarray, "new old"],
 ) -> tuple[Int32[np.ndarray, "new old"], int]:
@@ -81,7 +81,7 @@ def fixed_point(
     return np.floor(w * 2**bits + 0.5).astype(np.int32), bits
 
 
-# %% 17
+# %% 17b
 def nonzero_weights(
     w: Int32[np.ndarray, "new old"],
 ) -> tuple[Int[np.ndarray, "few new"], Int32[np.ndarray, "few new"]]:
@@ -97,7 +97,7 @@ def nonzero_weights(
     return inside, own
 
 
-# %% 17
+# %% 17b
 def resize_axis(
     pixels: UInt8[np.ndarray, "..."], new: int, axis: int
 ) -> UInt8[np.ndarray, "..."]:
@@ -114,7 +114,7 @@ def resize_axis(
     return np.moveaxis(levels, -1, axis)
 
 
-# %% 17
+# %% 17b
 def resize(
     pixels: UInt8[np.ndarray, "y x C"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} C"]:
@@ -125,7 +125,7 @@ def resize(
     return resize_axis(resize_axis(pixels, width, 1), height, 0)
 
 
-# %% 17
+# %% 17b
 @dataclass(frozen=True)
 class ImageSettings(Spec):
     """How a picture becomes tiles; Llama 4's unless told otherwise."""
@@ -145,7 +145,7 @@ class ImageSettings(Spec):
             raise ValueError("mean and std need a number a channel")
 
 
-# %% 17
+# %% 17b
 def check_pixels(pixels: Any, channels: int) -> np.ndarray:
     """`pixels` as an array; ValueError if it is no picture."""
     pixels = np.asarray(pixels)
@@ -162,7 +162,7 @@ def check_pixels(pixels: Any, channels: int) -> np.ndarray:
     return pixels
 
 
-# %% 17
+# %% 17b
 def normalize(
     levels: UInt8[np.ndarray, "I C Y X"], settings: ImageSettings
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -179,7 +179,7 @@ def normalize(
     return x.astype(np.float32)
 
 
-# %% 17
+# %% 17b
 def cut_tiles(
     pixels: UInt8[np.ndarray, "y x C"], size: int
 ) -> UInt8[np.ndarray, "I C {size} {size}"]:
@@ -190,7 +190,7 @@ def cut_tiles(
     return tiles.transpose(0, 2, 4, 1, 3).reshape(-1, c, size, size)
 
 
-# %% 17
+# %% 17b
 def image_tiles(
     pixels: Any, settings: ImageSettings = ImageSettings()
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -213,14 +213,14 @@ def image_tiles(
     return normalize(tiles, settings)
 
 
-# %% 17
+# %% 17b
 IMAGE, PATCH = "<|image|>", "<|patch|>"
 START, END = "<|image_start|>", "<|image_end|>"
 NEXT_COLUMN, NEXT_LINE = "<|tile_x_separator|>", "<|tile_y_separator|>"
 MARKS = START, IMAGE, END, PATCH, NEXT_COLUMN, NEXT_LINE
 
 
-# %% 17
+# %% 17b
 def image_marks(grid: tuple[int, int], patches: int) -> list[str]:
     """What stands for a picture in a prompt, in Llama 4's tokens.
 
@@ -235,7 +235,7 @@ def image_marks(grid: tuple[int, int], patches: int) -> list[str]:
     return [START, *line * lines, IMAGE, *tile, END]
 
 
-# %% 17
+# %% 17b
 def mark_ids(
     specials: Mapping[str, int], known: Mapping[str, int]
 ) -> dict[str, int]:
@@ -257,7 +257,7 @@ def mark_ids(
     return {mark: specials[mark] for mark in MARKS}
 
 
-# %% 17
+# %% 17b
 def encode_with_images(
     text: str, tokenizer: Tokenizer, image_id: int,
     add_bos: bool | None = None,
@@ -273,7 +273,7 @@ def encode_with_images(
     return ids
 
 
-# %% 17
+# %% 17b
 def expand_images(
     prompt: list[int], images: list[Any], ids: Mapping[str, int],
     settings: ImageSettings, patches: int,

@@ -483,7 +483,16 @@ class SeeingConfig(ModelConfig):
         return jnp.where(here, found.astype(h.dtype), h)
 
 
-# %% 17
+def seeing(config: ModelConfig, vision: VisionSpec) -> SeeingConfig:
+    """The same decoder, with an encoder before it."""
+    own = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(ModelConfig)
+    }
+    return SeeingConfig(**own, vision=vision)
+
+
+# %% 17b
 def check_tiles(i: int, tiles: Any, spec: VisionSpec) -> np.ndarray:
     """The tiles of prompt `i`; ValueError for another shape."""
     shape = (spec.channels, spec.image_size, spec.image_size)
@@ -501,7 +510,7 @@ def check_tiles(i: int, tiles: Any, spec: VisionSpec) -> np.ndarray:
     return tiles.astype(np.float32)
 
 
-# %% 17
+# %% 17b
 def check_images(
     rows: Iterable[Any], images: Any, spec: VisionSpec
 ) -> np.ndarray:
@@ -531,7 +540,7 @@ def check_images(
     return np.concatenate(tiles)
 
 
-# %% 17
+# %% 17b
 IMAGE_FILES = ["preprocessor_config.json", "processor_config.json"]
 COMPANIONS += [f for f in IMAGE_FILES if f not in COMPANIONS]
 
@@ -564,7 +573,7 @@ def image_fields(
     return own
 
 
-# %% 17
+# %% 17b
 PROCESSOR_MARKS = {
     "start_of_image_token": START, "end_of_image_token": END,
     "image_token": IMAGE, "fake_image_token": IMAGE,
@@ -581,7 +590,7 @@ def check_processor(around: Fields, spec: VisionSpec) -> None:
     around.only("pixel_shuffle_ratio", 1 / spec.shuffle)
 
 
-# %% 17
+# %% 17b
 IMAGE_FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True,
     "resample": 2, "resize_to_max_canvas": False,   # 2: linear
@@ -595,7 +604,7 @@ IMAGE_INERT = frozenset(
 PROCESSORS = "Llama4ImageProcessor", "Llama4ImageProcessorFast"
 
 
-# %% 17
+# %% 17b
 def image_settings(
     companions: Mapping[str, bytes], spec: VisionSpec
 ) -> ImageSettings:
@@ -633,7 +642,7 @@ def numbers_in(
     return tuple(values)
 
 
-# %% 17
+# %% 17b
 @dataclass(frozen=True, eq=False, repr=False)
 class SeeingModel(Model):
     """A model in whose prompts pictures stand."""
@@ -693,7 +702,7 @@ class SeeingModel(Model):
 MODEL_CLASSES[SeeingConfig] = SeeingModel
 
 
-# %% 17
+# %% 17b
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -715,7 +724,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% 17
+# %% 17b
 VISION_LAYER = (
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -734,7 +743,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% 17
+# %% 17b
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -747,7 +756,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% 17
+# %% 17b
 def vision_names(meta: bool) -> tuple[WeightName, ...]:
     """What a layout calls each parameter, Hugging Face's or Meta's."""
     return tuple(
@@ -760,14 +769,14 @@ def vision_names(meta: bool) -> tuple[WeightName, ...]:
 VISION_HF, VISION_META = vision_names(False), vision_names(True)
 
 
-# %% 17
+# %% 17b
 TRANSFORMS["image halves"] = WeightTransform(
     lambda w, config: HalvesFromPairs(w, config.vision.head_size),
     lambda w, config: PairsFromHalves(w, config.vision.head_size),
 )
 
 
-# %% 17
+# %% 17b
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -795,7 +804,7 @@ VISION_INERT = frozenset(
 )
 
 
-# %% 17
+# %% 17b
 def read_vision(
     fields: Fields, around: Fields, d_model: int
 ) -> VisionSpec:
@@ -826,7 +835,7 @@ def read_vision(
     return spec
 
 
-# %% 17
+# %% 17b
 def write_vision(spec: VisionSpec) -> dict[str, Any]:
     """The `vision_config` that `read_vision` reads."""
     sizes = {
@@ -842,7 +851,7 @@ def write_vision(spec: VisionSpec) -> dict[str, Any]:
     }
 
 
-# %% 17
+# %% 17b
 class SeeingFamily(Family):
     """A family's decoder with an image encoder before it.
 
@@ -888,15 +897,6 @@ class SeeingFamily(Family):
             "text_config": {**text, "model_type": self.text_type},
             "vision_config": write_vision(config.vision), **ids,
         }
-
-
-def seeing(config: ModelConfig, vision: VisionSpec) -> SeeingConfig:
-    """The same decoder, with an encoder before it."""
-    own = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(ModelConfig)
-    }
-    return SeeingConfig(**own, vision=vision)
 
 
 # %% 93

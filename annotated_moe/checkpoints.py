@@ -1,4 +1,11 @@
-"""From a folder of any layout to weights on their devices, and back."""
+# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+"""A folder of weights says what model it holds in one of four ways, and
+none of them says what a program needs to know: which tensor is which
+parameter, and which bytes of it each device keeps. This chapter builds
+`load`, which looks at a folder, works out its layout, holds every
+tensor against the configuration, and puts each on its devices while
+reading only the bytes that a device keeps.
+"""
 
 import hashlib
 import math
@@ -26,21 +33,18 @@ from annotated_moe.formats.files import (
 )
 from annotated_moe.formats.grok1 import read_release, release_config
 from annotated_moe.formats.hub import hub_config, read_hub
-from annotated_moe.formats.lazy import (
-    as_bytes,
-    first_not_finite,
-    iter_blocks,
-)
+from annotated_moe.formats.lazy import as_bytes, iter_blocks
 from annotated_moe.formats.native import (
     FORMAT,
     flat_arrays,
     is_native,
     native_config,
+    native_settings,
     read_native,
-    write_config,
 )
 from annotated_moe.formats.pickles import read_pickled
 from annotated_moe.formats.safetensors import (
+    describe_weights,
     open_folder,
     safetensors_parts,
 )
@@ -60,13 +64,9 @@ from annotated_moe.parallel import (
 )
 from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.tokenizer import Tokenizer
+from annotated_moe.tokenizer import Tokenizer, open_tokenizer
 
-# %% 09c
-Tensors = dict[tuple[str, str], Any]        # by module and name
-
-
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 12
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
@@ -86,7 +86,11 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 13
+Tensors = dict[tuple[str, str], Any]        # by module and name
+
+
+# %% book/chapters/09c_layouts.md, cell 14
 def check_tensor(
     where: Path, name: str, w: Any, spec: ParamSpec
 ) -> None:
@@ -116,7 +120,7 @@ def check_tensors(
         check_tensor(where, "/".join(path), tensors[path], spec)
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 15
 BYTES_READ: Counter[str] = Counter()            # by a parameter's name
 
 
@@ -127,7 +131,7 @@ def read_block(source: Any, index: tuple, name: str) -> np.ndarray:
     return block
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 16
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any, name: str = ""
 ) -> jax.Array:
@@ -153,7 +157,7 @@ def on_devices(
     return make(shape, where, shards)
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 17
 @dataclass(frozen=True)
 class RepeatedScales:
     """`source` with each row of axis -2 `times` times, not copied."""
@@ -177,7 +181,7 @@ class RepeatedScales:
         return block[..., skip : skip + stop - start, :]
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 18
 def place(
     name: str, w: Any, spec: ParamSpec, mesh: Mesh | None, dtype: str
 ) -> Any:
@@ -191,7 +195,7 @@ def place(
     return on_devices(w, cut, mesh, own, name)
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 19
 def place_quantized(
     name: str, w: QuantizedTensor, spec: P, mesh: Mesh | None
 ) -> QuantizedTensor:
@@ -208,107 +212,7 @@ def place_quantized(
     )
 
 
-# %% 09c
-class Layout(NamedTuple):
-    """A layout of folders: whose it is, and how it is read.
-
-    `find` gives the folder of the weights, or None for another
-    layout. `config` reads the configuration of the folder around.
-    """
-
-    name: str
-    find: Callable[[Path, set[str]], Path | None]
-    config: Callable[[Path], ModelConfig]
-    read: Callable[[Path, ModelConfig], Tensors]
-
-
-# %% 09c
-def find_release(folder: Path, names: set[str]) -> Path | None:
-    return folder / "ckpt-0" if "ckpt-0" in names else None
-
-
-def find_native(folder: Path, names: set[str]) -> Path | None:
-    return folder if is_native(folder) else None
-
-
-LAYOUTS = [
-    Layout(
-        "Grok-1", find_release,
-        lambda folder: release_config(folder / "config.json"),
-        read_release,
-    ),
-    Layout(
-        FORMAT, find_native,
-        lambda folder: native_config(folder / "config.json"),
-        read_native,
-    ),
-]
-
-
-# %% 09c
-class Opened(NamedTuple):
-    """A checkpoint that was found, before its weights are read."""
-
-    folder: Path                            # configuration, tokenizer
-    weights: Path                           # where the weights are
-    layout: Layout
-    config: ModelConfig
-
-    def read(self) -> Tensors:
-        """(module, name) -> tensor, mapped and checked."""
-        tensors = self.layout.read(self.weights, self.config)
-        check_tensors(self.weights, tensors, self.config)
-        return tensors
-
-
-def open_checkpoint(folder: Path) -> Opened:
-    """The checkpoint in a folder. CheckpointError if there is none."""
-    folder = folder.parent if folder.name == "ckpt-0" else folder
-    names = list_folder(folder)
-    for layout in LAYOUTS:
-        weights = layout.find(folder, names)
-        if weights is not None:
-            config = layout.config(folder)
-            return Opened(folder, weights, layout, config)
-    raise CheckpointError(
-        f"{folder} holds no checkpoint: known layouts are "
-        + ", ".join(layout.name for layout in LAYOUTS)
-    )
-
-
-# %% 14_hub
-def find_hub(folder: Path, names: set[str]) -> Path | None:
-    if "config.json" not in names:
-        return None
-    raw = read_json(folder / "config.json")
-    return folder if "architectures" in raw else None
-
-
-LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
-
-
-# %% 09c
-def groups_for(spec: ParamSpec, most: int = 8) -> int:
-    """Groups of scales: several where `model` cuts the inputs."""
-    cut = partition_spec(spec.axes)
-    several = len(cut) > 1 and cut[-2] == "model"
-    return math.gcd(spec.shape[-2], most) if several else 1
-
-
-def quantize_params(
-    params: Params, config: ModelConfig, groups: int = 8
-) -> dict[str, dict[str, Any]]:
-    """Every matrix in 8 bits; what is so already stays."""
-    quantized: dict[str, dict[str, Any]] = {}
-    for (module, name), spec in flat_specs(config).items():
-        w = params[module][name]
-        if spec.matrix and not isinstance(w, QuantizedTensor):
-            w = quantize(w, groups_for(spec, groups))
-        quantized.setdefault(module, {})[name] = w
-    return quantized
-
-
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 22
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -339,7 +243,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         replace_folder(new, target, Path(folder) / "old")
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 23
 def write_model(model: Model, folder: Path) -> None:
     """The files of a checkpoint in our own layout."""
     tensors = {
@@ -351,12 +255,104 @@ def write_model(model: Model, folder: Path) -> None:
     write_file(folder / "model.safetensors", parts, watcher)
     ordered = dict(sorted(watcher.sums.items()))
     write_json(folder / "checksums.json", {"sha256": ordered})
-    write_json(folder / "config.json", write_config(model.config))
+    write_json(folder / "config.json", native_settings(model.config))
     if model.tokenizer is not None:
         model.tokenizer.save_in(folder)
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 24
+def groups_for(spec: ParamSpec, most: int = 8) -> int:
+    """Groups of scales: several where `model` cuts the inputs."""
+    cut = partition_spec(spec.axes)
+    several = len(cut) > 1 and cut[-2] == "model"
+    return math.gcd(spec.shape[-2], most) if several else 1
+
+
+def quantize_params(
+    params: Params, config: ModelConfig, groups: int = 8
+) -> dict[str, dict[str, Any]]:
+    """Every matrix in 8 bits; what is so already stays."""
+    quantized: dict[str, dict[str, Any]] = {}
+    for (module, name), spec in flat_specs(config).items():
+        w = params[module][name]
+        if spec.matrix and not isinstance(w, QuantizedTensor):
+            w = quantize(w, groups_for(spec, groups))
+        quantized.setdefault(module, {})[name] = w
+    return quantized
+
+
+# %% book/chapters/09c_layouts.md, cell 25
+class Layout(NamedTuple):
+    """A layout of folders: whose it is, and how it is read.
+
+    `find` gives the folder of the weights, or None for another
+    layout. `config` reads the configuration of the folder around.
+    """
+
+    name: str
+    find: Callable[[Path, set[str]], Path | None]
+    config: Callable[[Path], ModelConfig]
+    read: Callable[[Path, ModelConfig], Tensors]
+
+
+# %% book/chapters/09c_layouts.md, cell 26
+def find_release(folder: Path, names: set[str]) -> Path | None:
+    return folder / "ckpt-0" if "ckpt-0" in names else None
+
+
+def find_native(folder: Path, names: set[str]) -> Path | None:
+    return folder if is_native(folder) else None
+
+
+LAYOUTS = [
+    Layout(
+        "Grok-1", find_release,
+        lambda folder: release_config(folder / "config.json"),
+        read_release,
+    ),
+    Layout(
+        FORMAT, find_native,
+        lambda folder: native_config(folder / "config.json"),
+        read_native,
+    ),
+]
+
+
+# %% book/chapters/09c_layouts.md, cell 27
+class Opened(NamedTuple):
+    """A checkpoint that was found, before its weights are read."""
+
+    folder: Path                            # configuration, tokenizer
+    weights: Path                           # where the weights are
+    layout: Layout
+    config: ModelConfig
+
+    def read(self) -> Tensors:
+        """(module, name) -> tensor, mapped and checked."""
+        tensors = self.layout.read(self.weights, self.config)
+        check_tensors(self.weights, tensors, self.config)
+        return tensors
+
+
+def open_checkpoint(folder: Path) -> Opened:
+    """The checkpoint in a folder. CheckpointError if there is none."""
+    folder = folder.parent if folder.name == "ckpt-0" else folder
+    names = list_folder(folder)
+    for layout in LAYOUTS:
+        weights = layout.find(folder, names)
+        if weights is not None:
+            config = layout.config(folder)
+            return Opened(folder, weights, layout, config)
+    shards = any(name.endswith(".safetensors") for name in names)
+    if not shards and (other := describe_weights(names)):
+        raise CheckpointError(f"{folder} {other}")
+    raise CheckpointError(
+        f"{folder} holds no checkpoint: known layouts are "
+        + ", ".join(layout.name for layout in LAYOUTS)
+    )
+
+
+# %% book/chapters/09c_layouts.md, cell 28
 def stored(opened: Opened) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     where = opened.weights
@@ -367,17 +363,10 @@ def stored(opened: Opened) -> dict[str, np.ndarray]:
     tensors = {
         n: read_pickled(where / n, interpreted) for n in sorted(names)
     }
-    flat = {}
-    for name, w in tensors.items():
-        if isinstance(w, QuantizedTensor):
-            flat[f"{name}.weight"], flat[f"{name}.scales"] = (
-                w.weight, w.scales)
-        else:
-            flat[name] = w
-    return flat
+    return flat_arrays({(n,): w for n, w in tensors.items()})
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 29
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -392,7 +381,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 30
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -417,29 +406,22 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 31
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, if there is one."""
+    try:
+        return open_tokenizer(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
+# %% book/chapters/09c_layouts.md, cell 32
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% 09c
-TOKENIZER_FILES = ["tokenizer.model"]
-
-
-def find_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer of a folder, if there is one."""
-    paths = [folder / name for name in TOKENIZER_FILES]
-    path = next((p for p in paths if os.path.lexists(p)), None)
-    if path is None:
-        return None
-    try:
-        return Tokenizer(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-
-
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 33
 def indivisible(c: ModelConfig, mesh: Any) -> str:
     """The first size that a mesh cannot cut, or the empty string."""
     for path, spec in flat_specs(c).items():
@@ -464,7 +446,7 @@ def indivisible(c: ModelConfig, mesh: Any) -> str:
     return ""
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 34
 def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = "data", "expert", "model"
@@ -491,7 +473,7 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 35
 def load_into_memory(
     opened: Opened, mesh: Mesh | None, dtype: str
 ) -> Model:
@@ -504,7 +486,7 @@ def load_into_memory(
             f"{module}/{name}", w, specs[module, name], mesh, dtype
         )
         params.setdefault(module, {})[name] = own
-    tokenizer = find_tokenizer(opened.folder, config)
+    tokenizer = find_tokenizer(opened.folder)
     kind = MODEL_CLASSES[type(config)]
     return kind(config, params, tokenizer, mesh)
 
@@ -513,13 +495,13 @@ Loader = Callable[[Opened, Mesh | None, str], Model]
 LOADERS: dict[str, Loader] = {"memory": load_into_memory}
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 36
 def default_dtype() -> str:
     """What to compute in unless told: bfloat16 where it is fast."""
     return "bfloat16"
 
 
-# %% 09c
+# %% book/chapters/09c_layouts.md, cell 37
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -547,3 +529,14 @@ def load(
     if mesh is not None:
         check_mesh(opened.folder, opened.config, mesh)
     return LOADERS["disk" if stream else "memory"](opened, mesh, dtype)
+
+
+# %% book/chapters/14_hub.md, cell 10
+def find_hub(folder: Path, names: set[str]) -> Path | None:
+    if "config.json" not in names:
+        return None
+    raw = read_json(folder / "config.json")
+    return folder if "architectures" in raw else None
+
+
+LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))

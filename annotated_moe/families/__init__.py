@@ -1,4 +1,6 @@
-"""The models that are known by name."""
+# Generated from book/chapters/08_model.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
+"""The models that are known by name.
+"""
 
 from annotated_moe.config import ModelConfig
 from annotated_moe.families.grok import grok_config
@@ -8,14 +10,17 @@ from annotated_moe.families.mixtral import MIXTRALS
 from annotated_moe.families.olmoe import OLMOES
 from annotated_moe.families.qwen import QWENS
 
-# %% 08
+# %% book/chapters/08_model.md, cell 110
 PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 
-# %% 15
+
+# %% book/chapters/15_llama.md, cell 62
 PRESETS |= LLAMAS
 
-# %% 16
+
+# %% book/chapters/16_mixtral.md, cell 17
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
-# %% 18
+
+# %% book/chapters/18_llama4.md, cell 57
 PRESETS |= LLAMA_4S

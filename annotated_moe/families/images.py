@@ -1,4 +1,13 @@
-"""Pictures before an encoder: resized, in tiles, and in prompts."""
+# Generated from book/chapters/17b_pictures.md, book/chapters/93_images.md by `make sync`; edit the chapters.
+"""The encoder of the last chapter sees 336 x 336 pixels, and no
+photograph has that size. Squeezed into it, a page of print becomes
+grey; cut into squares, it falls apart unless the prompt says how the
+squares lie. This chapter does to a picture what was done to those that
+Llama 4 was trained on, to the bit: it is laid on a grid of tiles,
+resized as an image library resizes, and written out in the prompt
+between two tokens. By its end you will have a model to which you can
+show a photograph of any size and ask what is on it.
+"""
 
 import math
 import os
@@ -11,11 +20,10 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int, Int32, UInt8
 
 from annotated_moe.specs import Positive, Size, Spec
-from annotated_moe.tokenizer import Tokenizer, split_at
-from annotated_moe.vocabularies import needed
+from annotated_moe.tokenizer import Tokenizer, needed, split_at
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 5
 def best_grid(
     height: int, width: int, image_size: int, max_tiles: int = 16
 ) -> tuple[int, int]:
@@ -35,7 +43,7 @@ def best_grid(
     return min(fits, key=math.prod)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 9
 def size_on_grid(
     height: int, width: int, grid: tuple[int, int], image_size: int
 ) -> tuple[int, int]:
@@ -51,7 +59,7 @@ def size_on_grid(
     return most_y, max(fit, 1)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 10
 def interpolation_weights(
     old: int, new: int
 ) -> Float64[np.ndarray, "new old"]:
@@ -66,7 +74,7 @@ def interpolation_weights(
     return w / w.sum(axis=1, keepdims=True)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 12
 def fixed_point(
     w: Float64[np.ndarray, "new old"],
 ) -> tuple[Int32[np.ndarray, "new old"], int]:
@@ -81,7 +89,7 @@ def fixed_point(
     return np.floor(w * 2**bits + 0.5).astype(np.int32), bits
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 14
 def nonzero_weights(
     w: Int32[np.ndarray, "new old"],
 ) -> tuple[Int[np.ndarray, "few new"], Int32[np.ndarray, "few new"]]:
@@ -97,7 +105,7 @@ def nonzero_weights(
     return inside, own
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 17
 def resize_axis(
     pixels: UInt8[np.ndarray, "..."], new: int, axis: int
 ) -> UInt8[np.ndarray, "..."]:
@@ -114,7 +122,7 @@ def resize_axis(
     return np.moveaxis(levels, -1, axis)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 18
 def resize(
     pixels: UInt8[np.ndarray, "y x C"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} C"]:
@@ -125,7 +133,7 @@ def resize(
     return resize_axis(resize_axis(pixels, width, 1), height, 0)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 22
 @dataclass(frozen=True)
 class ImageSettings(Spec):
     """How a picture becomes tiles; Llama 4's unless told otherwise."""
@@ -145,24 +153,7 @@ class ImageSettings(Spec):
             raise ValueError("mean and std need a number a channel")
 
 
-# %% 17b
-def check_pixels(pixels: Any, channels: int) -> np.ndarray:
-    """`pixels` as an array; ValueError if it is no picture."""
-    pixels = np.asarray(pixels)
-    if pixels.ndim != 3 or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"an image is uint8 [height, width, {channels}], not "
-            f"{pixels.dtype} of shape {pixels.shape}"
-        )
-    if pixels.shape[2] != channels or 0 in pixels.shape:
-        raise ValueError(
-            f"an image of shape {pixels.shape} has not {channels} "
-            "channels of at least one pixel: convert it, to RGB say"
-        )
-    return pixels
-
-
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 23
 def normalize(
     levels: UInt8[np.ndarray, "I C Y X"], settings: ImageSettings
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -179,7 +170,24 @@ def normalize(
     return x.astype(np.float32)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 26
+def check_pixels(pixels: Any, channels: int) -> np.ndarray:
+    """`pixels` as an array; ValueError if it is no picture."""
+    pixels = np.asarray(pixels)
+    if pixels.ndim != 3 or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"an image is uint8 [height, width, {channels}], not "
+            f"{pixels.dtype} of shape {pixels.shape}"
+        )
+    if pixels.shape[2] != channels or 0 in pixels.shape:
+        raise ValueError(
+            f"an image of shape {pixels.shape} has not {channels} "
+            "channels of at least one pixel: convert it, to RGB say"
+        )
+    return pixels
+
+
+# %% book/chapters/17b_pictures.md, cell 27
 def cut_tiles(
     pixels: UInt8[np.ndarray, "y x C"], size: int
 ) -> UInt8[np.ndarray, "I C {size} {size}"]:
@@ -190,7 +198,7 @@ def cut_tiles(
     return tiles.transpose(0, 2, 4, 1, 3).reshape(-1, c, size, size)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 28
 def image_tiles(
     pixels: Any, settings: ImageSettings = ImageSettings()
 ) -> Float32[np.ndarray, "I C Y X"]:
@@ -213,14 +221,14 @@ def image_tiles(
     return normalize(tiles, settings)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 32
 IMAGE, PATCH = "<|image|>", "<|patch|>"
 START, END = "<|image_start|>", "<|image_end|>"
 NEXT_COLUMN, NEXT_LINE = "<|tile_x_separator|>", "<|tile_y_separator|>"
 MARKS = START, IMAGE, END, PATCH, NEXT_COLUMN, NEXT_LINE
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 33
 def image_marks(grid: tuple[int, int], patches: int) -> list[str]:
     """What stands for a picture in a prompt, in Llama 4's tokens.
 
@@ -235,7 +243,7 @@ def image_marks(grid: tuple[int, int], patches: int) -> list[str]:
     return [START, *line * lines, IMAGE, *tile, END]
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 36
 def mark_ids(
     specials: Mapping[str, int], known: Mapping[str, int]
 ) -> dict[str, int]:
@@ -257,7 +265,7 @@ def mark_ids(
     return {mark: specials[mark] for mark in MARKS}
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 37
 def encode_with_images(
     text: str, tokenizer: Tokenizer, image_id: int,
     add_bos: bool | None = None,
@@ -273,7 +281,7 @@ def encode_with_images(
     return ids
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 38
 def expand_images(
     prompt: list[int], images: list[Any], ids: Mapping[str, int],
     settings: ImageSettings, patches: int,
@@ -305,7 +313,7 @@ def expand_images(
     return new, np.concatenate(tiles)
 
 
-# %% 93
+# %% book/chapters/93_images.md, cell 6
 def read_image(
     path: str | os.PathLike[str],
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -323,7 +331,7 @@ def read_image(
         ) from None
 
 
-# %% 93
+# %% book/chapters/93_images.md, cell 7
 def on_white(picture: Any, library: Any) -> Any:
     """The picture in RGB, on white where one sees through it."""
     clear = "A" in picture.getbands() or "transparency" in picture.info

@@ -1,4 +1,16 @@
-"""Llama, of which many open models are a variation."""
+# Generated from book/chapters/15_llama.md by `make sync`; edit the chapter.
+"""Give the small model of this book, which learned on 256 tokens at a
+time, a text of 1,024, and it reads the second half worse, by more than
+half a nat a token, than if it forgot everything every 256 tokens. Llama
+3.1 went from 8,192 tokens to 131,072, and its file says how in four
+numbers. This chapter is about Llama, of which many open models are a
+variation: what it leaves out of Grok-1, what each of its generations
+changed, and how those four numbers work. By its end you will have
+fifteen Llamas, from 1 to 405 billion parameters, as a page of plain
+data, a proof that the complex numbers in which they were published
+compute what this book computes, and the small model reading its 1,024
+tokens, mended in a line and without training.
+"""
 
 from typing import Any
 
@@ -25,7 +37,7 @@ from annotated_moe.moe import FeedForwardSpec
 from annotated_moe.rope import Llama3Rope, Rope
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 17
 def llama_config(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -51,7 +63,7 @@ def llama_config(
     )
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 43
 LLAMA_1: dict[str, Any] = {"context": 2048, "norm_eps": 1e-6}
 LLAMA_2: dict[str, Any] = {"context": 4096}
 LLAMA_3: dict[str, Any] = {
@@ -71,7 +83,7 @@ CODE_LLAMA: dict[str, Any] = {
 }
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 44
 # Source: the params.json or config.json beside each model's weights.
 LLAMAS = {
     "llama-1-7b": llama_config(32, 32, 32, 11008, **LLAMA_1),
@@ -97,7 +109,7 @@ LLAMAS = {
 }
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 45
 def read_llama3_rope(fields: Fields, base: float) -> Rope:
     return Llama3Rope(
         base, fields.number("factor"), fields.number("low_freq_factor"),
@@ -114,7 +126,7 @@ ROPE_FIELDS[Llama3Rope] = lambda rope: {
 }
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 59
 NORMS = (
     WeightName("input_layernorm.weight", "rms_norm/scale"),
     WeightName("post_attention_layernorm.weight", "rms_norm_2/scale"),
@@ -144,10 +156,11 @@ ATTENTION = projections("self_attn.", "multi_head_attention/", QKVO)
 MLP = projections("mlp.", "", GLU)
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 60
 class LlamaFamily(Family):
     """Llama, and what its relatives have in common with it."""
 
+    model_type = "llama"
     rope_base = 10000.0
     norm_eps = 1e-6
 
@@ -226,7 +239,7 @@ class LlamaFamily(Family):
 FAMILIES["LlamaForCausalLM"] = LlamaFamily()
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 61
 def check_layer_types(fields: Fields, name: str) -> None:
     """CheckpointError unless all layers, if any are named, are so."""
     types = fields.get("layer_types", [])

@@ -1,4 +1,17 @@
-"""Llama 4: chunks, layers without RoPE, an expert for every token."""
+# Generated from book/chapters/18_llama4.md by `make sync`; edit the chapter.
+"""Llama 4 Scout was published with a context of 10,485,760 tokens. Keep
+the keys and values of its 48 layers for that many and they fill 1,920
+GiB, more than nine times what its weights fill. And memory is the
+smaller trouble: at such distances RoPE turns by angles that no training
+text was long enough to show, and a softmax over ten million keys has
+next to nothing left for the one that matters. This chapter builds the
+answers, each a few lines long: layers that look no further than their
+chunk, layers without rotation whose queries grow hotter with distance,
+and a router that picks one expert and turns down what it hears. By its
+end you will have both published models as presets, a cache a quarter
+the size, and a test for a mistake that Meta's own code makes from the
+second chunk on.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +32,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.rope import Llama3Rope, Rope
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 51
 def llama4_layers(
     num_layers: int,
     attention: UnitAttentionSpec,
@@ -46,7 +59,7 @@ def llama4_layers(
     ]
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 52
 def llama4_config(
     context: int, num_experts: int, moe_every: int, rope: Rope,
     qk_norm_eps: float | None,
@@ -70,7 +83,7 @@ def llama4_config(
     )
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 53
 SCOUT_ROPE = Llama3Rope(500000.0, 16.0, 1.0, 1.0, 8192)
 LLAMA_4S = {
     "llama-4-scout": llama4_config(10485760, 16, 1, SCOUT_ROPE, 1e-5),
@@ -79,13 +92,13 @@ LLAMA_4S = {
 }
 
 
-# %% 18
-ATTENTION = projections(
+# %% book/chapters/18_llama4.md, cell 54
+LLAMA4_ATTENTION = projections(
     "self_attn.", "multi_head_attention/", QKVO,
     {"q": "halves", "k": "halves"},
 )
-DENSE = projections("feed_forward.", "", GLU)
-EXPERTS = (
+LLAMA4_DENSE = projections("feed_forward.", "", GLU)
+LLAMA4_EXPERTS = (
     WeightName("feed_forward.router.weight", "router/w", "transpose"),
     WeightName("feed_forward.experts.gate_up_proj", "moe/linear/w",
                "first half"),
@@ -96,7 +109,7 @@ EXPERTS = (
 )
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 55
 def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
     """A list of ints that may be absent."""
     found = fields.get(name, usual)
@@ -107,16 +120,17 @@ def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
     return found
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 56
 class Llama4Family(LlamaFamily):
     """Llama 4's texts."""
 
+    model_type = "llama4_text"
     rope_base = 500000.0
     norm_eps = 1e-5
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         sparse = isinstance(spec.feed_forward, MoESpec)
-        return NORMS + ATTENTION + (EXPERTS if sparse else DENSE)
+        return NORMS + LLAMA4_ATTENTION + (LLAMA4_EXPERTS if sparse else LLAMA4_DENSE)
 
     def read_turns(self, fields: Fields, n: int) -> list[bool]:
         """For each layer, whether it has RoPE; the others see all."""

@@ -1,20 +1,23 @@
-"""Mistral and Mixtral: a window, and experts chosen before a softmax."""
+# Generated from book/chapters/16_mixtral.md by `make sync`; edit the chapter.
+"""A layer that looks back 4,096 tokens has no use for the 4,097th. Kept
+the plain way, Mistral 7B's keys and values for 32,768 tokens still fill
+4 GiB, of which a decode step reads one eighth. Mixtral and its kin
+change four such things in Grok-1: how a router weighs its choice, how
+far a layer looks, what the cache keeps, and how large a query may grow.
+By this chapter's end each change is a few lines, the cache is an eighth
+and gives the same numbers, and five published models are five rows of a
+table whose parameters a cell counts.
+"""
 
 from dataclasses import replace
 from typing import Any
 
 from annotated_moe.attention import AttentionSpec, Causal, Window
-from annotated_moe.config import (
-    LayerSpec,
-    ModelConfig,
-    Segment,
-    as_segments,
-)
+from annotated_moe.config import LayerSpec, ModelConfig, Segment
 from annotated_moe.families.llama import (
     ATTENTION,
     NORMS,
     LlamaFamily,
-    projections,
     write_attention,
 )
 from annotated_moe.formats.hub import FAMILIES, Fields, WeightName
@@ -22,7 +25,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 5
 def mixtral_config(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -51,7 +54,7 @@ def mixtral_config(
     )
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 6
 MIXTRALS = {
     "mistral-7b": mixtral_config(
         32, 32, 8, 14336, num_experts=1, rope_base=10000.0, window=4096),
@@ -64,7 +67,7 @@ MIXTRALS = {
 }
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 7
 def expert_names(
     router: str, expert: str, theirs: tuple[str, str, str]
 ) -> tuple[WeightName, ...]:
@@ -79,15 +82,17 @@ def expert_names(
     )
 
 
-EXPERTS = expert_names(
+MIXTRAL_EXPERTS = expert_names(
     "block_sparse_moe.gate", "block_sparse_moe.experts.{expert}",
     ("w1", "w3", "w2"),
 )
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 8
 class MistralFamily(LlamaFamily):
     """Llama with a window."""
+
+    model_type = "mistral"
 
     def read_attention(self, fields: Fields) -> AttentionSpec:
         spec = super().read_attention(fields)
@@ -122,15 +127,16 @@ def window_of(spec: AttentionSpec) -> int | None:
     return spec.mask.size if isinstance(spec.mask, Window) else None
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 9
 class MixtralFamily(MistralFamily):
     """Experts in each layer, and maybe a window."""
 
+    model_type = "mixtral"
     rope_base = 1e6
     norm_eps = 1e-5
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
-        return NORMS + ATTENTION + EXPERTS
+        return NORMS + ATTENTION + MIXTRAL_EXPERTS
 
     def read_layers(self, fields: Fields) -> list[LayerSpec]:
         experts = MoESpec(

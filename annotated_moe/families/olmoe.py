@@ -1,18 +1,23 @@
-"""OLMoE: a norm over whole projections, and clipped queries."""
+# Generated from book/chapters/16_mixtral.md by `make sync`; edit the chapter.
+"""OLMoE: a norm over whole projections, and clipped queries.
+"""
 
 from dataclasses import replace
 from typing import Any
 
 from annotated_moe.attention import NormedAttentionSpec
 from annotated_moe.config import LayerSpec, ModelConfig, Segment
-from annotated_moe.families.llama import check_layer_types, write_attention
+from annotated_moe.families.llama import (
+    check_layer_types,
+    write_attention,
+)
 from annotated_moe.families.qwen import QwenFamily, router_for
 from annotated_moe.formats.hub import FAMILIES, Fields
 from annotated_moe.moe import MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 15
 def olmoe_config(
     layers: int = 16, heads: int = 16, d_model: int = 2048,
     d_ff: int = 1024, num_experts: int = 64, top_k: int = 8,
@@ -33,10 +38,11 @@ def olmoe_config(
 OLMOES = {"olmoe-1b-7b": olmoe_config()}
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 16
 class OlmoeFamily(QwenFamily):
     """Experts in every layer."""
 
+    model_type = "olmoe"
     norm_eps = 1e-5
     whole_norm = True
 

@@ -1,13 +1,11 @@
-"""Qwen3 with experts: a norm a head, and layers without experts."""
+# Generated from book/chapters/16_mixtral.md by `make sync`; edit the chapter.
+"""Qwen3 with experts: a norm a head, and layers without experts.
+"""
 
 from typing import Any
 
 from annotated_moe.attention import NormedAttentionSpec
-from annotated_moe.config import (
-    LayerSpec,
-    ModelConfig,
-    Segment,
-)
+from annotated_moe.config import LayerSpec, ModelConfig, Segment
 from annotated_moe.families.llama import (
     ATTENTION,
     MLP,
@@ -22,7 +20,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 10
 def qwen_config(
     layers: int, q_heads: int, kv_heads: int, d_model: int, d_ff: int,
     *,
@@ -42,7 +40,7 @@ def qwen_config(
     )
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 11
 LONG = 262144                               # tokens of the later ones
 QWENS = {
     "qwen3-30b-a3b": qwen_config(48, 32, 4, 2048, 768),
@@ -59,13 +57,13 @@ QWENS = {
 }
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 12
 QK_NORMS = tuple(
     WeightName(f"self_attn.{a}_norm.weight",
                f"multi_head_attention/{b}_norm/scale")
     for a, b in (("q", "query"), ("k", "key"))
 )
-EXPERTS = expert_names(
+QWEN_EXPERTS = expert_names(
     "mlp.gate", "mlp.experts.{expert}",
     ("gate_proj", "up_proj", "down_proj"),
 )
@@ -77,15 +75,16 @@ def router_for(fields: Fields) -> str:
     return "top_k_softmax" if renormalised else "softmax_top_k"
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 14
 class QwenFamily(LlamaFamily):
     """Qwen3-MoE: dense layers may stand among sparse ones."""
 
+    model_type = "qwen3_moe"
     whole_norm = False
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         sparse = isinstance(spec.feed_forward, MoESpec)
-        last = EXPERTS if sparse else MLP
+        last = QWEN_EXPERTS if sparse else MLP
         return NORMS + ATTENTION + QK_NORMS + last
 
     def read_attention(self, fields: Fields) -> NormedAttentionSpec:

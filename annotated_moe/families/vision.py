@@ -1,4 +1,15 @@
-"""Llama 4's image encoder, and models that see through it."""
+# Generated from book/chapters/17_vision.md, book/chapters/17b_pictures.md, book/chapters/93_images.md by `make sync`; edit the chapters.
+"""A small photograph is 338,688 numbers, and a decoder reads none of
+them: what it reads are vectors that stand where words could stand.
+Llama 4 turns the photograph into 144 of those, puts them between two
+words, and from there on computes as if nothing had happened. This
+chapter builds what makes the 144: patches instead of pixels, attention
+that knows left from right and above from below, and a shuffle that
+trades places for features. By its end you will have Llama 4's image
+encoder, know why a picture that is moved by a patch looks the same to
+its scores, and have trained a tiny one that can tell what a bag of
+patches cannot.
+"""
 
 import dataclasses
 import json
@@ -7,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import haiku as hk
 import jax
@@ -49,7 +60,7 @@ from annotated_moe.specs import Positive, Size, Spec
 from annotated_moe.tokenizer import COMPANIONS
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 3
 @dataclass(frozen=True)
 class VisionSpec(Spec):
     """An image encoder; Llama 4's unless told otherwise."""
@@ -98,7 +109,7 @@ class VisionSpec(Spec):
         return self.width // self.heads
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 9
 def patches_of(
     tiles: Float[Array, "I C Y X"], size: int
 ) -> Float[Array, "I P {size*size}*C"]:
@@ -113,7 +124,7 @@ def patches_of(
     return patches.reshape(i, -1, c * size * size)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 14
 Weights = Mapping[str, Any]
 
 
@@ -130,7 +141,7 @@ def layer_norm(
     return y * w["scale"] + w["offset"]
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 15
 def affine(
     x: Float[Array, "*B D"], w: Weights
 ) -> Float32[Array, "*B F"]:
@@ -140,7 +151,7 @@ def affine(
     return y + w["b"] if "b" in w else y
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 16
 Stack = int | None                      # how many layers; None: one
 
 
@@ -156,7 +167,7 @@ def replicated(
     )
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 17
 class LayerNorm(hk.Module):
     """`layer_norm` with parameters of its own."""
 
@@ -179,7 +190,7 @@ class LayerNorm(hk.Module):
         return layer_norm(x, self.weights(x.shape[-1]), self.eps)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 18
 class Affine(hk.Module):
     """`affine` with parameters of its own.
 
@@ -208,7 +219,7 @@ class Affine(hk.Module):
         return affine(x, self.weights(x.shape[-1]))
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 19
 class PatchPositions(hk.Module):
     """The class token behind the patches; a learned vector a place."""
 
@@ -223,7 +234,7 @@ class PatchPositions(hk.Module):
         return jnp.concatenate([x, last], axis=1) + places
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 20
 def angles_2d(spec: VisionSpec) -> Float32[Array, "T half"]:
     """Angle of each feature pair of a head, at each patch, in radians.
 
@@ -238,7 +249,7 @@ def angles_2d(spec: VisionSpec) -> Float32[Array, "T half"]:
     return jnp.concatenate([x, y], axis=-1)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 23
 def rotate(
     x: Float[Array, "I T heads H"], angles: Float32[Array, "T half"]
 ) -> Float32[Array, "I T heads H"]:
@@ -249,7 +260,7 @@ def rotate(
     return jnp.concatenate(y, axis=-1)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 28
 def attend_patches(
     x: Float[Array, "I T W"],
     w: Mapping[str, Weights],
@@ -269,7 +280,7 @@ def attend_patches(
     return affine(y.reshape(x.shape), w["linear"])
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 29
 gelu = partial(jax.nn.gelu, approximate=False)
 
 
@@ -288,7 +299,7 @@ def vision_layer(
     return h + affine(up, w["down"])
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 30
 class VisionLayers(hk.Module):
     """All layers: weights in stacks, `vision_layer` compiled once."""
 
@@ -319,7 +330,7 @@ class VisionLayers(hk.Module):
         return jax.lax.scan(body, h, w)[0]
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 31
 def pixel_shuffle(
     x: Float[Array, "I P W"], side: int
 ) -> Float[Array, "I P/{side}**2 W*{side}**2"]:
@@ -334,7 +345,7 @@ def pixel_shuffle(
     return merged.reshape(i, n * n, side * side * w)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 35
 class Adapter(hk.Module):
     """Squares of encoded patches, mixed by two matrices."""
 
@@ -354,7 +365,7 @@ class Adapter(hk.Module):
         return x
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 36
 class VisionEncoder(hk.Module):
     """Tiles to image embeddings, for a decoder to read among tokens.
 
@@ -403,7 +414,7 @@ class VisionEncoder(hk.Module):
         return y.reshape(-1, s.d_model)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 39
 @partial(jax.jit, static_argnames=("spec", "dtype"))
 def image_embeddings(
     params: Params,
@@ -419,7 +430,7 @@ def image_embeddings(
     return run.apply(params, None, tiles)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 52
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ImageInputs:
@@ -446,7 +457,7 @@ def embedding_index(
     return np.where(here, order, -1).astype(np.int32)
 
 
-# %% 17
+# %% book/chapters/17_vision.md, cell 53
 @dataclass(frozen=True)
 class SeeingConfig(ModelConfig):
     """A decoder with an image encoder before it."""
@@ -492,7 +503,7 @@ def seeing(config: ModelConfig, vision: VisionSpec) -> SeeingConfig:
     return SeeingConfig(**own, vision=vision)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 41
 def check_tiles(i: int, tiles: Any, spec: VisionSpec) -> np.ndarray:
     """The tiles of prompt `i`; ValueError for another shape."""
     shape = (spec.channels, spec.image_size, spec.image_size)
@@ -510,7 +521,7 @@ def check_tiles(i: int, tiles: Any, spec: VisionSpec) -> np.ndarray:
     return tiles.astype(np.float32)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 42
 def check_images(
     rows: Iterable[Any], images: Any, spec: VisionSpec
 ) -> np.ndarray:
@@ -540,109 +551,7 @@ def check_images(
     return np.concatenate(tiles)
 
 
-# %% 17b
-IMAGE_FILES = ["preprocessor_config.json", "processor_config.json"]
-COMPANIONS += [f for f in IMAGE_FILES if f not in COMPANIONS]
-
-
-def image_fields(
-    companions: Mapping[str, bytes], spec: VisionSpec
-) -> Fields:
-    """The fields that say how a picture is prepared.
-
-    In the older file they stand alone, in the newer one in an object.
-    """
-    found: dict[str, Fields] = {}
-    for name in IMAGE_FILES:
-        if name in companions:
-            try:
-                raw = parse_json(companions[name])
-            except CheckpointError as error:
-                raise ValueError(f"{name!r} {error}") from None
-            found[name] = Fields(Path(name), raw)
-    own, around = map(found.get, IMAGE_FILES)
-    if around is not None:
-        check_processor(around, spec)
-        own = around.inner("image_processor") or own
-    if own is None:
-        raise ValueError(
-            "no preprocessor_config.json beside the tokenizer says how "
-            "an image is prepared: copy it from the model's release, "
-            "or give generate_ids tiles that are ready"
-        )
-    return own
-
-
-# %% 17b
-PROCESSOR_MARKS = {
-    "start_of_image_token": START, "end_of_image_token": END,
-    "image_token": IMAGE, "fake_image_token": IMAGE,
-    "patch_token": PATCH, "tile_x_separator_token": NEXT_COLUMN,
-    "tile_y_separator_token": NEXT_LINE,
-}
-
-
-def check_processor(around: Fields, spec: VisionSpec) -> None:
-    """ValueError if marks are called otherwise, or otherwise many."""
-    for name, mark in PROCESSOR_MARKS.items():
-        around.only(name, mark)
-    around.only("patch_size", spec.patch_size)
-    around.only("pixel_shuffle_ratio", 1 / spec.shuffle)
-
-
-# %% 17b
-IMAGE_FIXED = {
-    "do_resize": True, "do_rescale": True, "do_normalize": True,
-    "resample": 2, "resize_to_max_canvas": False,   # 2: linear
-    "do_center_crop": False, "do_pad": False,
-}
-IMAGE_INERT = frozenset(
-    "processor_class data_format default_to_square device "
-    "do_convert_rgb input_data_format return_tensors "
-    "disable_grouping".split()
-)
-PROCESSORS = "Llama4ImageProcessor", "Llama4ImageProcessorFast"
-
-
-# %% 17b
-def image_settings(
-    companions: Mapping[str, bytes], spec: VisionSpec
-) -> ImageSettings:
-    """The settings beside a tokenizer; ValueError if unsupported."""
-    own = image_fields(companions, spec)
-    size = {"height": spec.image_size, "width": spec.image_size}
-    fixed = IMAGE_FIXED | {"size": size}
-    for name, value in fixed.items():
-        own.only(name, value)
-    own.only("image_processor_type", *PROCESSORS)
-    mean, std = (
-        numbers_in(own, name, spec.channels)
-        for name in ("image_mean", "image_std")
-    )
-    settings = ImageSettings(
-        spec.image_size, own.size("max_patches"),
-        own.number("rescale_factor"), mean, std,
-    )
-    own.finish(IMAGE_INERT)
-    return settings
-
-
-def numbers_in(
-    own: Fields, name: str, count: int
-) -> tuple[float, ...]:
-    """`count` numbers above 0, or CheckpointError."""
-    values = own.get(name)
-    good = isinstance(values, list) and len(values) == count
-    if not good or not all(
-        type(v) in (int, float) and 0 < v < math.inf for v in values
-    ):
-        raise own.error(
-            f"{name} must be {count} positive numbers: {values!r:.80}"
-        )
-    return tuple(values)
-
-
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 45
 @dataclass(frozen=True, eq=False, repr=False)
 class SeeingModel(Model):
     """A model in whose prompts pictures stand."""
@@ -702,7 +611,109 @@ class SeeingModel(Model):
 MODEL_CLASSES[SeeingConfig] = SeeingModel
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 48
+IMAGE_FILES = ["preprocessor_config.json", "processor_config.json"]
+COMPANIONS += [f for f in IMAGE_FILES if f not in COMPANIONS]
+
+
+def image_fields(
+    companions: Mapping[str, bytes], spec: VisionSpec
+) -> Fields:
+    """The fields that say how a picture is prepared.
+
+    In the older file they stand alone, in the newer one in an object.
+    """
+    found: dict[str, Fields] = {}
+    for name in IMAGE_FILES:
+        if name in companions:
+            try:
+                raw = parse_json(companions[name])
+            except CheckpointError as error:
+                raise ValueError(f"{name!r} {error}") from None
+            found[name] = Fields(Path(name), raw)
+    own, around = map(found.get, IMAGE_FILES)
+    if around is not None:
+        check_processor(around, spec)
+        own = around.inner("image_processor") or own
+    if own is None:
+        raise ValueError(
+            "no preprocessor_config.json beside the tokenizer says how "
+            "an image is prepared: copy it from the model's release, "
+            "or give generate_ids tiles that are ready"
+        )
+    return own
+
+
+# %% book/chapters/17b_pictures.md, cell 49
+PROCESSOR_MARKS = {
+    "start_of_image_token": START, "end_of_image_token": END,
+    "image_token": IMAGE, "fake_image_token": IMAGE,
+    "patch_token": PATCH, "tile_x_separator_token": NEXT_COLUMN,
+    "tile_y_separator_token": NEXT_LINE,
+}
+
+
+def check_processor(around: Fields, spec: VisionSpec) -> None:
+    """ValueError if marks are called otherwise, or otherwise many."""
+    for name, mark in PROCESSOR_MARKS.items():
+        around.only(name, mark)
+    around.only("patch_size", spec.patch_size)
+    around.only("pixel_shuffle_ratio", 1 / spec.shuffle)
+
+
+# %% book/chapters/17b_pictures.md, cell 50
+IMAGE_FIXED = {
+    "do_resize": True, "do_rescale": True, "do_normalize": True,
+    "resample": 2, "resize_to_max_canvas": False,   # 2: linear
+    "do_center_crop": False, "do_pad": False,
+}
+IMAGE_INERT = frozenset(
+    "processor_class data_format default_to_square device "
+    "do_convert_rgb input_data_format return_tensors "
+    "disable_grouping".split()
+)
+PROCESSORS = "Llama4ImageProcessor", "Llama4ImageProcessorFast"
+
+
+# %% book/chapters/17b_pictures.md, cell 51
+def image_settings(
+    companions: Mapping[str, bytes], spec: VisionSpec
+) -> ImageSettings:
+    """The settings beside a tokenizer; ValueError if unsupported."""
+    own = image_fields(companions, spec)
+    size = {"height": spec.image_size, "width": spec.image_size}
+    fixed = IMAGE_FIXED | {"size": size}
+    for name, value in fixed.items():
+        own.only(name, value)
+    own.only("image_processor_type", *PROCESSORS)
+    mean, std = (
+        numbers_in(own, name, spec.channels)
+        for name in ("image_mean", "image_std")
+    )
+    settings = ImageSettings(
+        spec.image_size, own.size("max_patches"),
+        own.number("rescale_factor"), mean, std,
+    )
+    own.finish(IMAGE_INERT)
+    return settings
+
+
+def numbers_in(
+    own: Fields, name: str, count: int
+) -> tuple[float, ...]:
+    """`count` numbers above 0, or CheckpointError."""
+    values = own.get(name)
+    good = isinstance(values, list) and len(values) == count
+    if not good or not all(
+        type(v) in (int, float) and 0 < v < math.inf for v in values
+    ):
+        raise own.error(
+            f"{name} must be {count} positive numbers: {values!r:.80}"
+        )
+    return tuple(values)
+
+
+# %% book/chapters/17b_pictures.md, cell 54
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -724,7 +735,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 55
 VISION_LAYER = (
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -743,7 +754,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 56
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -756,7 +767,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 57
 def vision_names(meta: bool) -> tuple[WeightName, ...]:
     """What a layout calls each parameter, Hugging Face's or Meta's."""
     return tuple(
@@ -769,14 +780,14 @@ def vision_names(meta: bool) -> tuple[WeightName, ...]:
 VISION_HF, VISION_META = vision_names(False), vision_names(True)
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 59
 TRANSFORMS["image halves"] = WeightTransform(
     lambda w, config: HalvesFromPairs(w, config.vision.head_size),
     lambda w, config: PairsFromHalves(w, config.vision.head_size),
 )
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 61
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -804,7 +815,7 @@ VISION_INERT = frozenset(
 )
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 62
 def read_vision(
     fields: Fields, around: Fields, d_model: int
 ) -> VisionSpec:
@@ -835,7 +846,7 @@ def read_vision(
     return spec
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 63
 def write_vision(spec: VisionSpec) -> dict[str, Any]:
     """The `vision_config` that `read_vision` reads."""
     sizes = {
@@ -851,7 +862,7 @@ def write_vision(spec: VisionSpec) -> dict[str, Any]:
     }
 
 
-# %% 17b
+# %% book/chapters/17b_pictures.md, cell 65
 class SeeingFamily(Family):
     """A family's decoder with an image encoder before it.
 
@@ -899,7 +910,7 @@ class SeeingFamily(Family):
         }
 
 
-# %% 93
+# %% book/chapters/93_images.md, cell 11
 def preprocessor_config(spec: VisionSpec) -> bytes:
     """The file that says how Llama 4's pictures are prepared.
 

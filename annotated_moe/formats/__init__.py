@@ -1,1 +1,3 @@
-"""Reading and writing the files that weights come in."""
+# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
+"""The modules of `annotated_moe.formats`.
+"""

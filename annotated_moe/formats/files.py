@@ -1,10 +1,6 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have a reader that returns each tensor as a view of its
-file, refuses everything else in one sentence, and knows which of the
-770 numbered files is which matrix of which layer.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09b_safetensors.md by `make sync`; edit the chapters.
+"""Files of unknown origin: what they are, mapped without being read,
+and the JSON in them; the error that names what is wrong.
 """
 
 import json
@@ -21,15 +17,17 @@ class CheckpointError(ValueError):
 
 
 # %% book/chapters/09_checkpoints.md, cell 31
+WEB_PAGE = (
+    "is a web page: fetch the file again, logged in if it asks for that"
+)
 OTHER_FILES = {
-    b"version https://": "is a Git LFS pointer and not the file that it "
-    "stands for: run `git lfs pull` in its folder",
+    b"version https://": "is a Git LFS pointer and not the file that "
+    "it stands for: run `git lfs pull` in its folder",
     b"/annex/objects/": "is a git-annex pointer and not the file that "
     "it stands for: run `git annex get` in its folder",
-    b"<!DOCTYPE": "is a web page: fetch the file again, logged in if "
-    "it asks for that",
-    b"<html": "is a web page: fetch the file again, logged in if it "
-    "asks for that",
+    b"<!DOCTYPE": WEB_PAGE,
+    b"<html": WEB_PAGE,
+    b"<?xml": WEB_PAGE,
     b"GGUF": "is a GGUF file, which llama.cpp reads and this program "
     "does not: fetch the model's safetensors",
     b"PK\x03\x04": "is a zip, as torch.save writes them: fetch the "
@@ -43,6 +41,7 @@ def other_file(start: bytes) -> str:
 
     The end of a sentence that begins with the file's path, or "".
     """
+    start = start.lstrip()
     for first, sentence in OTHER_FILES.items():
         if start[: len(first)].lower() == first.lower():
             return sentence
@@ -52,15 +51,20 @@ def other_file(start: bytes) -> str:
 # %% book/chapters/09_checkpoints.md, cell 32
 def refuse_other_file(data: memoryview) -> None:
     """CheckpointError where the bytes of a file hold no weights."""
-    start = bytes(data[:64]).lstrip()
+    start = bytes(data[:64])
     if sentence := other_file(start):
         raise CheckpointError(sentence)
-    first_line = start.split(b"\n")[0].decode("latin-1")
+    if start and not any(start):
+        raise CheckpointError(
+            "begins with zeros, as a file does that was not fetched to "
+            "the end: fetch it again"
+        )
+    first_line = start.lstrip().split(b"\n")[0].decode("latin-1")
     prose = first_line.isascii() and first_line.isprintable()
     if prose and len(first_line) >= 8 and " " in first_line:
         raise CheckpointError(
-            f"is a text that begins {first_line[:40]!r}, and no weights:"
-            " fetch the file again"
+            f"is a text that begins {first_line[:40]!r}, and no "
+            "weights: fetch the file again"
         )
 
 
@@ -79,9 +83,10 @@ def map_file(path: Path) -> np.ndarray:
         return np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        if path.is_symlink() and not path.exists():
-            why = f"it is a link to {os.readlink(path)}, which is missing"
-        raise CheckpointError(f"{path} is not readable: {why}") from None
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            why = f"a link to {os.readlink(path)}, which is missing"
+        message = f"{path} is not readable: {why}"
+        raise CheckpointError(message) from None
 
 
 # %% book/chapters/09_checkpoints.md, cell 36
@@ -120,13 +125,15 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+# %% book/chapters/09b_safetensors.md, cell 8
 def parse_json(data: bytes) -> dict[str, Any]:
     """The one JSON object in `data`, no name of it met twice.
 
     CheckpointError, the end of a sentence, for anything else.
     """
     try:
-        content = json.loads(data.decode(), object_pairs_hook=unique_names)
+        text = data.decode()
+        content = json.loads(text, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is not readable: {error}") from None
     if not isinstance(content, dict):
@@ -134,22 +141,20 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/09b_safetensors.md, cell 10
+# %% book/chapters/09b_safetensors.md, cell 11
 MAX_JSON = 2**24                                # bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The one JSON object in a file, or a CheckpointError."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON:
-            raise CheckpointError(
-                f"{path} is not readable: no file of at most {MAX_JSON} "
-                "bytes"
-            )
+        if path.stat().st_size > MAX_JSON or not path.is_file():
+            raise ValueError(f"no file of at most {MAX_JSON} bytes")
         data = path.read_bytes()
-    except OSError as error:
-        why = error.strerror or error
-        raise CheckpointError(f"{path} is not readable: {why}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        message = f"{path} is not readable: {why}"
+        raise CheckpointError(message) from None
     try:
         if sentence := other_file(data[:64]):
             raise CheckpointError(sentence)

@@ -1,10 +1,5 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have a reader that returns each tensor as a view of its
-file, refuses everything else in one sentence, and knows which of the
-770 numbered files is which matrix of which layer.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09c_layouts.md by `make sync`; edit the chapters.
+"""The names of the release's files, and their order.
 """
 
 import os
@@ -70,7 +65,7 @@ def release_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 3
 FIELD_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -96,13 +91,13 @@ IGNORED = {
 }
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 4
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 6
 def release_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -134,7 +129,7 @@ def release_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% 09
+# %% book/chapters/09c_layouts.md, cell 7
 def read_release(
     folder: Path, config: ModelConfig
 ) -> dict[tuple[str, str], Any]:

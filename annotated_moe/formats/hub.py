@@ -1,4 +1,6 @@
-"""Hugging Face's layout: fields, names of tensors, and whose they are."""
+# Generated from book/chapters/14_hub.md by `make sync`; edit the chapter.
+"""Hugging Face's layout: fields, names of tensors, and whose they are.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,10 +22,31 @@ from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.rope import Rope
 
-# %% 14_hub
+
+# %% book/chapters/14_hub.md, cell 2
+class WeightName(NamedTuple):
+    """A tensor of theirs, a parameter of ours, what is between.
+
+    `{expert}` in their name is one expert's number. Names within a
+    layer go without the layer's own.
+    """
+
+    theirs: str
+    ours: str
+    transform: str = "as is"
+
+
+ENDS = (
+    WeightName("model.embed_tokens.weight", "in_out_embed/embeddings"),
+    WeightName("model.norm.weight", "rms_norm/scale"),
+    WeightName("lm_head.weight", "lm_head/embeddings"),
+)
+
+
+# %% book/chapters/14_hub.md, cell 4
 # What `transformers` writes into any configuration and no model reads
 # when it computes logits.
-INERT = frozenset("""
+NAMES = """
     architectures model_type auto_map transformers_version use_cache
     name_or_path bos_token_id sep_token_id cls_token_id mask_token_id
     decoder_start_token_id tokenizer_class prefix initializer_range
@@ -50,10 +73,11 @@ INERT = frozenset("""
     gradient_checkpointing neftune_noise_alpha for_llm_compressor
     router_jitter_noise bos_token eos_token pad_token language
     license datasets tags base_model
-""".split())
+"""
+INERT = frozenset(NAMES.split())
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 5
 REQUIRED = object()
 
 
@@ -147,7 +171,109 @@ class Fields:
                 )
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 6
+class Family:
+    """An architecture in this layout: names, and a configuration.
+
+    A family overrides `ends`, `layer`, `read` and `write`.
+    """
+
+    model_type = ""
+    prefix = "model.layers.{layer}."
+    ends: tuple[WeightName, ...] = ENDS
+
+    def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
+        """The names of the tensors of one layer."""
+        raise NotImplementedError
+
+    def read(self, fields: Fields) -> ModelConfig:
+        """The configuration that their fields describe.
+
+        CheckpointError or ValueError for what is not supported.
+        """
+        raise NotImplementedError
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Their fields. ValueError for what they cannot say."""
+        raise NotImplementedError
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+# %% book/chapters/14_hub.md, cell 8
+Found = list[tuple[tuple[int, ...], Any]]       # index, tensor
+
+
+def stacked(where: Path, name: str, found: Found) -> Any:
+    """One tensor of those at all indices, in the order of these."""
+    if not found[0][0]:
+        return found[0][1]
+    parts: dict[int, Found] = {}
+    for (first, *rest), w in found:
+        parts.setdefault(first, []).append((tuple(rest), w))
+    inner = [stacked(where, name, parts[i]) for i in sorted(parts)]
+    return stack_tensors(where, name, inner)
+
+
+def read_hub(
+    folder: Path, config: ModelConfig
+) -> dict[tuple[str, str], Any]:
+    """(module, name) -> tensor of a folder, mapped from disk."""
+    family = family_of(folder / "config.json", read_config(folder))
+    there, parts = HubFolder(folder), {}
+    for entry in entries(family, config):
+        found = parts.setdefault(entry.path, [])
+        found.append((entry.index, there.read(entry)))
+    names = {name.ours: name.theirs for name in family.ends}
+    if config.tied and "lm_head/embeddings" in names:
+        check_head(there, names["in_out_embed/embeddings"],
+                   names["lm_head/embeddings"])
+    for name in sorted(set(there.arrays) - there.taken):
+        if not name.endswith(NO_WEIGHTS):
+            raise CheckpointError(
+                f"{folder} holds {name[:80]!r}, which its configuration"
+                " has no place for"
+            )
+    return {
+        path: stacked(folder, "/".join(path), found)
+        for path, found in parts.items()
+    }
+
+
+# %% book/chapters/14_hub.md, cell 9
+def check_scheme(path: Path, raw: Mapping[str, Any]) -> None:
+    """CheckpointError for quantized weights of another format."""
+    for where in (raw, raw.get("text_config")):
+        scheme = where.get("quantization_config") if isinstance(
+            where, Mapping) else None
+        ours = {"quant_method": "int8-weight-scale"}
+        if scheme and (not isinstance(scheme, dict) or scheme.get(
+                "quant_method", "") not in ("", ours["quant_method"])):
+            raise CheckpointError(
+                f"{path}: quantization_config is not supported; fetch "
+                "the weights in bfloat16"
+            )
+
+
+def hub_config(folder: Path) -> ModelConfig:
+    """The configuration of a folder, by its family."""
+    path, raw = folder / "config.json", read_config(folder)
+    family = family_of(path, raw)
+    check_scheme(path, raw)
+    fields = Fields(path, raw)
+    fields.get("quantization_config")
+    try:
+        config = family.read(fields)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    fields.finish()
+    return config
+
+
+# %% book/chapters/14_hub.md, cell 11
 def read_dtype(fields: Fields) -> str:
     """What the weights are; a half is as precise as none of ours is."""
     older = fields.get("torch_dtype", "bfloat16")
@@ -162,7 +288,7 @@ def one_or_many(ids: tuple[int, ...]) -> Any:
     return list(ids)
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 12
 ROPES: dict[str, Callable[[Fields, float], Rope]] = {
     "default": lambda fields, base: Rope(base)
 }
@@ -214,7 +340,7 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 ROPE_FIELDS: dict[type, Callable[[Any], dict[str, Any]]] = {}
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 13
 Change = Callable[[Any, Any], Any]          # of a tensor, by its spec
 
 
@@ -239,56 +365,7 @@ TRANSFORMS = {
 }
 
 
-# %% 14_hub
-class WeightName(NamedTuple):
-    """A tensor of theirs, a parameter of ours, what is between.
-
-    `{expert}` in their name is one expert's number. Names within a
-    layer go without the layer's own.
-    """
-
-    theirs: str
-    ours: str
-    transform: str = "as is"
-
-
-ENDS = (
-    WeightName("model.embed_tokens.weight", "in_out_embed/embeddings"),
-    WeightName("model.norm.weight", "rms_norm/scale"),
-    WeightName("lm_head.weight", "lm_head/embeddings"),
-)
-
-
-# %% 14_hub
-class Family:
-    """An architecture in this layout: names, and a configuration.
-
-    A family overrides `ends`, `layer`, `read` and `write`.
-    """
-
-    prefix = "model.layers.{layer}."
-    ends: tuple[WeightName, ...] = ENDS
-
-    def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
-        """The names of the tensors of one layer."""
-        raise NotImplementedError
-
-    def read(self, fields: Fields) -> ModelConfig:
-        """The configuration that their fields describe.
-
-        CheckpointError or ValueError for what is not supported.
-        """
-        raise NotImplementedError
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Their fields. ValueError for what they cannot say."""
-        raise NotImplementedError
-
-
-FAMILIES: dict[str, Family] = {}
-
-
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 14
 class Entry(NamedTuple):
     """One tensor of theirs, and where in ours it stands.
 
@@ -328,7 +405,7 @@ def end_entries(
         yield Entry(theirs, path, (i,), name.transform, config)
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 15
 def entries(family: Family, config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of theirs that a model has, in our order."""
     specs = param_specs(config)
@@ -361,7 +438,7 @@ def experts_in(theirs: str, spec: ParamSpec) -> Any:
     return range(spec.shape[spec.axes.index("experts")])
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 16
 class HubFolder:
     """The arrays of a folder, and which of them were taken."""
 
@@ -388,7 +465,7 @@ class HubFolder:
         return change(w, entry.spec)
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 17
 def check_head(folder: HubFolder, embedding: str, head: str) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     if head in folder.taken or head not in folder.arrays:
@@ -406,47 +483,7 @@ def check_head(folder: HubFolder, embedding: str, head: str) -> None:
 NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files have it
 
 
-# %% 14_hub
-Found = list[tuple[tuple[int, ...], Any]]       # index, tensor
-
-
-def stacked(where: Path, name: str, found: Found) -> Any:
-    """One tensor of those at all indices, in the order of these."""
-    if not found[0][0]:
-        return found[0][1]
-    parts: dict[int, Found] = {}
-    for (first, *rest), w in found:
-        parts.setdefault(first, []).append((tuple(rest), w))
-    inner = [stacked(where, name, parts[i]) for i in sorted(parts)]
-    return stack_tensors(where, name, inner)
-
-
-def read_hub(
-    folder: Path, config: ModelConfig
-) -> dict[tuple[str, str], Any]:
-    """(module, name) -> tensor of a folder, mapped from disk."""
-    family = family_of(folder / "config.json", read_config(folder))
-    there, parts = HubFolder(folder), {}
-    for entry in entries(family, config):
-        found = parts.setdefault(entry.path, [])
-        found.append((entry.index, there.read(entry)))
-    names = {name.ours: name.theirs for name in family.ends}
-    if config.tied and "lm_head/embeddings" in names:
-        check_head(there, names["in_out_embed/embeddings"],
-                   names["lm_head/embeddings"])
-    for name in sorted(set(there.arrays) - there.taken):
-        if not name.endswith(NO_WEIGHTS):
-            raise CheckpointError(
-                f"{folder} holds {name[:80]!r}, which its configuration"
-                " has no place for"
-            )
-    return {
-        path: stacked(folder, "/".join(path), found)
-        for path, found in parts.items()
-    }
-
-
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 18
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, with the stop ids of generation_config.json."""
     raw = read_json(folder / "config.json")
@@ -473,39 +510,7 @@ def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% 14_hub
-def check_scheme(path: Path, raw: Mapping[str, Any]) -> None:
-    """CheckpointError for quantized weights of another format."""
-    for where in (raw, raw.get("text_config")):
-        scheme = where.get("quantization_config") if isinstance(
-            where, Mapping) else None
-        ours = {"quant_method": "int8-weight-scale"}
-        if scheme and (not isinstance(scheme, dict) or scheme.get(
-                "quant_method", "") not in ("", ours["quant_method"])):
-            raise CheckpointError(
-                f"{path}: quantization_config is not supported; fetch "
-                "the weights in bfloat16"
-            )
-
-
-def hub_config(folder: Path) -> ModelConfig:
-    """The configuration of a folder, by its family."""
-    path, raw = folder / "config.json", read_config(folder)
-    family = family_of(path, raw)
-    check_scheme(path, raw)
-    fields = Fields(path, raw)
-    fields.get("quantization_config")
-    try:
-        config = family.read(fields)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    fields.finish()
-    return config
-
-
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 19
 class HalvesFromPairs(LazyArray):
     """[D, heads * size], each head's halves from neighbouring pairs.
 
@@ -544,7 +549,7 @@ TRANSFORMS["halves"] = WeightTransform(
 )
 
 
-# %% 14_hub
+# %% book/chapters/14_hub.md, cell 20
 def halves(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first and the second half of the last axis."""
     middle = w.shape[-1] // 2

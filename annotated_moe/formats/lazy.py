@@ -1,10 +1,6 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have a reader that returns each tensor as a view of its
-file, refuses everything else in one sentence, and knows which of the
-770 numbered files is which matrix of which layer.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09b_safetensors.md by `make sync`; edit the chapters.
+"""Arrays that are read when a part of them is asked for, and any array
+in blocks: as bytes, and searched for what is not finite.
 """
 
 import math
@@ -91,7 +87,7 @@ def stack_tensors(where: Path, path: str, parts: list) -> Any:
     return QuantizedTensor(weights, scales)
 
 
-# %% book/chapters/09b_safetensors.md, cell 18
+# %% book/chapters/09b_safetensors.md, cell 21
 class ConcatenatedArray(LazyArray):
     """Arrays behind one another along the last axis, not copied."""
 
@@ -106,7 +102,7 @@ class ConcatenatedArray(LazyArray):
         return np.concatenate(some, axis=-1)
 
 
-# %% book/chapters/09b_safetensors.md, cell 19
+# %% book/chapters/09b_safetensors.md, cell 22
 BLOCK = 2**24                                   # bytes
 
 
@@ -133,7 +129,7 @@ def iter_blocks(w: Any) -> Iterator[np.ndarray]:
             yield from iter_blocks(w[i])
 
 
-# %% book/chapters/09b_safetensors.md, cell 20
+# %% book/chapters/09b_safetensors.md, cell 23
 def to_c_order(w: np.ndarray, tile: int = 128) -> np.ndarray:
     """`w` in C order: itself if it is, else copied tile by tile."""
     if w.flags.c_contiguous or w.ndim != 2:
@@ -146,12 +142,13 @@ def to_c_order(w: np.ndarray, tile: int = 128) -> np.ndarray:
     return out
 
 
+# %% book/chapters/09b_safetensors.md, cell 24
 def as_bytes(w: np.ndarray) -> memoryview:
     """The bytes of an array in C order, copied only if they are not."""
     return to_c_order(w).reshape(-1).view(np.uint8).data
 
 
-# %% book/chapters/09b_safetensors.md, cell 36
+# %% book/chapters/09b_safetensors.md, cell 43
 def all_finite(w: np.ndarray) -> bool:
     """Whether a float array is free of NaN and infinities."""
     bits = 8 * w.dtype.itemsize
@@ -162,6 +159,7 @@ def all_finite(w: np.ndarray) -> bool:
     return positive < limit and negative < limit + 2 ** (bits - 1)
 
 
+# %% book/chapters/09b_safetensors.md, cell 44
 def first_not_finite(w: Any) -> tuple[int, ...] | None:
     """The index of the first NaN or infinity in C order, or None.
 

@@ -397,8 +397,9 @@ def read_pickled(
     `interpreted` may be shared by the files of one folder.
     """
     data = map_file(path).data
+    interpreted = {} if interpreted is None else interpreted
     try:
         refuse_other_file(data)
-        return interpret(data, {} if interpreted is None else interpreted)
+        return interpret(data, interpreted)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from None

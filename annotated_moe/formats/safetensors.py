@@ -30,7 +30,7 @@ from annotated_moe.formats.files import (
 from annotated_moe.formats.writing import Part
 
 
-# %% book/chapters/09b_safetensors.md, cell 11
+# %% book/chapters/09b_safetensors.md, cell 12
 def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     """What a safetensors file says it holds, and where that begins.
 
@@ -38,16 +38,16 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     sentence that begins with its path.
     """
     size = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) >= 8 and size > MAX_JSON:
+    if len(data) >= 8 and not 2 <= size <= MAX_JSON:
         refuse_other_file(data.data)
         raise CheckpointError(
-            f"is no safetensors file: its first eight bytes are {size}, "
-            f"and no header has more than {MAX_JSON} bytes"
+            f"is no safetensors file: it begins with a header of {size}"
+            f" bytes, and headers have 2 to {MAX_JSON}"
         )
     if len(data) < 8 + size:
         raise CheckpointError(
-            f"was cut within its header, at byte {len(data)}: fetch the "
-            "file again"
+            f"was cut within its header, at byte {len(data)}: fetch "
+            "the file again"
         )
     try:
         header = parse_json(data[8 : 8 + size].tobytes())
@@ -57,7 +57,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-# %% book/chapters/09b_safetensors.md, cell 12
+# %% book/chapters/09b_safetensors.md, cell 13
 DTYPE_CODES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -66,6 +66,7 @@ DTYPE_CODES: dict[str, np.dtype] = {
 }
 
 
+# %% book/chapters/09b_safetensors.md, cell 14
 def as_extent(name: str, entry: Any) -> Extent:
     """Where a tensor lies behind the header, and as what."""
     match entry:
@@ -95,7 +96,7 @@ def as_extent(name: str, entry: Any) -> Extent:
     return Extent(begin, end, dtype, tuple(shape))
 
 
-# %% book/chapters/09b_safetensors.md, cell 13
+# %% book/chapters/09b_safetensors.md, cell 15
 def check_extents(extents: dict[str, Extent], size: int) -> None:
     """CheckpointError unless they fill `size` bytes, each once."""
     last = max((extent.end for extent in extents.values()), default=0)
@@ -119,7 +120,7 @@ def check_extents(extents: dict[str, Extent], size: int) -> None:
         )
 
 
-# %% book/chapters/09b_safetensors.md, cell 14
+# %% book/chapters/09b_safetensors.md, cell 16
 def parse_safetensors(data: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> view of `data`, the bytes of a safetensors file."""
     header, start = read_header(data)
@@ -133,6 +134,7 @@ def parse_safetensors(data: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+# %% book/chapters/09b_safetensors.md, cell 17
 def open_arrays(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a safetensors file, mapped, not copied.
 
@@ -145,7 +147,7 @@ def open_arrays(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} {error}") from None
 
 
-# %% book/chapters/09b_safetensors.md, cell 24
+# %% book/chapters/09b_safetensors.md, cell 28
 def safetensors_parts(
     arrays: dict[str, Any], metadata: dict[str, str] | None = None
 ) -> list[Part]:
@@ -174,7 +176,7 @@ def safetensors_parts(
     return [Part(np.frombuffer(start, np.uint8)), *parts]
 
 
-# %% book/chapters/09b_safetensors.md, cell 39
+# %% book/chapters/09b_safetensors.md, cell 47
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
@@ -194,21 +196,22 @@ def read_index(folder: Path, names: set[str]) -> dict[str, str]:
     return index
 
 
-# %% book/chapters/09b_safetensors.md, cell 40
+# %% book/chapters/09b_safetensors.md, cell 48
 def warn_of_others(
     folder: Path, names: set[str], used: set[str], why: str
 ) -> None:
     """A warning for safetensors files of a folder that are not read."""
     others = {name for name in names if name.endswith(".safetensors")}
     for name in sorted(others - used)[:3]:
-        warnings.warn(f"{folder / name} is not read: {why}", stacklevel=2)
+        text = f"{folder / name} is not read: {why}"
+        warnings.warn(text, stacklevel=2)
 
 
-# %% book/chapters/09b_safetensors.md, cell 41
+# %% book/chapters/09b_safetensors.md, cell 49
 OTHER_WEIGHTS = {
     ".bin": "pickles of PyTorch, which are not read here: fetch the "
-    "model's safetensors, or write them with save_pretrained(..., "
-    "safe_serialization=True) of transformers",
+    "model's safetensors, or load them in transformers, whose "
+    "save_pretrained writes safetensors",
     ".gguf": "a file of llama.cpp, which is not read here: fetch the "
     "model's safetensors",
     ".pt": "pickles of PyTorch, which are not read here: save them as "
@@ -222,6 +225,7 @@ OTHER_WEIGHTS = {
 }
 
 
+# %% book/chapters/09b_safetensors.md, cell 50
 def describe_weights(names: set[str]) -> str:
     """What a folder without `model.safetensors` holds instead.
 
@@ -242,7 +246,36 @@ def describe_weights(names: set[str]) -> str:
     return ""
 
 
-# %% book/chapters/09b_safetensors.md, cell 42
+# %% book/chapters/09b_safetensors.md, cell 51
+def open_shards(
+    folder: Path, index: dict[str, str], names: set[str]
+) -> dict[str, np.ndarray]:
+    """Name -> array of the shards of an index, and of no other file."""
+    shards, arrays = set(index.values()), {}
+    warn_of_others(folder, names, shards, f"{INDEX} does not name it")
+    for shard in sorted(shards):
+        for name, array in open_arrays(folder / shard).items():
+            if name not in index:
+                raise CheckpointError(
+                    f"{folder / shard} holds {name[:80]!r}, which the "
+                    "index does not name: fetch both again"
+                )
+            if index[name] != shard:
+                raise CheckpointError(
+                    f"{folder / shard} holds {name[:80]!r}, which the "
+                    f"index places in {index[name]!r}: one parameter "
+                    "has two tensors"
+                )
+            arrays[name] = array
+    for name in sorted(set(index) - set(arrays)):
+        raise CheckpointError(
+            f"{folder / index[name]} lacks {name[:80]!r}, which the "
+            "index places there"
+        )
+    return arrays
+
+
+# %% book/chapters/09b_safetensors.md, cell 52
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of one safetensors file, or of all shards.
 
@@ -257,28 +290,6 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
             f"holds neither {ONE_FILE} nor {INDEX}: fetch the weights"
         )
         raise CheckpointError(f"{folder} {found}")
-    warn_of_others(folder, names, {ONE_FILE}, f"{ONE_FILE} is the model")
+    why = f"{ONE_FILE} is the model"
+    warn_of_others(folder, names, {ONE_FILE}, why)
     return open_arrays(folder / ONE_FILE)
-
-
-def open_shards(
-    folder: Path, index: dict[str, str], names: set[str]
-) -> dict[str, np.ndarray]:
-    """Name -> array of the shards of an index, and of no other file."""
-    shards, arrays = set(index.values()), {}
-    warn_of_others(folder, names, shards, f"{INDEX} does not name it")
-    for shard in sorted(shards):
-        for name, array in open_arrays(folder / shard).items():
-            if index.get(name) != shard:
-                raise CheckpointError(
-                    f"{folder / shard} holds {name[:80]!r}, which the "
-                    f"index places in {index.get(name)!r}: one "
-                    "parameter has two tensors"
-                )
-            arrays[name] = array
-    for name in sorted(set(index) - set(arrays)):
-        raise CheckpointError(
-            f"{folder / index[name]} lacks {name[:80]!r}, which the "
-            "index places there"
-        )
-    return arrays

@@ -1,11 +1,6 @@
 # Generated from book/chapters/09b_safetensors.md by `make sync`; edit the chapter.
-"""A safetensors file is eight bytes, a piece of JSON, and the weights:
-nothing in it can run. It can still lie, or be half of itself, or hold
-one weight that is no number and turns every word the model says into
-the same one. This chapter reads such files and believes nothing in
-them, and writes them block by block, so that a writer that was
-interrupted goes on where it stopped. By its end you will have both, for
-one file and for a model cut into many.
+"""Files that are on disk before they count, with the checksum of each
+tensor, and folders that appear whole or not at all.
 """
 
 import hashlib
@@ -23,7 +18,7 @@ from annotated_moe.formats.files import CheckpointError
 from annotated_moe.formats.lazy import as_bytes, iter_blocks
 
 
-# %% book/chapters/09b_safetensors.md, cell 23
+# %% book/chapters/09b_safetensors.md, cell 27
 @dataclass(frozen=True, eq=False)
 class Part:
     """A stretch of a file: a tensor, or, unnamed, what is around."""
@@ -37,7 +32,7 @@ class Part:
         return math.prod(self.data.shape) * itemsize
 
 
-# %% book/chapters/09b_safetensors.md, cell 25
+# %% book/chapters/09b_safetensors.md, cell 29
 def fsync_path(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -47,6 +42,7 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+# %% book/chapters/09b_safetensors.md, cell 30
 class Watcher:
     """Told how files grow; `sums` has the sha256 of each tensor."""
 
@@ -61,7 +57,7 @@ class Watcher:
         fsync_path(path)
 
 
-# %% book/chapters/09b_safetensors.md, cell 26
+# %% book/chapters/09b_safetensors.md, cell 31
 def append_bytes(path: Path, data: memoryview) -> None:
     """`data` to the end of a file; one sentence when it has no room."""
     try:
@@ -74,7 +70,7 @@ def append_bytes(path: Path, data: memoryview) -> None:
         ) from None
 
 
-# %% book/chapters/09b_safetensors.md, cell 27
+# %% book/chapters/09b_safetensors.md, cell 32
 def write_part(
     path: Path, part: Part, skip: int, watcher: Watcher
 ) -> None:
@@ -90,6 +86,7 @@ def write_part(
         watcher.sums[part.name] = digest.hexdigest()
 
 
+# %% book/chapters/09b_safetensors.md, cell 33
 def write_file(
     path: Path, parts: list[Part], watcher: Watcher, done: int = 0
 ) -> None:
@@ -107,7 +104,7 @@ def write_file(
     watcher.closed(path)
 
 
-# %% book/chapters/09b_safetensors.md, cell 30
+# %% book/chapters/09b_safetensors.md, cell 36
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """`content` as the whole of a file, on disk when this returns."""
     text = json.dumps(content, indent=1) + "\n"
@@ -116,6 +113,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     fsync_path(path)
 
 
+# %% book/chapters/09b_safetensors.md, cell 37
 def replace_folder(
     new: Path, target: Path, old: Path, written: Container[str]
 ) -> None:

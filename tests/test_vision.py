@@ -15,19 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import annotated_moe as am
-from annotated_moe import parallel
+from annotated_moe import convert, parallel
 from annotated_moe.families import images, vision
 from annotated_moe.families.vision import SeeingModel, VisionSpec
-from annotated_moe.formats.hub import (
-    FAMILIES,
-    TRANSFORMS,
-    Fields,
-    entries,
-    read_hub,
-)
+from annotated_moe.formats.hub import TRANSFORMS, hub_config
 from annotated_moe.generate import Model
 from annotated_moe.model import init_params, param_specs
 from annotated_moe.specs import from_json, to_json
@@ -117,31 +111,27 @@ def test_on_a_mesh(gold, folder):
     assert w.sharding.is_fully_replicated
 
 
-def test_there_and_back(gold, folder, model):
+def test_there_and_back(gold, folder, tmp_path):
     """Ours, and Hugging Face's again: every name and every bit."""
-    c = model.config
-    family = FAMILIES["Llama4ForConditionalGeneration"]
-    tensors, back = read_hub(folder, c), {}
-    for entry in entries(family, c):
-        if entry.path[0].startswith("vision/"):
-            w = tensors[entry.path]
-            w = w[entry.index[0]] if entry.index else w
-            write = TRANSFORMS[entry.transform].write
-            back[entry.name] = np.asarray(write(w, entry.spec)[:])
-    eyes = {
-        k[2:]: w for k, w in gold.items()
-        if k[:2] == "w:" and not k.startswith("w:language_model.")
-    }
-    assert set(back) == set(eyes)
+    convert.convert(folder, tmp_path / "ours", "native")
+    again = am.load(tmp_path / "ours", dtype="float32")
+    assert isinstance(again, SeeingModel)
+    y = again.logits(gold["input_ids"], images=pictures(gold))
+    np.testing.assert_allclose(y, gold["logits"], atol=1e-4)
+    convert.convert(tmp_path / "ours", tmp_path / "theirs", "hf")
+    back = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert set(back) == {k[2:] for k in gold if k[:2] == "w:"}
     for key, w in back.items():
-        assert w.tobytes() == eyes[key].tobytes(), key
-    fields = Fields(folder, json.loads(json.dumps(family.write(c))))
-    assert family.read(fields) == c
-    fields.finish()
+        assert w.tobytes() == gold[f"w:{key}"].tobytes(), key
+    raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    name = "Llama4ForConditionalGeneration"
+    assert raw["architectures"] == [name] and raw["model_type"] == "llama4"
+    assert hub_config(tmp_path / "theirs") == hub_config(folder)
 
 
 def test_ours_and_back(gold, model, tmp_path):
-    assert from_json(json.loads(json.dumps(to_json(model.config)))) == model.config
+    raw = json.loads(json.dumps(to_json(model.config)))
+    assert from_json(raw) == model.config
     am.save(model, tmp_path / "ours")
     again = am.load(tmp_path / "ours", dtype="float32")
     assert isinstance(again, SeeingModel)

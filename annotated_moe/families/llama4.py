@@ -232,5 +232,5 @@ class Llama4Family(LlamaFamily):
 
 FAMILIES["Llama4ForCausalLM"] = Llama4Family()
 FAMILIES["Llama4ForConditionalGeneration"] = SeeingFamily(
-    Llama4Family(), "llama4_text"
+    Llama4Family(), "llama4"
 )

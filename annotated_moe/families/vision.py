@@ -582,6 +582,7 @@ class SeeingModel(Model):
             row = encode_with_images(
                 prompt, tokenizer, ids[IMAGE], add_bos
             )
+            tokenizer.check_ids(row, self.config.vocab_size)
         else:
             row, _ = super().read_prompt(prompt)
         settings = image_settings(tokenizer.companions, spec)
@@ -864,13 +865,10 @@ def write_vision(spec: VisionSpec) -> dict[str, Any]:
 
 # %% book/chapters/17b_pictures.md, cell 65
 class SeeingFamily(Family):
-    """A family's decoder with an image encoder before it.
+    """A family's decoder with an image encoder before it."""
 
-    `text_type` is the `model_type` of the decoder's own fields.
-    """
-
-    def __init__(self, decoder: Family, text_type: str) -> None:
-        self.decoder, self.text_type = decoder, text_type
+    def __init__(self, decoder: Family, model_type: str) -> None:
+        self.decoder, self.model_type = decoder, model_type
         self.prefix = f"language_model.{decoder.prefix}"
         ends = [
             name._replace(theirs=f"language_model.{name.theirs}")
@@ -901,11 +899,16 @@ class SeeingFamily(Family):
     def write(self, config: ModelConfig) -> dict[str, Any]:
         if not isinstance(config, SeeingConfig):
             raise ValueError("this architecture has an image encoder")
-        text = self.decoder.write(config)
-        ids = {n: getattr(config.vision, ours)
-               for n, ours in IMAGE_IDS.items()}
+        ids = {
+            name: getattr(config.vision, ours)
+            for name, ours in IMAGE_IDS.items()
+        }
+        text = {
+            "model_type": self.decoder.model_type,
+            **self.decoder.write(config),
+        }
         return {
-            "text_config": {**text, "model_type": self.text_type},
+            "text_config": text,
             "vision_config": write_vision(config.vision), **ids,
         }
 

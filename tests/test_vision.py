@@ -460,7 +460,8 @@ def test_settings_are_read():
     (beside({"image_processor_type": "CLIP"}), "image_processor_type is 'CLIP'"),
     (beside({"patch_token": "<p>"}, "processor_config.json"), "patch_token is '<p>'"),
     (beside({"patch_size": 14}, "processor_config.json"), "patch_size is 14; only 4"),
-    ({"preprocessor_config.json": b"[]"}, "'preprocessor_config.json' must hold one JSON object"),
+    ({"preprocessor_config.json": b"[]"},
+     "'preprocessor_config.json' must hold one JSON object"),
 ])
 def test_settings_that_are_refused(files, said):
     with pytest.raises(ValueError, match=said):

@@ -494,6 +494,7 @@ class SeeingConfig(ModelConfig):
         return jnp.where(here, found.astype(h.dtype), h)
 
 
+# %% book/chapters/17_vision.md, cell 54
 def seeing(config: ModelConfig, vision: VisionSpec) -> SeeingConfig:
     """The same decoder, with an encoder before it."""
     own = {
@@ -668,15 +669,31 @@ IMAGE_FIXED = {
     "resample": 2, "resize_to_max_canvas": False,   # 2: linear
     "do_center_crop": False, "do_pad": False,
 }
-IMAGE_INERT = frozenset(
-    "processor_class data_format default_to_square device "
-    "do_convert_rgb input_data_format return_tensors "
-    "disable_grouping".split()
-)
+IMAGE_INERT = frozenset([
+    "processor_class", "data_format", "default_to_square", "device",
+    "do_convert_rgb", "input_data_format", "return_tensors",
+    "disable_grouping",
+])
 PROCESSORS = "Llama4ImageProcessor", "Llama4ImageProcessorFast"
 
 
 # %% book/chapters/17b_pictures.md, cell 51
+def numbers_in(
+    own: Fields, name: str, count: int
+) -> tuple[float, ...]:
+    """`count` numbers above 0, or CheckpointError."""
+    values = own.get(name)
+    good = isinstance(values, list) and len(values) == count
+    if not good or not all(
+        type(v) in (int, float) and 0 < v < math.inf for v in values
+    ):
+        raise own.error(
+            f"{name} must be {count} positive numbers: {values!r:.80}"
+        )
+    return tuple(values)
+
+
+# %% book/chapters/17b_pictures.md, cell 52
 def image_settings(
     companions: Mapping[str, bytes], spec: VisionSpec
 ) -> ImageSettings:
@@ -699,22 +716,7 @@ def image_settings(
     return settings
 
 
-def numbers_in(
-    own: Fields, name: str, count: int
-) -> tuple[float, ...]:
-    """`count` numbers above 0, or CheckpointError."""
-    values = own.get(name)
-    good = isinstance(values, list) and len(values) == count
-    if not good or not all(
-        type(v) in (int, float) and 0 < v < math.inf for v in values
-    ):
-        raise own.error(
-            f"{name} must be {count} positive numbers: {values!r:.80}"
-        )
-    return tuple(values)
-
-
-# %% book/chapters/17b_pictures.md, cell 54
+# %% book/chapters/17b_pictures.md, cell 55
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -736,7 +738,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% book/chapters/17b_pictures.md, cell 55
+# %% book/chapters/17b_pictures.md, cell 56
 VISION_LAYER = (
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -755,7 +757,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% book/chapters/17b_pictures.md, cell 56
+# %% book/chapters/17b_pictures.md, cell 57
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -768,7 +770,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% book/chapters/17b_pictures.md, cell 57
+# %% book/chapters/17b_pictures.md, cell 58
 def vision_names(meta: bool) -> tuple[WeightName, ...]:
     """What a layout calls each parameter, Hugging Face's or Meta's."""
     return tuple(
@@ -781,14 +783,14 @@ def vision_names(meta: bool) -> tuple[WeightName, ...]:
 VISION_HF, VISION_META = vision_names(False), vision_names(True)
 
 
-# %% book/chapters/17b_pictures.md, cell 59
+# %% book/chapters/17b_pictures.md, cell 60
 TRANSFORMS["image halves"] = WeightTransform(
     lambda w, config: HalvesFromPairs(w, config.vision.head_size),
     lambda w, config: PairsFromHalves(w, config.vision.head_size),
 )
 
 
-# %% book/chapters/17b_pictures.md, cell 61
+# %% book/chapters/17b_pictures.md, cell 62
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -810,13 +812,14 @@ VISION_FIXED = {
     "vision_feature_select_strategy": "default",
 }
 # `norm_eps` among them: theirs is 1e-5 whatever the file says.
-VISION_INERT = frozenset(
-    "model_type attention_dropout projector_dropout dtype norm_eps "
-    "torch_dtype initializer_range vision_feature_layer".split()
-)
+VISION_INERT = frozenset([
+    "model_type", "attention_dropout", "projector_dropout", "dtype",
+    "norm_eps", "torch_dtype", "initializer_range",
+    "vision_feature_layer",
+])
 
 
-# %% book/chapters/17b_pictures.md, cell 62
+# %% book/chapters/17b_pictures.md, cell 63
 def read_vision(
     fields: Fields, around: Fields, d_model: int
 ) -> VisionSpec:
@@ -847,11 +850,12 @@ def read_vision(
     return spec
 
 
-# %% book/chapters/17b_pictures.md, cell 63
+# %% book/chapters/17b_pictures.md, cell 64
 def write_vision(spec: VisionSpec) -> dict[str, Any]:
     """The `vision_config` that `read_vision` reads."""
     sizes = {
-        name: getattr(spec, ours) for name, ours in VISION_FIELDS.items()
+        name: getattr(spec, ours)
+        for name, ours in VISION_FIELDS.items()
     }
     return {
         **sizes, **VISION_FIXED, **write_rope(Rope(spec.rope_base)),
@@ -863,7 +867,7 @@ def write_vision(spec: VisionSpec) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17b_pictures.md, cell 65
+# %% book/chapters/17b_pictures.md, cell 66
 class SeeingFamily(Family):
     """A family's decoder with an image encoder before it."""
 

@@ -406,6 +406,14 @@ def test_words_without_a_picture(talker):
     assert 60 not in talker.tokenizer.encode("<|patch|>")
 
 
+def test_a_prompt_begins_as_the_tokenizer_says(talker, monkeypatch):
+    """Also one that begins with a picture."""
+    monkeypatch.setattr(talker.tokenizer.backend, "prompt", ([5], []))
+    for text, ids in (("a<|image|>", [5, 0, *ONE]), ("<|image|>", [5, *ONE])):
+        assert talker.read_prompt(text, picture(4, 4))[0] == ids
+    assert talker.read_prompt([59, 1], picture(4, 4))[0] == [*ONE, 1]
+
+
 @pytest.mark.parametrize("prompts, shown, said", [
     (["a<|image|>"], None, "prompt 0: 1 times <.image.> in the prompt, for 0 images"),
     (["a"], [picture(4, 4)], "0 times <.image.> in the prompt, for 1 images"),

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# %% book/chapters/92_hlo.md, cell 5
+# %% book/chapters/92_hlo.md, cell 6
 Number = int | float
 
 
-# %% book/chapters/92_hlo.md, cell 6
+# %% book/chapters/92_hlo.md, cell 7
 class Instruction(NamedTuple):
     """One line of a compiled program."""
 
@@ -33,7 +33,7 @@ Computation = dict[str, Instruction]        # by name, in order
 Program = dict[str, Computation]
 
 
-# %% book/chapters/92_hlo.md, cell 7
+# %% book/chapters/92_hlo.md, cell 8
 def closing(text: str) -> int:
     """Where the parenthesis that opens `text` is closed."""
     depth = 0
@@ -44,7 +44,7 @@ def closing(text: str) -> int:
     raise ValueError(f"no closing parenthesis in {text[:60]!r}")
 
 
-# %% book/chapters/92_hlo.md, cell 8
+# %% book/chapters/92_hlo.md, cell 9
 def parse_instruction(line: str) -> Instruction | None:
     """`ROOT %name = shape kind(operands), attributes`, or None."""
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
@@ -63,7 +63,7 @@ def parse_instruction(line: str) -> Instruction | None:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 9
+# %% book/chapters/92_hlo.md, cell 10
 def parse_program(text: str) -> tuple[Program, str]:
     """The computations of `compiled.as_text()`, and which runs first.
 
@@ -83,7 +83,7 @@ def parse_program(text: str) -> tuple[Program, str]:
     return program, entry
 
 
-# %% book/chapters/92_hlo.md, cell 10
+# %% book/chapters/92_hlo.md, cell 11
 def called(caller: Instruction, role: str = "calls") -> str:
     """The computation that an instruction names in that role."""
     found = re.search(rf"\b{role}=%?([\w.\-]+)", caller.after)
@@ -105,7 +105,7 @@ def parameter(computation: Computation, number: int) -> str:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 11
+# %% book/chapters/92_hlo.md, cell 12
 def trip_count(
     program: Program, loop: Instruction, unknown: Number
 ) -> float:
@@ -120,7 +120,7 @@ def trip_count(
     return float(unknown)
 
 
-# %% book/chapters/92_hlo.md, cell 12
+# %% book/chapters/92_hlo.md, cell 13
 def executed(
     program: Program, start: str, unknown: Number, times: Number = 1.0
 ) -> Iterator[tuple[float, Computation, Instruction]]:
@@ -146,7 +146,7 @@ def executed(
             yield times, computation, one
 
 
-# %% book/chapters/92_hlo.md, cell 15
+# %% book/chapters/92_hlo.md, cell 16
 WIDTHS = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
@@ -159,7 +159,7 @@ def integers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-# %% book/chapters/92_hlo.md, cell 16
+# %% book/chapters/92_hlo.md, cell 17
 def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     """Bytes of one array in main memory, its tile's padding included.
 
@@ -190,7 +190,7 @@ def plain_bytes(shape: str) -> int:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 19
+# %% book/chapters/92_hlo.md, cell 20
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}     # what is new
 
@@ -211,7 +211,7 @@ def bytes_used(
     return min(total, whole)
 
 
-# %% book/chapters/92_hlo.md, cell 20
+# %% book/chapters/92_hlo.md, cell 21
 def bytes_used_by(
     program: Program, computation: Computation, user: Instruction,
     name: str,
@@ -236,7 +236,7 @@ def bytes_used_by(
     )
 
 
-# %% book/chapters/92_hlo.md, cell 21
+# %% book/chapters/92_hlo.md, cell 22
 def bytes_returned(
     program: Program, computation: Computation, root: Instruction
 ) -> int:
@@ -258,7 +258,7 @@ def bytes_returned(
     return value_bytes(root.shape)
 
 
-# %% book/chapters/92_hlo.md, cell 22
+# %% book/chapters/92_hlo.md, cell 23
 def fusion_bytes(
     program: Program, computation: Computation, fusion: Instruction
 ) -> int:
@@ -271,7 +271,7 @@ def fusion_bytes(
     return total + min(written, value_bytes(fusion.shape))
 
 
-# %% book/chapters/92_hlo.md, cell 23
+# %% book/chapters/92_hlo.md, cell 24
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast",
     "after-all", "partition-id", "replica-id", "copy-done",
@@ -300,7 +300,7 @@ def instruction_bytes(
     return sum(whole) + value_bytes(one.shape)
 
 
-# %% book/chapters/92_hlo.md, cell 24
+# %% book/chapters/92_hlo.md, cell 25
 def largest_movers(
     text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
@@ -330,7 +330,7 @@ def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     ))
 
 
-# %% book/chapters/92_hlo.md, cell 27
+# %% book/chapters/92_hlo.md, cell 29
 class Collective(NamedTuple):
     """A collective, what a device puts in, and how often it is run."""
 
@@ -351,7 +351,7 @@ class Collective(NamedTuple):
         return self.times * self.bytes * share[self.kind]
 
 
-# %% book/chapters/92_hlo.md, cell 28
+# %% book/chapters/92_hlo.md, cell 30
 def devices_together(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
@@ -370,7 +370,7 @@ def devices_together(after: str, devices: int) -> int:
     return devices
 
 
-# %% book/chapters/92_hlo.md, cell 29
+# %% book/chapters/92_hlo.md, cell 31
 COLLECTIVES = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?$"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -121,7 +122,7 @@ def test_groups_that_are_fewer_than_devices(sizes):
     params = {
         module: {name: quantize(w, min(2, groups_for(spec))) if spec.matrix else w
                  for name, spec in leaves.items()
-                 for w in [np.zeros(spec.shape, np.float32)]}
+                 for w in [jnp.zeros(spec.shape)]}
         for module, leaves in specs.items()
     }
     shapes = jax.eval_shape(lambda: params)

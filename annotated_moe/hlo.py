@@ -92,6 +92,7 @@ def called(caller: Instruction, role: str = "calls") -> str:
     return found[1]
 
 
+# %% book/chapters/92_hlo.md, cell 12
 def root_of(computation: Computation) -> Instruction:
     """The instruction whose value a computation returns."""
     return next(i for i in computation.values() if i.root)
@@ -105,7 +106,7 @@ def parameter(computation: Computation, number: int) -> str:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 12
+# %% book/chapters/92_hlo.md, cell 13
 def trip_count(
     program: Program, loop: Instruction, unknown: Number
 ) -> float:
@@ -120,7 +121,7 @@ def trip_count(
     return float(unknown)
 
 
-# %% book/chapters/92_hlo.md, cell 13
+# %% book/chapters/92_hlo.md, cell 14
 def executed(
     program: Program, start: str, unknown: Number, times: Number = 1.0
 ) -> Iterator[tuple[float, Computation, Instruction]]:
@@ -146,7 +147,7 @@ def executed(
             yield times, computation, one
 
 
-# %% book/chapters/92_hlo.md, cell 16
+# %% book/chapters/92_hlo.md, cell 17
 WIDTHS = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
@@ -159,7 +160,7 @@ def integers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-# %% book/chapters/92_hlo.md, cell 17
+# %% book/chapters/92_hlo.md, cell 18
 def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
     """Bytes of one array in main memory, its tile's padding included.
 
@@ -190,7 +191,7 @@ def plain_bytes(shape: str) -> int:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 20
+# %% book/chapters/92_hlo.md, cell 21
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}     # what is new
 
@@ -211,7 +212,7 @@ def bytes_used(
     return min(total, whole)
 
 
-# %% book/chapters/92_hlo.md, cell 21
+# %% book/chapters/92_hlo.md, cell 22
 def bytes_used_by(
     program: Program, computation: Computation, user: Instruction,
     name: str,
@@ -236,7 +237,7 @@ def bytes_used_by(
     )
 
 
-# %% book/chapters/92_hlo.md, cell 22
+# %% book/chapters/92_hlo.md, cell 23
 def bytes_returned(
     program: Program, computation: Computation, root: Instruction
 ) -> int:
@@ -258,7 +259,7 @@ def bytes_returned(
     return value_bytes(root.shape)
 
 
-# %% book/chapters/92_hlo.md, cell 23
+# %% book/chapters/92_hlo.md, cell 24
 def fusion_bytes(
     program: Program, computation: Computation, fusion: Instruction
 ) -> int:
@@ -271,7 +272,7 @@ def fusion_bytes(
     return total + min(written, value_bytes(fusion.shape))
 
 
-# %% book/chapters/92_hlo.md, cell 24
+# %% book/chapters/92_hlo.md, cell 25
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast",
     "after-all", "partition-id", "replica-id", "copy-done",
@@ -300,7 +301,7 @@ def instruction_bytes(
     return sum(whole) + value_bytes(one.shape)
 
 
-# %% book/chapters/92_hlo.md, cell 25
+# %% book/chapters/92_hlo.md, cell 26
 def largest_movers(
     text: str, unknown: Number = 1.0, most: int = 8
 ) -> list[tuple[float, str, str]]:
@@ -330,7 +331,7 @@ def bytes_moved(text: str, unknown: Number = 1.0) -> float:
     ))
 
 
-# %% book/chapters/92_hlo.md, cell 29
+# %% book/chapters/92_hlo.md, cell 30
 class Collective(NamedTuple):
     """A collective, what a device puts in, and how often it is run."""
 
@@ -351,7 +352,7 @@ class Collective(NamedTuple):
         return self.times * self.bytes * share[self.kind]
 
 
-# %% book/chapters/92_hlo.md, cell 30
+# %% book/chapters/92_hlo.md, cell 31
 def devices_together(after: str, devices: int) -> int:
     """How many devices a collective's attributes bring together.
 
@@ -370,7 +371,7 @@ def devices_together(after: str, devices: int) -> int:
     return devices
 
 
-# %% book/chapters/92_hlo.md, cell 31
+# %% book/chapters/92_hlo.md, cell 32
 COLLECTIVES = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all"
     r"|collective-permute)(-start)?$"

@@ -688,7 +688,7 @@ def table(plan: Plan) -> str:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 35
+# %% book/chapters/92_hlo.md, cell 37
 def expert_runs(config: ModelConfig, plan: Plan) -> float:
     """How often a device's loop over asked experts runs in a layer.
 
@@ -701,7 +701,7 @@ def expert_runs(config: ModelConfig, plan: Plan) -> float:
     return max(runs)
 
 
-# %% book/chapters/92_hlo.md, cell 36
+# %% book/chapters/92_hlo.md, cell 38
 def report_collectives(
     program: Any, plan: Plan, config: ModelConfig
 ) -> dict[str, Any]:
@@ -717,7 +717,7 @@ def report_collectives(
     return {"collectives": found}
 
 
-# %% book/chapters/92_hlo.md, cell 37
+# %% book/chapters/92_hlo.md, cell 39
 def report_moved(
     program: Any, plan: Plan, config: ModelConfig
 ) -> dict[str, Any]:
@@ -731,11 +731,11 @@ def report_moved(
     return {"moved": bytes_moved(program.as_text(), unknown)}
 
 
-# %% book/chapters/92_hlo.md, cell 38
+# %% book/chapters/92_hlo.md, cell 40
 REPORTS += [report_collectives, report_moved]
 
 
-# %% book/chapters/92_hlo.md, cell 41
+# %% book/chapters/92_hlo.md, cell 43
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
@@ -755,7 +755,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return describe_slice(topology)
 
 
-# %% book/chapters/92_hlo.md, cell 42
+# %% book/chapters/92_hlo.md, cell 44
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",              # ask no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # nor guess what is here
@@ -764,7 +764,7 @@ QUIET = {
 }
 
 
-# %% book/chapters/92_hlo.md, cell 43
+# %% book/chapters/92_hlo.md, cell 45
 def describe_slice(topology: str) -> list[Any]:
     """Ask libtpu for a slice's devices, without its messages."""
     from jax.experimental import topologies
@@ -782,7 +782,7 @@ def describe_slice(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-# %% book/chapters/92_hlo.md, cell 44
+# %% book/chapters/92_hlo.md, cell 46
 def mesh_of(
     devices: Any, data: int = 1, model: int = 1, expert: int = 1
 ) -> Mesh:
@@ -798,7 +798,7 @@ def mesh_of(
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-# %% book/chapters/92_hlo.md, cell 47
+# %% book/chapters/92_hlo.md, cell 49
 IN_8_BITS = ("grok-1",)                     # as published
 
 
@@ -828,7 +828,7 @@ def weights_of(name: str) -> tuple[ModelConfig, Params]:
     return config, params
 
 
-# %% book/chapters/92_hlo.md, cell 48
+# %% book/chapters/92_hlo.md, cell 50
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
     if not 1 <= devices <= MOST_DEVICES:
@@ -841,7 +841,7 @@ def simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-# %% book/chapters/92_hlo.md, cell 49
+# %% book/chapters/92_hlo.md, cell 51
 def parse_mesh(text: str) -> dict[str, int]:
     """Sizes by name of "1x2x4", or of "1x8": no cut of experts."""
     size = r"[1-9]\d{0,3}"
@@ -854,7 +854,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {"data": data, "expert": (expert or [1])[0], "model": model}
 
 
-# %% book/chapters/92_hlo.md, cell 50
+# %% book/chapters/92_hlo.md, cell 52
 def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     """The context to plan for; ValueError if the job makes no sense."""
     context = config.context if args.context is None else args.context
@@ -869,7 +869,7 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
-# %% book/chapters/92_hlo.md, cell 51
+# %% book/chapters/92_hlo.md, cell 53
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
     kind = args.topology and args.topology.split(":")[0]
@@ -881,7 +881,7 @@ def hardware_of(args: argparse.Namespace) -> str:
     return kind or args.hardware or "h100"
 
 
-# %% book/chapters/92_hlo.md, cell 52
+# %% book/chapters/92_hlo.md, cell 54
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = weights_of(args.model)
@@ -906,7 +906,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-# %% book/chapters/92_hlo.md, cell 53
+# %% book/chapters/92_hlo.md, cell 55
 def run_plan(args: argparse.Namespace) -> None:
     """Print a plan as a table, or as JSON."""
     plan = plan_of(args)
@@ -914,7 +914,7 @@ def run_plan(args: argparse.Namespace) -> None:
     print(text if args.json else table(plan))
 
 
-# %% book/chapters/92_hlo.md, cell 54
+# %% book/chapters/92_hlo.md, cell 56
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command `plan`."""
     add = parser.add_argument

@@ -75,12 +75,14 @@ prefix: env
 lint: env
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_book.py
 
 # Tests compile thousands of programs and run most of them once: with few
 # passes of the compiler that is a third less work. Notebooks have all of them.
 unit: env
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-		$(BIN)/pytest -n 2 --dist worksteal --durations=20 tests
+		$(BIN)/pytest -n 2 --dist worksteal --durations=20 \
+		--ignore=tests/test_book.py tests
 
 # Every notebook, in an empty directory. Their outputs are kept: the book
 # shows them, and runs again only a page whose notebook they are not from.

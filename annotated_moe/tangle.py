@@ -221,7 +221,7 @@ class Chapter:
 
 
 # %% book/chapters/90_tangle.md, cell 26
-def read_header(path: str, lines: list[str]) -> dict[str, Any]:
+def page_header(path: str, lines: list[str]) -> dict[str, Any]:
     """What a page's header says under `annotated_moe`."""
     header = parse_yaml(path, 2, "\n".join(lines)).get("annotated_moe")
     header = header if isinstance(header, dict) else {}
@@ -244,7 +244,7 @@ def read_chapter(path: str, text: str) -> Chapter:
     lines = text.splitlines()
     fenced = lines[:1] == ["---"] and "---" in lines[1:]
     end = lines.index("---", 1) if fenced else 0
-    header = read_header(path, lines[1:end])
+    header = page_header(path, lines[1:end])
     return Chapter(
         path=path,
         text=text,
@@ -304,7 +304,7 @@ def ask_pyflakes(tree: ast.Module, types: set[str]) -> list[Any]:
 
 
 # %% book/chapters/90_tangle.md, cell 37
-def bound(statement: ast.stmt) -> dict[str, bool]:
+def names_bound(statement: ast.stmt) -> dict[str, bool]:
     """The names a statement binds, and whether by an import."""
     if isinstance(statement, (ast.AugAssign, ast.Delete)):
         return {}
@@ -340,7 +340,7 @@ def private(chapter: Chapter) -> dict[str, int]:
         if "export" in cell.tags:
             continue
         for statement in ast.parse(without_magics(cell.source)).body:
-            for name in bound(statement):
+            for name in names_bound(statement):
                 line = cell.line + statement.lineno - 1
                 found.setdefault(name, line)
     return found
@@ -422,8 +422,8 @@ def array_types(imports: dict[str, list[Import]]) -> set[str]:
 
 
 # %% book/chapters/90_tangle.md, cell 46
-Place = tuple[str, int]
-Edges = dict[tuple[str, str], Place]
+PageLine = tuple[str, int]
+Edges = dict[tuple[str, str], PageLine]
 
 
 # %% book/chapters/90_tangle.md, cell 47
@@ -432,10 +432,10 @@ class Module:
     """A module to be. It starts in the chapter of `start`."""
 
     name: str
-    start: Place
+    start: PageLine
     cells: list[tuple[Chapter, Cell]] = field(default_factory=list)
-    exports: dict[str, Place] = field(default_factory=dict)
-    imports: dict[Import, Place] = field(default_factory=dict)
+    exports: dict[str, PageLine] = field(default_factory=dict)
+    imports: dict[Import, PageLine] = field(default_factory=dict)
 
 
 # %% book/chapters/90_tangle.md, cell 48
@@ -460,18 +460,22 @@ class Book:
 def stop_if_wrong(book: Book) -> None:
     """Raises `TangleError` with every problem found so far."""
     if book.problems:
-        raise TangleError(sorted(set(book.problems), key=place_of))
+        raise TangleError(sorted(set(book.problems), key=reading_order))
 
 
 # %% book/chapters/90_tangle.md, cell 50
-def place_of(problem: Problem) -> tuple[str, int, str]:
+def reading_order(problem: Problem) -> tuple[str, int, str]:
     """The order in which one wants to read problems."""
     return problem.path, problem.line, problem.message
 
 
 # %% book/chapters/90_tangle.md, cell 51
 def define(
-    book: Book, module: Module, name: str, place: Place, imported: bool
+    book: Book,
+    module: Module,
+    name: str,
+    place: PageLine,
+    imported: bool,
 ) -> None:
     """Enter a name of a module; a problem if it has that already."""
     path, line = place
@@ -511,7 +515,7 @@ def add_cell(
         return
     module.cells.append((chapter, cell))
     for statement in tree.body:
-        for name, imported in bound(statement).items():
+        for name, imported in names_bound(statement).items():
             place = path, statement.lineno
             define(book, module, name, place, imported)
 
@@ -649,7 +653,9 @@ def target(book: Book, link: Import) -> tuple[str, str]:
 
 
 # %% book/chapters/90_tangle.md, cell 66
-def look_ahead(book: Book, other: str, name: str, place: Place) -> None:
+def look_ahead(
+    book: Book, other: str, name: str, place: PageLine
+) -> None:
     """Note a use of a name, or a module, that only comes later."""
     module = book.modules[other]
     path, _ = module.exports.get(name, module.start)
@@ -661,7 +667,7 @@ def look_ahead(book: Book, other: str, name: str, place: Place) -> None:
 
 # %% book/chapters/90_tangle.md, cell 67
 def follow(
-    book: Book, module: Module, link: Import, place: Place, now: bool
+    book: Book, module: Module, link: Import, place: PageLine, now: bool
 ) -> bool:
     """Whether `module` needs this import; notes what is wrong."""
     if link.module.split(".")[0] != PACKAGE:
@@ -739,7 +745,7 @@ def home_of(book: Book, path: str, name: str) -> str:
 
 
 # %% book/chapters/90_tangle.md, cell 72
-def add_import(module: Module, link: Import, place: Place) -> None:
+def add_import(module: Module, link: Import, place: PageLine) -> None:
     """Put an import into a head, unless it is passed on from there."""
     if link.alias == link.name:
         link = replace(link, alias="")
@@ -844,7 +850,7 @@ def plain(text: str) -> str:
 
 
 # %% book/chapters/90_tangle.md, cell 84
-def describe(book: Book, name: str) -> str:
+def module_prose(book: Book, name: str) -> str:
     """What the book says a module is, in prose."""
     for chapter in book.chapters:
         if name in chapter.modules:
@@ -967,7 +973,7 @@ def module_text(book: Book, module: Module) -> str:
     chapters = "chapters" if len(paths) > 1 else "chapter"
     text = f"# Generated from {', '.join(paths)} by `make sync`; "
     text += f"edit the {chapters}.\n"
-    text += docstring(describe(book, module.name))
+    text += docstring(module_prose(book, module.name))
     if block := import_block(module):
         text += f"\n\n{block}"
     for page, cell in module.cells:
@@ -977,7 +983,7 @@ def module_text(book: Book, module: Module) -> str:
 
 
 # %% book/chapters/90_tangle.md, cell 99
-def origin(module: Module, text: str, line: int) -> Place:
+def origin(module: Module, text: str, line: int) -> PageLine:
     """The line of a page that a line of a generated module is."""
     lines = text.splitlines()
     for above in range(line - 1, -1, -1):
@@ -1207,7 +1213,7 @@ def tangle(
     book = gather(chapters)
     judge_titles(book)
     connect_all(book)
-    forward = sorted(set(book.forward), key=place_of)
+    forward = sorted(set(book.forward), key=reading_order)
     book.problems += [] if allow_forward else forward
     outputs = module_outputs(book)
     rooms = largest(outputs)
@@ -1279,7 +1285,7 @@ def check(root: Path, outputs: list[Output]) -> list[str]:
 
 
 # %% book/chapters/90_tangle.md, cell 126
-def carry_out(options: argparse.Namespace) -> list[str]:
+def run_options(options: argparse.Namespace) -> list[str]:
     """Tangle as the command line says; what changed, or would."""
     root, into = options.root, options.into or options.root
     tangled = tangle(root, options.upto, options.allow_forward)
@@ -1312,7 +1318,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (options.upto is None) != (options.into is None):
         parser.error("--upto and --into go together")
     try:
-        lines = carry_out(options)
+        lines = run_options(options)
     except TangleError as error:
         print(error, file=sys.stderr)
         return 1

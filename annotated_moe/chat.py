@@ -110,11 +110,13 @@ def typed_text(messages: Any, given: dict[str, Any]) -> str:
         return text
 
     disarm([messages, given], note)
+    text = "\n".join(typed)
     try:
         json.dumps([messages, given])
+        text.encode()                       # or half a character
     except (TypeError, ValueError) as error:
         raise ValueError(f"messages must be JSON: {error}") from None
-    return "\n".join(typed)
+    return text
 
 
 # %% book/chapters/19_vocabularies.md, cell 25

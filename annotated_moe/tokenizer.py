@@ -597,7 +597,7 @@ def read_settings(companions: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def token_text(token: Any) -> str:
-    """A token is written as a string or as a table around one."""
+    """The text of a token that is a string, or a table with one."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 

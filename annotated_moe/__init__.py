@@ -53,5 +53,5 @@ def __getattr__(name: str) -> Any:
     return version("annotated-moe")
 
 
-# %% book/chapters/19_vocabularies.md, cell 31
+# %% book/chapters/19_vocabularies.md, cell 43
 chat_module.register_chat()

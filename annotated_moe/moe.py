@@ -487,11 +487,14 @@ class ExpertWeights(hk.Module):
         self.num_experts = num_experts
 
     def __call__(self, parameters: Parameters) -> Experts:
-        w = {}
+        w: Experts = {}
+        modules: dict[str, Parameter] = {}
         for name, (shape, axes) in parameters.items():
             module, _, leaf = name.partition("/")
+            if module not in modules:       # Haiku renames a second one
+                modules[module] = Parameter(module)
             shape = (self.num_experts, *shape)
-            w[name] = Parameter(module)(leaf or "w", shape, axes)
+            w[name] = modules[module](leaf or "w", shape, axes)
         return w
 
 

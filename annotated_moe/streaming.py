@@ -1,17 +1,15 @@
-# Generated from book/chapters/11_streaming.md by `make sync`; edit the chapter.
 """Grok-1's files fill 318 GB, and a large laptop has 24 GB of memory.
 But a token uses two experts of eight, uses each of their weights once,
 and is done with it before the next layer begins. So the weights may
 stay on disk. This chapter runs the model from its files, a layer at a
-time, reading only what the router asks for. By its end you will have
-`load(path, stream=True)`, a product that multiplies bytes where the
-file left them, and the proof that the streamed model says what the
-resident one says.
+time, reading only what the router asks for.
 """
 
-# %% book/chapters/11_streaming.md, cell 1
+import functools
+import itertools
 import mmap
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -25,44 +23,56 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int8, Int32, UInt
+from jaxtyping import (
+    Array,
+    Bool,
+    Float,
+    Float32,
+    Int,
+    Int8,
+    Int32,
+    Shaped,
+    UInt,
+)
 from numpy.lib.array_utils import byte_bounds
 from numpy.lib.stride_tricks import as_strided
+from tqdm import tqdm
 
-from annotated_moe import quantization
-from annotated_moe.attention import KVCache
-from annotated_moe.mixtral import PAST
-from annotated_moe.model import (
-    Kind,
-    Model,
+from annotated_moe.cache import KVCache
+from annotated_moe.config import (
+    LayerSpec,
     ModelConfig,
+    Slot,
+    all_slots,
+    slot_of,
+)
+from annotated_moe.generate import Model
+from annotated_moe.linear import PRODUCTS
+from annotated_moe.model import (
+    Cache,
+    DecoderLayer,
     Params,
-    Place,
-    Shared,
-    attention_half,
+    check_room,
     embed,
-    kinds,
-    layer_function,
-    modules_of,
-    place_of,
-    router_of,
-    stack_of,
-    style_of,
+    head_table,
+    param_specs,
+    positions_of,
+    slot_params,
     tied_logits,
 )
-from annotated_moe.moe import Experts, Style, expert
+from annotated_moe.moe import Experts
+from annotated_moe.quantization import QuantizedTensor, tile_rows
 from annotated_moe.rms_norm import rms_norm
-from annotated_moe.vision import Seen, merge
 
 
-# %% book/chapters/11_streaming.md, cell 8
+# %% 11
 def to_digits(
     x: Float[Array, "N D"],
 ) -> tuple[Int8[Array, "3 N D"], Float32[Array, "N 1"]]:
     """x = step * (254**2 * d[0] + 254 * d[1] + d[2]), nearly.
 
-    `step` is a row's largest magnitude / (127 * 254**2); no element is
-    off by more than 2 steps, 2.5e-7 of that magnitude.
+    `step` is a vector's largest magnitude / (127 * 254**2); no element
+    is off by more than 2 steps, 2.5e-7 of that magnitude.
     """
     x = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(x), axis=1, keepdims=True)       # [N, 1]
@@ -74,185 +84,197 @@ def to_digits(
     return jnp.stack(digits), peak / (127 * 254**2)
 
 
-# %% book/chapters/11_streaming.md, cell 11
+# %% 11
 def digits_dot(
     digits: Int8[Array, "3 N D"], w: Int8[Array, "D F"]
 ) -> Float32[Array, "N F"]:
     """The number that `digits` spell, times w; D up to 2**17."""
     _, n, d = digits.shape
-    rows = digits.reshape(3 * n, d)
-    y = jnp.dot(rows, w, preferred_element_type=jnp.int32)
+    stacked = digits.reshape(3 * n, d)
+    y = jnp.dot(stacked, w, preferred_element_type=jnp.int32)
     a, b, c = y.reshape(3, n, -1).astype(jnp.float32)
     return (a * 254 + b) * 254 + c
 
 
-# %% book/chapters/11_streaming.md, cell 14
+# %% 11
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Mapped(quantization.OwnProduct):
-    """A matrix [D, F] that begins `skip` bytes into `raw`.
+class Mapped:
+    """A matrix [D, F] that lies in a file, `skip` bytes into `raw`.
 
     `raw` is memory that a file is mapped to, as unsigned integers of
     the width of `dtype`, which is what the file holds: the matrix, or
     if `transposed` its transpose; `pitch` elements from the start of
-    a row to that of the next. int8 comes with bfloat16 `scales` [G, F].
+    a line to that of the next. int8 comes with bfloat16 `scales`
+    [G, F], other types with None.
     """
 
     raw: Any
     skip: Any
     scales: Any
-    shape: tuple[int, int] = field(metadata={"static": True})
+    shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
     pitch: int = field(metadata={"static": True})
     transposed: bool = field(default=False, metadata={"static": True})
 
-    def times(self, x: Float[Array, "N D"]) -> Float32[Array, "N F"]:
-        """x times the matrix, a tile of rows at a time."""
-        as_is, turned = float_product, float_transposed
-        if self.scales is not None:
-            as_is, turned = int8_product, int8_transposed
-        product = turned if self.transposed else as_is
-        return in_chunks(partial(product, w=self), x)
 
-
-# %% book/chapters/11_streaming.md, cell 15
-def read_tile(w: Mapped, start: Any, rows: int) -> Any:
-    """Rows start : start + rows of what stands in the file."""
-    f, size = w.shape[0 if w.transposed else 1], w.raw.dtype.itemsize
-    at, shift = w.skip // size + start * w.pitch, w.skip % size * 8
-    count = (rows - 1) * w.pitch + f
-    raw = jax.lax.dynamic_slice(w.raw, (at,), (count,))
+# %% 11
+def read_tile(
+    w: Mapped, start: int | Int[Array, ""], lines: int
+) -> Shaped[Array, "{lines} _"]:
+    """Lines start : start + lines of what stands in the file."""
+    width = w.shape[0 if w.transposed else 1]
+    size = w.raw.dtype.itemsize                     # bytes a word
+    first = w.skip // size + start * w.pitch        # in words
+    count = (lines - 1) * w.pitch + width
+    raw = jax.lax.dynamic_slice(w.raw, (first,), (count,))
     if size > 1:
-        after = jax.lax.dynamic_slice(w.raw, (at + 1,), (count,))
-        raw = straddling(raw, after, shift)
+        after = jax.lax.dynamic_slice(w.raw, (first + 1,), (count,))
+        raw = straddling(raw, after, w.skip % size * 8)
     raw = jax.lax.bitcast_convert_type(raw, jnp.dtype(w.dtype))
-    raw = jnp.pad(raw, (0, w.pitch - f))        # after the last row
-    return raw.reshape(rows, w.pitch)[:, :f]
+    raw = jnp.pad(raw, (0, w.pitch - width))        # after the last
+    return raw.reshape(lines, w.pitch)[:, :width]
 
 
-# %% book/chapters/11_streaming.md, cell 16
+# %% 11
 def straddling(
-    word: UInt[Array, " M"], after: UInt[Array, " M"], shift: Any
+    word: UInt[Array, " M"], after: UInt[Array, " M"],
+    shift: int | Int[Array, ""],
 ) -> UInt[Array, " M"]:
     """The words that begin `shift` bits into `word`, little-endian."""
     bits = 8 * word.dtype.itemsize
-    low = jax.lax.shift_right_logical(word, shift.astype(word.dtype))
-    shift = (bits - shift).astype(word.dtype)   # all bits: leaves 0
-    return low | jax.lax.shift_left(after, shift)
+    shift = jnp.asarray(shift).astype(word.dtype)
+    low = jax.lax.shift_right_logical(word, shift)
+    high = jax.lax.shift_left(after, bits - shift)  # all bits: leaves 0
+    return low | high
 
 
-# %% book/chapters/11_streaming.md, cell 17
+# %% 11
 def int8_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
     """x times a quantized matrix: integers first, scales after."""
     (n, d), f = x.shape, w.shape[1]
     group = d // w.scales.shape[0]
-    rows = quantization.tile_rows(group, max(128, min(8 * n, 1024)))
+    lines = tile_rows(group, max(128, min(8 * n, 1024)))
     digits, step = to_digits(x)
 
     def add_tile(t, total):
-        tile = read_tile(w, t * rows, rows)
+        tile = read_tile(w, t * lines, lines)
         part = jax.lax.dynamic_slice(
-            digits, (0, 0, t * rows), (3, n, rows)
+            digits, (0, 0, t * lines), (3, n, lines)
         )
-        at = t * rows // group, 0
+        at = t * lines // group, 0
         s = jax.lax.dynamic_slice(w.scales, at, (1, f))
         return total + digits_dot(part, tile) * s.astype(jnp.float32)
 
     zero = jnp.zeros((n, f), jnp.float32)
-    return step * jax.lax.fori_loop(0, d // rows, add_tile, zero)
+    return step * jax.lax.fori_loop(0, d // lines, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 18
+# %% 11
 def float_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
     """x times a float matrix, a tile of which is cast to `x.dtype`."""
     n, d = x.shape
-    rows = quantization.tile_rows(d, 128)
+    lines = tile_rows(d, 128)
 
     def add_tile(t, total):
-        tile = read_tile(w, t * rows, rows).astype(x.dtype)
-        part = jax.lax.dynamic_slice(x, (0, t * rows), (n, rows))
+        tile = read_tile(w, t * lines, lines).astype(x.dtype)
+        part = jax.lax.dynamic_slice(x, (0, t * lines), (n, lines))
         return total + jnp.dot(
             part, tile, preferred_element_type=jnp.float32
         )
 
     zero = jnp.zeros((n, w.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, d // rows, add_tile, zero)
+    return jax.lax.fori_loop(0, d // lines, add_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 19
+# %% 11
 def int8_transposed(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
     """`int8_product` with a file that holds the transpose."""
     (groups, f), n = w.scales.shape, len(x)
-    rows = quantization.tile_rows(f, 64)
+    lines = tile_rows(f, 64)
     digits, step = to_digits(x)
     runs = jnp.split(digits, groups, axis=2)            # [3, N, D/G]
 
     def put_tile(t, y):
-        tile = read_tile(w, t * rows, rows)                 # [rows, D]
-        at, size = (0, t * rows), (groups, rows)
+        tile = read_tile(w, t * lines, lines)           # [lines, D]
+        at, size = (0, t * lines), (groups, lines)
         s = jax.lax.dynamic_slice(w.scales, at, size)
         cut = jnp.split(tile, groups, axis=1)
         sums = [digits_dot(a, b.T) for a, b in zip(runs, cut)]
         part = sum(y * by for y, by in zip(sums, s.astype(jnp.float32)))
-        return jax.lax.dynamic_update_slice(y, part, (0, t * rows))
+        return jax.lax.dynamic_update_slice(y, part, (0, t * lines))
 
     zero = jnp.zeros((n, f), jnp.float32)
-    return step * jax.lax.fori_loop(0, f // rows, put_tile, zero)
+    return step * jax.lax.fori_loop(0, f // lines, put_tile, zero)
 
 
-# %% book/chapters/11_streaming.md, cell 20
+# %% 11
 def few_logits(
     h: Float[Array, "N D"], words: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
-    """`tied_logits`, faster for few rows: in float32, row by row."""
+    """`tied_logits`, faster for few h: in float32, one by one."""
     words = words.astype(jnp.float32)
     if h.dtype == jnp.bfloat16:
         words = jax.lax.reduce_precision(words, 8, 7)
     h = h.astype(jnp.float32)
-    return jnp.stack([jnp.sum(row * words, axis=1) for row in h])
+    return jnp.stack([jnp.sum(one * words, axis=1) for one in h])
 
 
-# %% book/chapters/11_streaming.md, cell 21
+# %% 11
 def float_transposed(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
     """`float_product` with a file that holds the transpose."""
     n, f = len(x), w.shape[1]
-    rows = quantization.tile_rows(f, 32 if n <= 8 else 512)
+    lines = tile_rows(f, 32 if n <= 8 else 512)
     product = few_logits if n <= 8 else tied_logits
 
     def put_tile(t, y):
-        part = product(x, read_tile(w, t * rows, rows))
-        return jax.lax.dynamic_update_slice(y, part, (0, t * rows))
+        part = product(x, read_tile(w, t * lines, lines))
+        return jax.lax.dynamic_update_slice(y, part, (0, t * lines))
 
     y = jnp.zeros((n, f), jnp.float32)
-    return jax.lax.fori_loop(0, f // rows, put_tile, y)
+    return jax.lax.fori_loop(0, f // lines, put_tile, y)
 
 
-# %% book/chapters/11_streaming.md, cell 22
-MOST_ROWS = 512
+# %% 11
+MOST_VECTORS = 512
 
 
-# %% book/chapters/11_streaming.md, cell 23
 def in_chunks(
     product: Callable[[Array], Array], x: Float[Array, "N D"]
 ) -> Float32[Array, "N F"]:
-    """`product` of at most MOST_ROWS rows at a time."""
+    """`product` of at most MOST_VECTORS of x's N vectors at a time."""
     n, d = x.shape
-    if n <= MOST_ROWS:
+    if n <= MOST_VECTORS:
         return product(x)
-    x = jnp.pad(x, ((0, -n % MOST_ROWS), (0, 0)))
-    y = jax.lax.map(product, x.reshape(-1, MOST_ROWS, d))
+    x = jnp.pad(x, ((0, -n % MOST_VECTORS), (0, 0)))
+    y = jax.lax.map(product, x.reshape(-1, MOST_VECTORS, d))
     return y.reshape(len(x), -1)[:n]
 
 
-# %% book/chapters/11_streaming.md, cell 24
+# %% 11
+def mapped_matmul(
+    x: Float[Array, "N D"], w: Mapped
+) -> Float32[Array, "N F"]:
+    """x times a matrix in a file, of which a tile is ever cast."""
+    as_is, turned = float_product, float_transposed
+    if w.scales is not None:
+        as_is, turned = int8_product, int8_transposed
+    product = turned if w.transposed else as_is
+    return in_chunks(partial(product, w=w), x)
+
+
+PRODUCTS[Mapped] = mapped_matmul
+
+
+# %% 11
 def file_of(view: Any) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
@@ -267,17 +289,16 @@ def file_of(view: Any) -> tuple[Any, str | None]:
     return base, None if name is None else str(name)
 
 
-# %% book/chapters/11_streaming.md, cell 25
+# %% 11
 def address(a: np.ndarray) -> int:
+    """Where an array's first byte is in memory."""
     return a.__array_interface__["data"][0]
 
 
-# %% book/chapters/11_streaming.md, cell 26
+# %% 11
 ALIGNED = 64                                    # bytes, JAX wants it
-MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
 
 
-# %% book/chapters/11_streaming.md, cell 27
 def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     """The bytes of `view` without a copy, and where in them it starts.
 
@@ -300,10 +321,12 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     return jax.device_put(words), np.int32(skip)
 
 
-# %% book/chapters/11_streaming.md, cell 28
+# %% 11
 def stretch(w: np.ndarray) -> tuple[np.ndarray, int, bool]:
-    """The stretch of memory that holds a matrix, the pitch of its
-    rows, and whether these are columns. A copy only of other layouts.
+    """The memory that holds a matrix [D, F], from its first number to
+    its last; the pitch; and whether it lies transposed.
+
+    A copy only of what lies in neither way.
     """
     for turned, a in enumerate((w, w.T)):
         (n, width), (step, one), size = a.shape, a.strides, a.itemsize
@@ -315,9 +338,15 @@ def stretch(w: np.ndarray) -> tuple[np.ndarray, int, bool]:
     return stretch(w.copy())
 
 
-# %% book/chapters/11_streaming.md, cell 29
+# %% 11
+MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
+
+
 def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
-    """A matrix of a checkpoint, ready to be multiplied by."""
+    """A matrix [D, F] of a checkpoint, ready to be multiplied by.
+
+    `scales` [G, F] come with int8. ValueError beyond 2 GiB.
+    """
     flat, pitch, turned = stretch(weight)
     if flat.nbytes > MOST_BYTES:
         raise ValueError(
@@ -330,76 +359,23 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     return Mapped(raw, skip, small, (d, f), dtype, pitch, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 35
-def layer_of(w: Any, layer: int, *index: int) -> Any:
-    """One layer of a stack, or of a list of layers, not copied.
-
-    With `index`, an expert of it. What is no array is not made yet
-    where that can be avoided.
-    """
-    for i in (layer, *index):
-        w = w[i]
-    return w
-
-
-# %% book/chapters/11_streaming.md, cell 36
+# %% 11
 @dataclass
-class Reading:
-    """What has been read so far; grows as the model runs."""
+class ReadCounts:
+    """What has been read so far; grows as the model runs.
+
+    `weights` counts each (module, name, layer of its stack, expert).
+    """
 
     bytes: int = 0
-    matrices: Counter = field(default_factory=Counter)
+    weights: Counter = field(default_factory=Counter)
 
-    def count(self, name: tuple, size: int) -> None:
+    def add(self, key: tuple, size: int) -> None:
         self.bytes += size
-        self.matrices[name] += 1
+        self.weights[key] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 37
-Views = list[Any]
-
-
-# %% book/chapters/11_streaming.md, cell 38
-class Labels:
-    """Which file each weight is in, and where. Nothing is read."""
-
-    def __init__(self, params: Params) -> None:
-        self.params, self.reading = params, Reading()
-        self.report: Callable[[int], None] | None = None
-        self.reader = ThreadPoolExecutor(1, "reads-ahead")
-        names = files_of(params)
-        self.opened = {name: state_of(name) for name in names}
-
-    def views(self, module: str, layer: int, *index: int) -> Any:
-        """A matrix, or that of expert `index`, and its scales."""
-        w, at = self.params[module]["w"], (layer, *index)
-        if not isinstance(w, quantization.QuantizedTensor):
-            return layer_of(w, *at), None
-        return layer_of(w.weight, *at), layer_of(w.scales, *at)
-
-
-# %% book/chapters/11_streaming.md, cell 39
-class Shelf(Labels):
-    """Weights that stay on disk, fetched a matrix at a time."""
-
-    def matrix(self, module: str, layer: int, *index: int) -> Mapped:
-        """Matrix `w` of a module, or of expert `index` in it."""
-        weight, scales = self.views(module, layer, *index)
-        check_unchanged(weight, self.opened)
-        weight = np.asarray(weight)
-        self.reading.count((module, layer, *index), weight.nbytes)
-        return mapped(weight, scales)
-
-    def vector(self, module: str, name: str, layer: int) -> jax.Array:
-        """A norm's gain, a router, a bias: small, and float32."""
-        w = layer_of(self.params[module][name], layer)
-        check_unchanged(w, self.opened)
-        w = np.asarray(w)
-        self.reading.count((module, layer), w.nbytes)
-        return jnp.asarray(w, jnp.float32)
-
-
-# %% book/chapters/11_streaming.md, cell 40
+# %% 11
 def arrays_of(w: Any) -> Iterator[Any]:
     """The arrays that a weight is made of: of layers, of experts."""
     w = getattr(w, "weight", w)
@@ -411,7 +387,7 @@ def arrays_of(w: Any) -> Iterator[Any]:
         yield from arrays_of(part)
 
 
-# %% book/chapters/11_streaming.md, cell 41
+# %% 11
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     leaves = [w for module in params.values() for w in module.values()]
@@ -419,9 +395,12 @@ def files_of(params: Params) -> set[str]:
     return {name for view in views if (name := file_of(view)[1])}
 
 
-# %% book/chapters/11_streaming.md, cell 42
+# %% 11
 def state_of(name: str) -> tuple[int, int, int]:
-    """Size, time of change and inode. ValueError if there is none."""
+    """A file's size, time of change and inode.
+
+    ValueError where there is no such file.
+    """
     try:
         s = os.stat(name)
     except OSError as error:
@@ -431,7 +410,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 43
+# %% 11
 def check_unchanged(w: Any, opened: dict) -> None:
     """ValueError if a file that `w` is in is no longer what it was.
 
@@ -447,8 +426,8 @@ def check_unchanged(w: Any, opened: dict) -> None:
             )
 
 
-# %% book/chapters/11_streaming.md, cell 44
-def read_ahead(views: Views) -> None:
+# %% 11
+def read_ahead(views: list[Any]) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in (part for w in views for part in arrays_of(w)):
         mapping, _ = file_of(view)
@@ -460,135 +439,204 @@ def read_ahead(views: Views) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, start, last - start)
 
 
-# %% book/chapters/11_streaming.md, cell 45
-LAYER = "decoder_layer/"
-BLOCKS = ("linear", "linear_v", "linear_1")     # as in Experts
+# %% 11
+Key = tuple[Any, ...]           # module, name, index into the stacks
 
 
-# %% book/chapters/11_streaming.md, cell 46
-def layer_modules(params: Params, kind: Kind) -> list[str]:
-    """The modules of such a layer that every token needs."""
-    return [module for module in modules_of(params, kind)
-            if module.startswith(LAYER) and "/moe/" not in module]
+class WeightStore:
+    """Weights that stay in their files, fetched one at a time.
+
+    `counts` says what was fetched. `layer_done`, where there is one,
+    is told after each layer how many are done.
+    """
+
+    def __init__(self, params: Params, config: ModelConfig) -> None:
+        self.params, self.config = params, config
+        self.counts = ReadCounts()
+        self.layer_done: Callable[[int], None] | None = None
+        self.reader = ThreadPoolExecutor(1, "reads-ahead")
+        files = files_of(params)
+        self.opened = {name: state_of(name) for name in files}
+
+    def parts(self, module: str, name: str, *index: int) -> list[Any]:
+        """One weight of a stack, not read yet; maybe its scales."""
+        w = self.params[module][name]
+        both = [w]
+        if isinstance(w, QuantizedTensor):
+            both = [w.weight, w.scales]
+        for i in index:
+            both = [stack[i] for stack in both]
+        return both
+
+    def fetch(self, module: str, name: str, *index: int) -> Any:
+        """A matrix where it lies; anything else as a small array."""
+        parts = self.parts(module, name, *index)
+        for part in parts:
+            check_unchanged(part, self.opened)
+        weight, *scales = map(np.asarray, parts)
+        size = sum(a.nbytes for a in (weight, *scales))
+        self.counts.add((module, name, *index), size)
+        spec = param_specs(self.config)[module][name]
+        if spec.matrix:
+            return mapped(weight, *scales)
+        dtype = jnp.float32 if spec.float32 else self.config.dtype
+        return jnp.array(weight, dtype)
+
+    def announce(self, keys: Iterable[Key]) -> None:
+        """Have the matrices among these read while we compute."""
+        specs = param_specs(self.config)
+        views = [self.parts(module, name, *index)[0]
+                 for module, name, *index in keys
+                 if specs[module][name].matrix]
+        self.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 47
-def is_matrix(module: str, name: str) -> bool:
-    return name == "w" and not module.endswith("/router")
+# %% 11
+@dataclass(frozen=True)
+class Location:
+    """Where a parameter is stored; stands in for its value."""
+
+    module: str
+    name: str
+    shape: tuple[int, ...]
 
 
-# %% book/chapters/11_streaming.md, cell 48
-def layer_weights(
-    shelf: Shelf, at: Place, kind: Kind, dtype: str
-) -> Params:
-    """A layer's parameters except its experts'; biases in `dtype`."""
+def without_slot(module: str, slot: Slot) -> str:
+    """A module's name within its layer."""
+    return module.removeprefix(f"{slot.name}/")
+
+
+@functools.cache
+def expert_locations(
+    config: ModelConfig, slot: Slot
+) -> dict[str, Location]:
+    """Where each parameter of a layer's experts is, by its name.
+
+    Nowhere in a layer without experts.
+    """
+    own = slot_params(param_specs(config), slot)
+    if not any("experts" in spec.axes
+               for leaves in own.values() for spec in leaves.values()):
+        return {}
+    stand_ins = {
+        without_slot(module, slot): {
+            name: Location(module, name, spec.shape[1:])
+            for name, spec in leaves.items()
+        }
+        for module, leaves in own.items()
+    }
+
+    def ask() -> Experts:
+        return slot.spec.feed_forward.build().weights(config.d_model)
+
+    return hk.transform(ask).apply(stand_ins, None)
+
+
+# %% 11
+@functools.cache
+def layer_keys(config: ModelConfig, slot: Slot) -> tuple[Key, ...]:
+    """Module and name of what every token needs of a layer."""
+    experts = {(at.module, at.name)
+               for at in expert_locations(config, slot).values()}
+    every = [(module, name)
+             for module, leaves in slot_params(
+                 param_specs(config), slot).items()
+             for name in leaves]
+    return tuple(key for key in every if key not in experts)
+
+
+def fetch_layer(store: WeightStore, slot: Slot, index: int) -> Params:
+    """A layer's parameters but its experts', in modules without the
+    name of the slot: layers that are alike share a program.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for module in layer_modules(shelf.params, kind):
-        leaves = found[module.removeprefix(LAYER)] = {}
-        row = getattr(at, stack_of(module))
-        for name in shelf.params[module]:
-            if is_matrix(module, name):
-                leaves[name] = shelf.matrix(module, row)
-                continue
-            w = shelf.vector(module, name, row)
-            leaves[name] = w.astype(dtype) if name == "b" else w
+    for module, name in layer_keys(store.config, slot):
+        leaves = found.setdefault(without_slot(module, slot), {})
+        leaves[name] = store.fetch(module, name, index)
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 49
-def layer_ahead(shelf: Shelf, c: ModelConfig, layer: int) -> None:
-    """Have the matrices that `layer_weights` will return read."""
-    at, kind = place_of(c, layer), kinds(c)[layer]
-    modules = [m for m in layer_modules(shelf.params, kind)
-               if "w" in shelf.params[m] and is_matrix(m, "w")]
-    views = [shelf.views(m, getattr(at, stack_of(m)))[0]
-             for m in modules]
-    shelf.reader.submit(read_ahead, views)
-
-
-# %% book/chapters/11_streaming.md, cell 50
-ONE_LAYER = partial(
-    jax.jit, static_argnames=("c", "kind"), donate_argnames="cache"
+# %% 11
+@partial(
+    jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
-
-
-# %% book/chapters/11_streaming.md, cell 51
-@ONE_LAYER
 def attend_and_route(
     weights: Params,
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
     cache: KVCache | None,
-    layer: Int32[Array, ""],
-    c: ModelConfig,
-    kind: Kind,
+    index: Int32[Array, ""],
+    spec: LayerSpec,
+    dtype: str,
 ) -> Any:
-    """h after attention; what experts read; gates; experts; what a
-    shared expert says, or None; cache.
+    """h after attention; what experts read; gates; experts; what all
+    tokens get besides, or None; the longer cache.
     """
-    def run(h, cache):
-        job = h, positions, cache, layer, c, kind
-        h, x, cache = attention_half(*job)
-        x = x.reshape(-1, c.d_model)                        # [N, D]
-        routed, x = router_of(c)(x), x.astype(c.dtype)
-        said = Shared(c)(x) if c.shared_expert else None
-        return h, x, routed.gates, routed.experts, said, cache
+    def run() -> Any:
+        layer = DecoderLayer(spec, dtype)
+        after, kept = layer.attend(h, positions, cache, index)
+        x = layer.norm(after, "rms_norm_2").reshape(-1, h.shape[-1])
+        moe = spec.feed_forward.build()
+        routed, x = moe.route(x), x.astype(dtype)           # [N, D]
+        beside = moe.always(x)
+        return after, x, routed.gates, routed.experts, beside, kept
 
-    return applied(run, weights, h, cache)
-
-
-# %% book/chapters/11_streaming.md, cell 52
-def applied(run: Callable, weights: Params, *inputs: Any) -> Any:
-    """`run`, a function of Haiku modules, on these weights."""
-    transformed: Any = hk.without_apply_rng(hk.transform(run))
-    return transformed.apply(weights, *inputs)
+    return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/11_streaming.md, cell 53
-@ONE_LAYER
-def whole_layer(
+# %% 11
+@partial(
+    jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
+)
+def dense_layer(
     weights: Params,
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
+    real: Bool[Array, "B T"],
     cache: KVCache | None,
-    layer: Int32[Array, ""],
-    c: ModelConfig,
-    kind: Kind,
+    index: Int32[Array, ""],
+    spec: LayerSpec,
+    dtype: str,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
     """A layer without experts, where nothing has to be chosen."""
-    weights = {LAYER + module: w for module, w in weights.items()}
-    run = layer_function(c, kind).apply
-    h, cache, _ = run(weights, h, positions, cache, layer)
+    def run() -> Any:
+        layer = DecoderLayer(spec, dtype, "layer")
+        return layer(h, positions, real, cache, index)
+
+    weights = {f"layer/{module}": w for module, w in weights.items()}
+    h, cache, _ = hk.transform(run).apply(weights, None)
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 54
-@partial(jax.jit, static_argnames="style", donate_argnames="y")
+# %% 11
+@partial(jax.jit, static_argnames="spec", donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     choices: Int32[Array, " C"],
     w: Experts,
-    style: Style,
+    spec: LayerSpec,
 ) -> Float32[Array, "N D"]:
-    """Add to y what one expert says to the `choices` that are its.
+    """Add to y what one expert, of weights `w`, says to `choices`.
 
     Choice i is token i // A; N * A stands for none.
     """
     token = choices // gates.shape[1]
     xs = x.at[token].get(mode="fill", fill_value=0)         # [C, D]
     gate = gates.ravel().at[choices].get(mode="fill", fill_value=0)
-    xs, gate = style.weigh(xs, gate, gate)
-    out = expert(xs, w, style=style) * gate[:, None]
+
+    def run() -> Array:
+        return spec.feed_forward.build().expert(xs, gate, w)
+
+    out = hk.transform(run).apply({}, None)
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 55
+# %% 11
 MOST_CHOICES = 1024
 
 
-# %% book/chapters/11_streaming.md, cell 56
 def in_batches(
     choices: np.ndarray, nobody: int
 ) -> Iterator[np.ndarray]:
@@ -602,82 +650,105 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 57
+# %% 11
 def stream_experts(
-    shelf: Shelf,
-    layer: int,
+    store: WeightStore,
+    slot: Slot,
+    index: int,
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     experts: Int[np.ndarray, "N A"],
-    style: Style,
 ) -> Float32[Array, "N D"]:
-    """What the chosen experts add; -1 in `experts` is none.
-
-    `layer` counts only layers that have experts.
-    """
+    """What the chosen experts add; -1 in `experts` is none."""
     flat = experts.reshape(-1)
     chosen = [int(e) for e in np.unique(flat) if e >= 0]
-    modules = [f"{LAYER}moe/{block}" for block in BLOCKS]
-    views = [
-        shelf.views(m, layer, e)[0] for e in chosen for m in modules
-    ]
-    shelf.reader.submit(read_ahead, views)
+    found = expert_locations(store.config, slot)
+    store.announce((at.module, at.name, index, e)
+                   for e in chosen for at in found.values())
     y = jnp.zeros(x.shape, jnp.float32)
     for e in chosen:
-        w = Experts(*(shelf.matrix(m, layer, e) for m in modules))
+        w = {name: store.fetch(at.module, at.name, index, e)
+             for name, at in found.items()}
         mine = np.flatnonzero(flat == e)
         for choices in in_batches(mine, flat.size):
-            y = add_expert(y, x, gates, choices, w, style)
+            y = add_expert(y, x, gates, choices, w, slot.spec)
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 58
-@partial(jax.jit, static_argnames="eps", donate_argnames="h")
-def add_normed(
+# %% 11
+@partial(
+    jax.jit, static_argnames=("spec", "dtype"), donate_argnames="h"
+)
+def add_to_residual(
+    weights: Params,
     h: Float32[Array, "B T D"],
     y: Float32[Array, "N D"],
-    said: Float32[Array, "N D"] | None = None,
-    scale: Float32[Array, " D"] | None = None,
-    eps: float = 1e-5,
+    beside: Float32[Array, "N D"] | None,
+    spec: LayerSpec,
+    dtype: str,
 ) -> Float32[Array, "B T D"]:
-    """h plus what the experts and the shared one said, maybe normed."""
-    y = (y if said is None else y + said).reshape(h.shape)
-    return h + (y if scale is None else rms_norm(y, scale, eps))
+    """h plus what the experts and `beside` say, normed if need be."""
+    def run() -> Array:
+        both = y if beside is None else y + beside
+        layer = DecoderLayer(spec, dtype)
+        return layer.add(h, both.reshape(h.shape), "rms_norm_3")
+
+    return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% 11
 def stream_layer(
-    shelf: Shelf,
-    layer: int,
+    store: WeightStore,
+    slot: Slot,
+    index: int,
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
+    real: Bool[Array, "B T"],
     cache: KVCache | None,
-    real: np.ndarray,
-    c: ModelConfig,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
     """One layer; tokens that are not `real` choose no expert."""
-    at, kind = place_of(c, layer), kinds(c)[layer]
-    w = layer_weights(shelf, at, kind, c.dtype)
-    job = w, h, positions, cache, np.int32(at.cache), c, kind
-    if not kind.experts:
-        return whole_layer(*job)
-    h, x, gates, experts, said, cache = attend_and_route(*job)
-    known = np.where(real.reshape(-1, 1), np.asarray(experts), -1)
-    style, norm = style_of(c), w.get("rms_norm_3", {})
-    y = stream_experts(shelf, at.experts, x, gates, known, style)
-    h = add_normed(h, y, said, norm.get("scale"), c.norm_eps)
-    return h, cache
+    weights = fetch_layer(store, slot, index)
+    spec, dtype, at = slot.spec, store.config.dtype, np.int32(index)
+    if not expert_locations(store.config, slot):
+        return dense_layer(
+            weights, h, positions, real, cache, at, spec, dtype
+        )
+    h, x, gates, experts, beside, cache = attend_and_route(
+        weights, h, positions, cache, at, spec, dtype
+    )
+    choices = np.where(np.asarray(real).reshape(-1, 1), experts, -1)
+    y = stream_experts(store, slot, index, x, gates, choices)
+    return add_to_residual(weights, h, y, beside, spec, dtype), cache
 
 
-# %% book/chapters/11_streaming.md, cell 60
-def rows_of(table: Any, rows: np.ndarray) -> np.ndarray:
+# %% 11
+def table_rows(table: Any, tokens: np.ndarray) -> np.ndarray:
     """Some rows of a table that is an array, or something like it."""
     if isinstance(table, np.ndarray):
-        return table[rows]
-    return np.concatenate([table[int(i) : int(i) + 1] for i in rows])
+        return table[tokens]
+    return np.concatenate(
+        [np.asarray(table[int(i) : int(i) + 1]) for i in tokens]
+    )
 
 
-# %% book/chapters/11_streaming.md, cell 61
+def stream_embed(
+    store: WeightStore, tokens: Int[np.ndarray, "B T"],
+    inputs: Any = None,
+) -> Float32[Array, "B T D"]:
+    """Only these tokens' rows of the table are read.
+
+    `inputs`: what else a prompt holds, for models that take it.
+    """
+    table = store.params["in_out_embed"]["embeddings"]
+    check_unchanged(table, store.opened)
+    rows = jnp.array(table_rows(table, tokens.reshape(-1)))
+    store.counts.bytes += rows.nbytes
+    at = jnp.arange(tokens.size).reshape(tokens.shape)
+    h = embed(rows, at, store.config)
+    return h if inputs is None else store.config.merge(h, inputs)
+
+
+# %% 11
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
@@ -688,9 +759,9 @@ def word_logits(
     return float_transposed(h, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 62
-def pieces(table: Any) -> Iterator[np.ndarray]:
-    """The table in runs of words of at most 256 MiB each."""
+# %% 11
+def table_pieces(table: Any) -> Iterator[np.ndarray]:
+    """The table in equal runs of words of at most 256 MiB each."""
     words, width = table.shape
     size = words * width * np.dtype(table.dtype).itemsize
     count = 1 << (-(-size // 2**28) - 1).bit_length()
@@ -699,81 +770,64 @@ def pieces(table: Any) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(table[start : start + run])
 
 
-# %% book/chapters/11_streaming.md, cell 63
-@dataclass(frozen=True)
-class LayerByLayer(Model):
-    """A model whose `params` are arrays in files, one layer a time."""
-
-    shelf: Shelf = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shelf", Shelf(self.params))
-
-    def table(self, module: str = "in_out_embed") -> Any:
-        """The embedding, or another table of words, in its file."""
-        table = self.params[module]["embeddings"]
-        check_unchanged(table, self.shelf.opened)
-        return table
-
-
-# %% book/chapters/11_streaming.md, cell 64
-class Embedding(LayerByLayer):
-    """From tokens to h."""
-
-    def embed(self, tokens: np.ndarray) -> Float32[Array, "B T D"]:
-        """Only these tokens' rows are read."""
-        rows = jnp.asarray(rows_of(self.table(), tokens.reshape(-1)))
-        self.shelf.reading.bytes += rows.nbytes
-        own = {"in_out_embed": {"embeddings": rows}}
-        at = jnp.arange(tokens.size).reshape(tokens.shape)
-        return embed(own, at, self.config)
+# %% 11
+def stream_unembed(
+    store: WeightStore, h: Float32[Array, "N D"]
+) -> Float32[Array, "N V"]:
+    """Logits; the table is read once, whatever N is."""
+    config = store.config
+    table = head_table(store.params, config)
+    check_unchanged(table, store.opened)
+    gain = store.fetch("rms_norm", "scale")
+    h = rms_norm(h, gain, config.norm_eps).astype(config.dtype)
+    y = []
+    for words in table_pieces(table):
+        y.append(word_logits(h, mapped(words)))
+        store.counts.add(("output matrix",), words.nbytes)
+    scale = jnp.asarray(config.output_multiplier, config.dtype)
+    return jnp.concatenate(y, axis=1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 65
-class Layers(Embedding):
-    """All of them, one at a time."""
+# %% 11
+def own_lengths(cache: Cache | None) -> dict[int, Any]:
+    """The slots' caches by number, each with a `length` of its own.
 
-    def forward(
-        self, tokens: Any, positions: Any, cache: Any,
-        real: np.ndarray, seen: Seen | None = None,
-    ) -> tuple[Float32[Array, "B T D"], Any]:
-        """All layers; the next one's attention is read ahead."""
-        h = self.embed(np.asarray(tokens))
-        h = h if seen is None else merge(h, seen)
-        depth, shelf = self.config.num_layers, self.shelf
-        positions = jnp.asarray(positions, jnp.int32)
-        for layer in range(depth):
-            if layer + 1 < depth:
-                layer_ahead(shelf, self.config, layer + 1)
-            job = shelf, layer, h, positions, cache, real
-            h, cache = stream_layer(*job, self.config)
-            if shelf.report:
-                shelf.report(layer + 1)
-        return h, cache
+    A layer's program takes its cache over, and slots share `length`.
+    """
+    slots = () if cache is None else cache.slots
+    return {i: replace(slot, length=jnp.array(slot.length))
+            for i, slot in enumerate(slots)}
 
 
-# %% book/chapters/11_streaming.md, cell 66
-class Halves(Layers):
-    """From h to logits."""
+# %% 11
+def stream_decoder(
+    store: WeightStore,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    real: Bool[Array, "B T"],
+    cache: Cache | None = None,
+) -> tuple[Float32[Array, "B T D"], Cache | None]:
+    """All layers; while one is computed, the next one is read."""
+    config, kept = store.config, own_lengths(cache)
+    slots = all_slots(config)
+    for layer in range(config.num_layers):
+        if layer + 1 < config.num_layers:
+            slot, index = slot_of(config, layer + 1)
+            store.announce((*key, index)
+                           for key in layer_keys(config, slot))
+        slot, index = slot_of(config, layer)
+        i = slots.index(slot)
+        h, kept[i] = stream_layer(
+            store, slot, index, h, positions, real, kept.get(i)
+        )
+        if store.layer_done is not None:
+            store.layer_done(layer + 1)
+    if cache is None:
+        return h, None
+    return h, Cache(tuple(kept[i] for i in range(len(slots))))
 
-    def unembed(
-        self, h: Float32[Array, "N D"]
-    ) -> Float32[Array, "N V"]:
-        """Logits; the table is read once, whatever N is."""
-        c, shelf = self.config, self.shelf
-        head = "in_out_embed" if c.tied else "lm_head"
-        table, last = self.table(head), self.params["rms_norm"]["scale"]
-        check_unchanged(last, shelf.opened)
-        gain = jnp.asarray(np.asarray(last), jnp.float32)
-        h, y = rms_norm(h, gain, c.norm_eps).astype(c.dtype), []
-        for words in pieces(table):
-            y.append(word_logits(h, mapped(words)))
-            shelf.reading.count((head,), words.nbytes)
-        by = jnp.asarray(c.output_multiplier, c.dtype)
-        return jnp.concatenate(y, axis=1) * by.astype(jnp.float32)
 
-
-# %% book/chapters/11_streaming.md, cell 67
+# %% 11
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -785,130 +839,139 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 68
+# %% 11
 MOST_TOKENS = 4096
 
 
-def part_of(seen: Seen | None, index: Any) -> Seen | None:
-    """What a part of the batch's tokens has seen of its images."""
-    return seen and Seen(seen.features, seen.places[index])
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamedModel(Model):
+    """A model that runs from its files; `params` are arrays in them.
 
+    Otherwise a `Model`. ValueError if it is given a mesh.
+    """
 
-# %% book/chapters/11_streaming.md, cell 69
-class AllLogits(Halves):
-    """Logits of whole texts."""
+    store: WeightStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None:
+            raise ValueError(
+                "a streamed model runs on one device: leave out the "
+                "mesh"
+            )
+        store = WeightStore(self.params, self.config)
+        object.__setattr__(self, "store", store)
 
     def all_logits(
-        self, tokens: Any, lengths: Any, seen: Seen | None = None
+        self, tokens: Any, lengths: Any, inputs: Any = None
     ) -> Any:
-        """Logits at every token, so many rows at a time as fit."""
-        b, t = tokens.shape
-        rows, parts = max(1, MOST_TOKENS // t), []
+        """Logits of whole texts, so many batch rows a time as fit."""
+        (b, t), parts = tokens.shape, []
+        h = stream_embed(self.store, np.asarray(tokens), inputs)
+        start = jnp.zeros(b, jnp.int32)
+        positions, real = positions_of(start, t, lengths)
+        rows = max(1, MOST_TOKENS // t)
         for i in range(0, b, rows):
-            some = tokens[i : i + rows]
-            positions = np.broadcast_to(np.arange(t), some.shape)
-            real = positions < lengths[i : i + rows, None]
-            own = part_of(seen, slice(i, i + rows))
-            h, _ = self.forward(some, positions, None, real, own)
-            y = self.unembed(h.reshape(-1, h.shape[-1]))
-            parts.append(y.reshape(*some.shape, -1))
+            some = slice(i, i + rows)
+            y, _ = stream_decoder(
+                self.store, h[some], positions[some], real[some]
+            )
+            y = stream_unembed(self.store, y.reshape(-1, y.shape[-1]))
+            parts.append(y.reshape(-1, t, y.shape[-1]))
         return jnp.concatenate(parts)
 
-
-# %% book/chapters/11_streaming.md, cell 70
-class Prefill(AllLogits):
-    """Prompts."""
-
     def prefill(
-        self, tokens: Any, lengths: Any, cache: KVCache,
-        seen: Seen | None = None,
+        self, tokens: Any, lengths: Any, cache: Cache,
+        inputs: Any = None,
     ) -> Any:
-        """Each prompt's last logits, and its cache; in runs of tokens
-        if they are many. ValueError if they are more than the slots.
+        """Each prompt's last logits, and the longer cache.
+
+        In runs of tokens if they are many. ValueError if they are
+        more than the cache's slots.
         """
-        (b, t), before = tokens.shape, np.asarray(cache.length)
-        if t > cache.k.shape[2]:
-            raise ValueError(f"{t} tokens, {cache.k.shape[2]} slots")
-        last = jnp.zeros((b, self.config.d_model))
-        step = max(1, MOST_TOKENS // b)
-        for start in range(0, int(lengths.max()), step):
-            at = np.arange(start, min(start + step, t))
-            real = at < lengths[:, None]
-            positions = np.where(real, before[:, None] + at, PAST)
-            job = tokens[:, at], positions, cache, real
-            own = part_of(seen, (slice(None), at))
-            h, cache = self.forward(*job, own)
-            last = keep_last(last, h, lengths - 1 - start)
-            there = before + np.minimum(lengths, at[-1] + 1)
-            there = jnp.asarray(there, jnp.int32)
-            cache = replace(cache, length=there)
-        return self.unembed(last), cache
+        check_room(cache, tokens.shape[1])
+        b, t = tokens.shape
+        before, lengths = np.array(cache.length), np.asarray(lengths)
+        h = stream_embed(self.store, np.asarray(tokens), inputs)
+        positions, real = positions_of(jnp.asarray(before), t, lengths)
+        last = jnp.zeros((b, h.shape[-1]))
+        run = max(1, MOST_TOKENS // b)
+        for i in range(0, int(lengths.max()), run):
+            some = slice(i, i + run)
+            y, grown = stream_decoder(
+                self.store, h[:, some], positions[:, some],
+                real[:, some], cache,
+            )
+            last = keep_last(last, y, lengths - 1 - i)
+            done = before + np.minimum(lengths, i + run)
+            cache = grown.with_length(jnp.asarray(done, jnp.int32))
+        return stream_unembed(self.store, last), cache
+
+    def decode_step(
+        self, tokens: Any, cache: Cache, active: Any = None
+    ) -> Any:
+        """One more token a batch row that is active: its logits."""
+        start = jnp.array(cache.length)
+        lengths = None
+        if active is not None:
+            lengths = np.asarray(active).astype(np.int32)
+        positions, real = positions_of(start, 1, lengths)
+        h = stream_embed(self.store, np.asarray(tokens)[:, None])
+        h, grown = stream_decoder(
+            self.store, h, positions, real, cache
+        )
+        length = start + (1 if lengths is None else lengths)
+        logits = stream_unembed(self.store, h[:, 0])
+        return logits, grown.with_length(length)
 
 
-# %% book/chapters/11_streaming.md, cell 71
-class StreamedModel(Prefill):
-    """A model that runs from its files. See `Model` for its use."""
-
-    def decode_step(self, tokens: Any, cache: KVCache) -> Any:
-        """One more token a row: its logits, and the longer cache."""
-        at, tokens = cache.length[:, None], np.asarray(tokens)[:, None]
-        real = np.ones(tokens.shape, bool)
-        h, grown = self.forward(tokens, at, cache, real)
-        length = at[:, 0] + 1
-        return self.unembed(h[:, 0]), replace(grown, length=length)
-
-
-# %% book/chapters/11_streaming.md, cell 80
+# %% 11
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
 
-# %% book/chapters/11_streaming.md, cell 81
-def status(text: str) -> None:
-    """A line on stderr: on a terminal, below the text and rewritten."""
-    if sys.stderr.isatty():
-        print(BELOW + text + BACK, end="", file=sys.stderr, flush=True)
-    else:
-        print(text, file=sys.stderr, flush=True)
+class StatusLine:
+    """stderr for `tqdm`: on a terminal the line below the text.
+
+    Elsewhere, a line for each status.
+    """
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if sys.stderr.isatty():
+            sys.stderr.write(BELOW + text + BACK)
+        elif text:
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 82
-class Progress:
-    """Says which layer a streamed model is at, and seconds a token."""
+# %% 11
+def with_progress(
+    model: StreamedModel, ids: Iterable[int]
+) -> Iterator[int]:
+    """`ids` as they come; stderr says which layer each is at.
 
-    def __init__(self, model: StreamedModel) -> None:
-        self.model, self.token = model, 0
-        model.shelf.report = self.layer_done
-        self.begin()
-
-    def begin(self) -> None:
-        """The next token starts now."""
-        self.token, self.bytes = self.token + 1, self.read()
-        self.start = self.said = time.perf_counter()
-
-    def read(self) -> int:
-        return self.model.shelf.reading.bytes
-
-    def layer_done(self, layer: int) -> None:
-        """On a terminal at every layer, in a log every 5 seconds."""
-        now, depth = time.perf_counter(), self.model.config.num_layers
-        if not sys.stderr.isatty() and now < self.said + 5:
+    On a terminal as soon as it takes a moment, in a log every 5
+    seconds; and what each took.
+    """
+    store, line, ids = model.store, StatusLine(), iter(ids)
+    wait = 0.1 if sys.stderr.isatty() else 5.0              # seconds
+    width = min(72, shutil.get_terminal_size().columns - 1)
+    for count in itertools.count(1):
+        start, before = time.perf_counter(), store.counts.bytes
+        with tqdm(
+            total=model.config.num_layers, desc=f"token {count}",
+            unit=" layers", file=line, leave=False, ncols=width,
+            delay=wait, mininterval=wait, miniters=1,
+        ) as bar:
+            store.layer_done = lambda done: bar.update(done - bar.n)
+            token = next(ids, None)
+        if token is None:
             return
-        self.said, spent = now, now - self.start
-        status(f"token {self.token}: layer {layer} of {depth}, "
-               f"{spent:.1f} s")
-
-
-# %% book/chapters/11_streaming.md, cell 83
-def watched(model: StreamedModel, ids: Iterable[int]) -> Iterator[int]:
-    """`ids` as they come, with a `status` for each."""
-    progress = Progress(model)
-    for token in ids:
-        spent = time.perf_counter() - progress.start
-        size = (progress.read() - progress.bytes) / 1e9
-        status(
-            f"token {progress.token}: {spent:.1f} s a token, "
-            f"{size:.3g} GB read, {size / spent:.2g} GB/s"
-        )
+        spent = time.perf_counter() - start
+        size = (store.counts.bytes - before) / 1e9
+        line.write(f"token {count}: {spent:.1f} s a token, "
+                   f"{size:.3g} GB read, {size / spent:.2g} GB/s")
+        line.flush()
         yield token
-        progress.begin()

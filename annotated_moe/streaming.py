@@ -125,12 +125,13 @@ def read_tile(
     """Lines start : start + lines of what stands in the file."""
     width = w.shape[0 if w.transposed else 1]
     size = w.raw.dtype.itemsize                     # bytes a word
-    first = w.skip // size + start * w.pitch        # in words
+    skip = jnp.asarray(w.skip)                      # in bytes
+    first = skip // size + start * w.pitch          # in words
     count = (lines - 1) * w.pitch + width
     raw = jax.lax.dynamic_slice(w.raw, (first,), (count,))
     if size > 1:
         after = jax.lax.dynamic_slice(w.raw, (first + 1,), (count,))
-        raw = straddling(raw, after, w.skip % size * 8)
+        raw = straddling(raw, after, skip % size * 8)
     raw = jax.lax.bitcast_convert_type(raw, jnp.dtype(w.dtype))
     raw = jnp.pad(raw, (0, w.pitch - width))        # after the last
     return raw.reshape(lines, w.pitch)[:, :width]
@@ -138,12 +139,13 @@ def read_tile(
 
 # %% 11
 def straddling(
-    word: UInt[Array, " M"], after: UInt[Array, " M"],
-    shift: int | Int[Array, ""],
+    word: UInt[Array, " M"],
+    after: UInt[Array, " M"],
+    shift: Int[Array, ""],
 ) -> UInt[Array, " M"]:
     """The words that begin `shift` bits into `word`, little-endian."""
     bits = 8 * word.dtype.itemsize
-    shift = jnp.asarray(shift).astype(word.dtype)
+    shift = shift.astype(word.dtype)
     low = jax.lax.shift_right_logical(word, shift)
     high = jax.lax.shift_left(after, bits - shift)  # all bits: leaves 0
     return low | high
@@ -947,6 +949,9 @@ class StatusLine:
 
 
 # %% 11
+SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
+
+
 def with_progress(
     model: StreamedModel, ids: Iterable[int]
 ) -> Iterator[int]:
@@ -956,7 +961,7 @@ def with_progress(
     seconds; and what each took.
     """
     store, line, ids = model.store, StatusLine(), iter(ids)
-    wait = 0.1 if sys.stderr.isatty() else 5.0              # seconds
+    wait = SECONDS if sys.stderr.isatty() else SECONDS_IN_LOG
     width = min(72, shutil.get_terminal_size().columns - 1)
     for count in itertools.count(1):
         start, before = time.perf_counter(), store.counts.bytes

@@ -19,7 +19,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .DEFAULT_GOAL := help
 .PHONY: help run test env parity-env sync check lint unit notebooks wheel-notebooks \
-	book book-html train clean
+	book book-html train prefix clean
 
 help:
 	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
@@ -27,6 +27,7 @@ help:
 	@echo 'make parity-env        torch and transformers, for more tests'
 	@echo 'make sync              write notebooks and package from the chapters'
 	@echo 'make check             fail if they differ from the chapters'
+	@echo 'make prefix N=08       the chapters up to 8 alone: import, run the last'
 	@echo 'make book              build the book, serve it, open it'
 	@echo 'make book-html         build the book, run what is new; a warning is an error'
 	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'
@@ -53,23 +54,35 @@ $(STAMP): requirements.txt pyproject.toml
 parity-env: env
 	$(PIP) install -c requirements.txt -r requirements-parity.txt
 
+# Cells that use what a later chapter exports are counted, while there are any.
+FORWARD := --allow-forward
+
 # As a file and not as a module: it then runs even when a chapter has just
 # broken the package. `-P` keeps the package's folder off `sys.path`.
 sync: env
-	@$(BIN)/python -P annotated_moe/tangle.py
+	@$(BIN)/python -P annotated_moe/tangle.py $(FORWARD)
 
 check: env
-	@$(BIN)/python -P annotated_moe/tangle.py --check
+	@$(BIN)/python -P annotated_moe/tangle.py --check $(FORWARD)
+
+# The chapters up to number N as a package of their own, in a folder where no
+# other is found: every module imported, and the notebook of chapter N run.
+PREFIX := .prefix
+
+prefix: env
+	@$(BIN)/python -P scripts/prefix.py $(N) $(PREFIX)/$(N) $(FORWARD)
 
 lint: env
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_book.py
 
 # Tests compile thousands of programs and run most of them once: with few
 # passes of the compiler that is a third less work. Notebooks have all of them.
 unit: env
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-		$(BIN)/pytest -n 2 --dist worksteal --durations=20 tests
+		$(BIN)/pytest -n 2 --dist worksteal --durations=20 \
+		--ignore=tests/test_book.py tests
 
 # Every notebook, in an empty directory. Their outputs are kept: the book
 # shows them, and runs again only a page whose notebook they are not from.
@@ -97,7 +110,7 @@ wheel-notebooks: env
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL)/venv/bin/pip install --quiet -c requirements.txt \
 		$(WHEEL)/*.whl ipykernel matplotlib jupytext nbmake pytest-xdist \
-		tokenizers tiktoken jinja2
+		tokenizers tiktoken jinja2 pyflakes
 	cp book/chapters/*.ipynb $(WHEEL)/empty
 	cd $(WHEEL)/empty && \
 		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
@@ -117,6 +130,6 @@ train: env
 	$(BIN)/python scripts/train_small.py
 
 clean:
-	rm -rf $(VENV) $(WHEEL) $(RAN) _build dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL) $(RAN) $(PREFIX) _build dist build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,55 +1,30 @@
-# Generated from book/chapters/09_checkpoints.md by `make sync`; edit the chapter.
-"""The weights of Grok-1 were published as 770 pickles, and a pickle is
-a program: whoever wrote it decides what runs on your machine when you
-load it. This chapter reads such files without running any of them. By
-its end you will have `load`, which looks at a folder, works out its
-layout, holds every tensor against the configuration, and puts each on
-its devices while reading only the bytes that a device keeps.
+# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/19_vocabularies.md by `make sync`; edit the chapters.
+"""The front door: a Grok-1-class mixture-of-experts model that a book
+builds, piece by piece.
 """
 
-# %% book/chapters/09_checkpoints.md, cell 162
-import gc
-from typing import Any
+import annotated_moe.chat as chat_module
+from annotated_moe.checkpoints import load, save, verify
+from annotated_moe.config import ModelConfig
+from annotated_moe.families import PRESETS
+from annotated_moe.formats.files import CheckpointError
+from annotated_moe.generate import Model, Session
+from annotated_moe.parallel import make_mesh
+from annotated_moe.quantization import QuantizedTensor
+from annotated_moe.tokenizer import Tokenizer
 
-looking = gc.isenabled()
-gc.disable()
-try:
-    import annotated_moe.meta  # noqa: F401, `load` learns its layout
-    from annotated_moe.checkpoints import (
-        CheckpointError,
-        load,
-        save,
-        verify,
-    )
-    from annotated_moe.model import PRESETS, Model, ModelConfig
-    from annotated_moe.quantization import QuantizedTensor
-    from annotated_moe.sharding import make_mesh
-    from annotated_moe.tokenizer import Tokenizer
-finally:
-    if looking:
-        gc.enable()
-
-
-# %% book/chapters/09_checkpoints.md, cell 163
+# %% book/chapters/08_model.md, cell 124
 __all__ = [
-    "PRESETS",
-    "CheckpointError",
-    "Model",
-    "ModelConfig",
-    "QuantizedTensor",
-    "Tokenizer",
-    "load",
-    "make_mesh",
-    "save",
-    "verify",
+    "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
+    "Tokenizer", "make_mesh",
 ]
 
 
-# %% book/chapters/09_checkpoints.md, cell 164
-def __getattr__(name: str) -> Any:
-    """`__version__`, looked up when asked for: that takes a while."""
-    if name != "__version__":
-        raise AttributeError(f"annotated_moe has no {name!r}")
-    from importlib.metadata import version
+# %% book/chapters/09c_layouts.md, cell 55
+__all__.extend(
+    entry.__name__ for entry in (CheckpointError, load, save, verify)
+)
 
-    return version("annotated-moe")
+
+# %% book/chapters/19_vocabularies.md, cell 31
+chat_module.register_chat()

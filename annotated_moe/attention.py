@@ -1,3 +1,4 @@
+# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
 """To choose the next word a transformer looks back at every word before
 it. What it looks at are keys and values, computed once a token and
 kept; if each head of Grok-1 kept its own, one conversation of 8,192
@@ -24,7 +25,7 @@ from annotated_moe.rope import Rope
 from annotated_moe.specs import Positive, Size, Spec
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 6
 def attention_scores(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -50,7 +51,7 @@ def attention_scores(
     return softcap * jnp.tanh(s / softcap) if softcap else s
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 20
 def causal_mask(
     positions: Int32[Array, "B T"], slots: int
 ) -> Bool[Array, "B T {slots}"]:
@@ -61,11 +62,11 @@ def causal_mask(
     return jnp.arange(slots) <= positions[..., None]        # [B, T, S]
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 21
 MASK_VALUE = -1e30
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 24
 def attend(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -89,7 +90,7 @@ def attend(
     return y.reshape(*q.shape[:3], -1).astype(q.dtype)
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 25
 SoftmaxState = tuple[
     Float32[Array, "B K R T"],
     Float32[Array, "B K R T"],
@@ -97,7 +98,7 @@ SoftmaxState = tuple[
 ]
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 40
 def absorb_block(
     state: SoftmaxState,
     s: Float32[Array, "B K R T S"],
@@ -121,7 +122,7 @@ def absorb_block(
     return higher, fade * total + p.sum(-1), fade[..., None] * y + part
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 41
 Sees = Callable[[Array, Array], Bool[Array, "B T S"]]
 
 
@@ -132,7 +133,7 @@ def is_past(
     return (k >= 0) & (k <= q)
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 42
 def attend_blockwise(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -178,7 +179,7 @@ def attend_blockwise(
     return y.reshape(b, t, heads, -1).astype(q.dtype)
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 44
 @dataclass(frozen=True)
 class Causal(Spec):
     """Which positions a layer sees: all up to its own.
@@ -200,46 +201,7 @@ class Causal(Spec):
         return KVCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
 
 
-# %% 16
-@dataclass(frozen=True)
-class Window(Causal):
-    """The last `size` positions, a layer's own among them."""
-
-    size: Size = 4096
-
-    def sees(
-        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
-    ) -> Bool[Array, "B T S"]:
-        return is_past(q, k) & (k > q - self.size)
-
-    def empty_cache(
-        self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
-        dtype: Any,
-    ) -> KVCache:
-        slots = min(self.size, k_shape[2])
-        k, v = (
-            jnp.zeros((*shape[:2], slots, *shape[3:]), dtype)
-            for shape in (k_shape, v_shape)
-        )
-        return RingCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
-
-
-# %% 18
-@dataclass(frozen=True)
-class Chunk(Window):
-    """Of the last `size` positions those of a layer's own chunk.
-
-    Chunks are counted from position 0 of each batch row, `size` tokens
-    each. Source: Llama 4's release.
-    """
-
-    def sees(
-        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
-    ) -> Bool[Array, "B T S"]:
-        return is_past(q, k) & (q // self.size == k // self.size)
-
-
-# %% 04
+# %% book/chapters/04_attention.md, cell 47
 @dataclass(frozen=True)
 class AttentionSpec(Spec):
     """Grouped-query attention, as a layer of it is described."""
@@ -284,11 +246,11 @@ class AttentionSpec(Spec):
         )
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 63
 BLOCKWISE_ABOVE = 1024                                      # slots
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 64
 class Attention(hk.Module):
     """Grouped-query attention with RoPE, soft cap, maybe a cache.
 
@@ -410,27 +372,7 @@ class Attention(hk.Module):
         return attend(q, k, v, mask, s.multiplier, s.softcap)
 
 
-# %% 16
-def norm_qk(
-    q: Float[Array, "B T Q H"],
-    k: Float[Array, "B T K H"],
-    eps: float,
-    whole: bool = False,
-) -> tuple[Array, Array]:
-    """Queries and keys through a norm of their own, before RoPE.
-
-    One gain a feature of a head, `scale` [H], the same for all heads
-    (Qwen3), or with `whole` the norm of the whole projection, [Q*H] and
-    [K*H] (OLMoE). Inside a Haiku transform.
-    """
-    def normed(x: Array, name: str) -> Array:
-        wide = x.reshape(*x.shape[:2], -1) if whole else x
-        return RMSNorm(eps, name)(wide).reshape(x.shape)
-
-    return normed(q, "query_norm"), normed(k, "key_norm")
-
-
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 13
 @dataclass(frozen=True)
 class NormedAttentionSpec(AttentionSpec):
     """Attention whose queries and keys are normed, and maybe clipped.
@@ -467,7 +409,66 @@ class NormedAttention(Attention):
         return super().prepare(q, k, v, positions)
 
 
-# %% 18
+# %% book/chapters/16_mixtral.md, cell 47
+@dataclass(frozen=True)
+class Window(Causal):
+    """The last `size` positions, a layer's own among them."""
+
+    size: Size = 4096
+
+    def sees(
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+    ) -> Bool[Array, "B T S"]:
+        return is_past(q, k) & (k > q - self.size)
+
+    def empty_cache(
+        self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
+        dtype: Any,
+    ) -> KVCache:
+        slots = min(self.size, k_shape[2])
+        k, v = (
+            jnp.zeros((*shape[:2], slots, *shape[3:]), dtype)
+            for shape in (k_shape, v_shape)
+        )
+        return RingCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
+
+
+# %% book/chapters/16_mixtral.md, cell 48
+def norm_qk(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B T K H"],
+    eps: float,
+    whole: bool = False,
+) -> tuple[Array, Array]:
+    """Queries and keys through a norm of their own, before RoPE.
+
+    One gain a feature of a head, `scale` [H], the same for all heads
+    (Qwen3), or with `whole` the norm of the whole projection, [Q*H] and
+    [K*H] (OLMoE). Inside a Haiku transform.
+    """
+    def normed(x: Array, name: str) -> Array:
+        wide = x.reshape(*x.shape[:2], -1) if whole else x
+        return RMSNorm(eps, name)(wide).reshape(x.shape)
+
+    return normed(q, "query_norm"), normed(k, "key_norm")
+
+
+# %% book/chapters/18_llama4.md, cell 45
+@dataclass(frozen=True)
+class Chunk(Window):
+    """Of the last `size` positions those of a layer's own chunk.
+
+    Chunks are counted from position 0 of each batch row, `size` tokens
+    each. Source: Llama 4's release.
+    """
+
+    def sees(
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+    ) -> Bool[Array, "B T S"]:
+        return is_past(q, k) & (q // self.size == k // self.size)
+
+
+# %% book/chapters/18_llama4.md, cell 46
 def scale_queries_by_position(
     q: Float[Array, "B T Q H"],
     positions: Int32[Array, "B T"],
@@ -484,7 +485,7 @@ def scale_queries_by_position(
     return q * growth[..., None, None]
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 47
 @dataclass(frozen=True)
 class UnitAttentionSpec(AttentionSpec):
     """Attention as in Llama 4: heads of unit RMS after RoPE, and where

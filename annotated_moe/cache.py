@@ -1,4 +1,6 @@
-"""Keys and values that are kept: a full cache, and a ring."""
+# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md by `make sync`; edit the chapters.
+"""Keys and values that are kept: a full cache, and a ring.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -7,37 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-# %% 04
-PAD_POSITION = 2**30
-
-
-# %% 04
-def write_cache(
-    stack: Float[Array, "L B S K H"],
-    layer: int | Int32[Array, ""],
-    x: Float[Array, "B T K H"],
-    slots: Int32[Array, "B T"],
-) -> Float[Array, "L B S K H"]:
-    """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
-
-    A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
-    A `layer` that is not there, or other axes, are a ValueError.
-    """
-    if isinstance(layer, int) and not 0 <= layer < len(stack):
-        raise ValueError(f"no layer {layer} in a cache of {len(stack)}")
-    if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
-        raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
-    rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
-    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
-    # Heads as one axis: with two, XLA copies the stack on a TPU.
-    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
-    flat = flat.at[layer, rows, slots].set(
-        x, mode="drop", wrap_negative_indices=False
-    )
-    return flat.reshape(stack.shape)
-
-
-# %% 04
+# %% book/chapters/04_attention.md, cell 34
 Update = tuple[
     "KVCache",
     Float[Array, "B S K H"],
@@ -123,7 +95,37 @@ class KVCache:
         return replace(self, length=self.length.at[row].set(0))
 
 
-# %% 16
+# %% book/chapters/04_attention.md, cell 35
+def write_cache(
+    stack: Float[Array, "L B S K H"],
+    layer: int | Int32[Array, ""],
+    x: Float[Array, "B T K H"],
+    slots: Int32[Array, "B T"],
+) -> Float[Array, "L B S K H"]:
+    """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
+
+    A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
+    A `layer` that is not there, or other axes, are a ValueError.
+    """
+    if isinstance(layer, int) and not 0 <= layer < len(stack):
+        raise ValueError(f"no layer {layer} in a cache of {len(stack)}")
+    if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
+        raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
+    rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
+    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
+    # Heads as one axis: with two, XLA copies the stack on a TPU.
+    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
+    flat = flat.at[layer, rows, slots].set(
+        x, mode="drop", wrap_negative_indices=False
+    )
+    return flat.reshape(stack.shape)
+
+
+# %% book/chapters/04_attention.md, cell 62
+PAD_POSITION = 2**30
+
+
+# %% book/chapters/16_mixtral.md, cell 41
 def ring_positions(
     end: Int32[Array, " B"], slots: int
 ) -> Int32[Array, "B {slots}"]:
@@ -135,7 +137,7 @@ def ring_positions(
     return last - (last - jnp.arange(slots)) % slots
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 42
 def end_after(
     length: Int32[Array, " B"], positions: Int32[Array, "B T"]
 ) -> Int32[Array, " B"]:
@@ -147,7 +149,7 @@ def end_after(
     return jnp.maximum(length, after.max(axis=1))
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 45
 def write_ring(
     stack: Float[Array, "L B S K H"],
     layer: int | Int32[Array, ""],
@@ -167,7 +169,7 @@ def write_ring(
     return write_cache(stack, layer, x, at)
 
 
-# %% 16
+# %% book/chapters/16_mixtral.md, cell 46
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RingCache(KVCache):

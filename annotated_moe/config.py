@@ -1,4 +1,6 @@
-"""A model as plain data: sizes of the whole, and a list of layers."""
+# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
+"""A model as plain data: sizes of the whole, and a list of layers.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -9,12 +11,12 @@ from annotated_moe.attention import AttentionSpec
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.specs import OneOf, Positive, Range, Size, Spec
 
-# %% 08
+# %% book/chapters/08_model.md, cell 3
 DTYPES = {"float32": 4, "bfloat16": 2}      # bytes a number
 TokenId = Annotated[int, Range(0)]
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 4
 @dataclass(frozen=True)
 class LayerSpec(Spec):
     """One layer: attention, then a feed-forward network or experts."""
@@ -25,7 +27,7 @@ class LayerSpec(Spec):
     post_norm: bool = False                 # a norm after each part too
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 5
 @dataclass(frozen=True)
 class Segment(Spec):
     """A run of layers: a pattern, so many times."""
@@ -38,20 +40,7 @@ class Segment(Spec):
             raise ValueError("a segment needs a layer in its pattern")
 
 
-# %% 08
-class Slot(NamedTuple):
-    """A place in a pattern, and the layers that are made like it.
-
-    Their weights lie behind one another in stacks, in modules whose
-    names begin with `name`.
-    """
-
-    name: str
-    spec: LayerSpec
-    layers: range
-
-
-# %% 08
+# %% book/chapters/08_model.md, cell 6
 @dataclass(frozen=True)
 class ModelConfig(Spec):
     """A decoder: sizes of the whole, and its layers."""
@@ -97,7 +86,20 @@ class ModelConfig(Spec):
         raise ValueError("this model reads tokens and nothing else")
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 7
+class Slot(NamedTuple):
+    """A place in a pattern, and the layers that are made like it.
+
+    Their weights lie behind one another in stacks, in modules whose
+    names begin with `name`.
+    """
+
+    name: str
+    spec: LayerSpec
+    layers: range
+
+
+# %% book/chapters/08_model.md, cell 8
 @functools.cache
 def segments(config: ModelConfig) -> tuple[tuple[Slot, ...], ...]:
     """The slots of each segment's pattern, in order."""
@@ -128,7 +130,7 @@ def slot_of(config: ModelConfig, layer: int) -> tuple[Slot, int]:
     raise ValueError(f"no layer {layer} of {config.num_layers}")
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 9
 def as_segments(layers: Sequence[LayerSpec]) -> tuple[Segment, ...]:
     """Layers as the shortest pattern that repeats, or as runs."""
     n, layers = len(layers), tuple(layers)

@@ -1,4 +1,4 @@
-# Generated from book/chapters/10_convert.md by `make sync`; edit the chapter.
+# Generated from book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
 """Grok-1 takes 318 GB on disk, so a program that loads it to write it
 down again in another layout needs a machine with 318 GB of memory, and
 some hours in which nothing may happen. This chapter holds a block of 16
@@ -8,18 +8,14 @@ time, goes on where it was killed, and puts nothing under the new name
 before the last byte is safe.
 """
 
-# %% book/chapters/10_convert.md, cell 1
-import argparse
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -29,17 +25,48 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from annotated_moe import checkpoints as ck
-from annotated_moe.checkpoints import CheckpointError, Part
-from annotated_moe.model import ModelConfig, Variations
-from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.vision import (
-    IMAGE_FILES,
-    IMAGE_IDS,
-    preprocessor_config,
-    vision_names,
-    write_vision,
+from annotated_moe.checkpoints import (
+    Tensors,
+    groups_for,
+    open_checkpoint,
 )
+from annotated_moe.config import ModelConfig
+from annotated_moe.families.grok import grok_sizes, like_grok
+from annotated_moe.formats import lazy
+from annotated_moe.formats.files import CheckpointError, list_folder
+from annotated_moe.formats.grok1 import (
+    FIELD_NAMES,
+    ffn_size,
+    our_path,
+    release_names,
+)
+from annotated_moe.formats.hub import (
+    FAMILIES,
+    TRANSFORMS,
+    Entry,
+    Family,
+    Fields,
+    entries,
+)
+from annotated_moe.formats.lazy import ConcatenatedArray, StackedArray
+from annotated_moe.formats.native import flat_arrays, native_settings
+from annotated_moe.formats.safetensors import (
+    DTYPE_CODES,
+    INDEX,
+    ONE_FILE,
+    safetensors_parts,
+)
+from annotated_moe.formats.writing import (
+    Part,
+    Watcher,
+    fsync_path,
+    write_file,
+    write_json,
+)
+from annotated_moe.model import flat_specs
+from annotated_moe.moe import MoESpec
+from annotated_moe.params import ParamSpec
+from annotated_moe.quantization import QuantizedTensor, quantize
 
 
 # %% book/chapters/10_convert.md, cell 6
@@ -118,223 +145,99 @@ def pickle_parts(w: Any, name: str) -> list[Part]:
 
 
 # %% book/chapters/10_convert.md, cell 15
-Plan = dict[str, list[Part]]
-Tensors = dict[str, Any]
+Plan = dict[str, list[Part]]                # file -> what it holds
+Planner = Callable[[Tensors, ModelConfig, int], Plan]
+Describer = Callable[[ModelConfig], dict[str, Any]]
 
 
 # %% book/chapters/10_convert.md, cell 16
-def part_of(w: Any, index: int | None) -> Any:
-    """One layer, or one expert of a layer; all of it for None."""
-    if index is None:
-        return w
+def slice_of(w: Any, index: tuple[int, ...]) -> Any:
+    """One layer, or one expert of a layer; all of it for ()."""
     if isinstance(w, QuantizedTensor):
-        return QuantizedTensor(w.weight[index], w.scales[index])
-    return w[index]
+        return QuantizedTensor(
+            slice_of(w.weight, index), slice_of(w.scales, index)
+        )
+    for i in index:
+        w = w[i]
+    return w
 
 
 # %% book/chapters/10_convert.md, cell 17
-def plan_ours(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
-    parts = ck.safetensors_parts(ck.flat_arrays(tensors))
-    return {ck.ONE_FILE: parts}
+def plan_native(
+    tensors: Tensors, config: ModelConfig, most: int
+) -> Plan:
+    """One file in our own layout."""
+    return {ONE_FILE: safetensors_parts(flat_arrays(tensors))}
 
 
 # %% book/chapters/10_convert.md, cell 18
-def plan_grok(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
+def plan_release(
+    tensors: Tensors, config: ModelConfig, most: int
+) -> Plan:
+    """A pickle for each tensor of each layer, as Grok-1's release."""
+    paths = {"/".join(path): path for path in tensors}
     plan = {}
-    for i, name in enumerate(ck.grok_paths(config)):
-        path, layer = ck.our_path(name)
+    names = release_names(paths, config.num_layers)
+    for i, name in enumerate(names):
+        path, layer = our_path(name)
+        w = tensors[paths[path]]
         file = f"tensor{i:05d}_000"
-        w = part_of(tensors[path], layer)
-        plan[f"ckpt-0/{file}"] = pickle_parts(w, file)
+        own = w if layer is None else slice_of(w, (layer,))
+        plan[f"ckpt-0/{file}"] = pickle_parts(own, file)
     return plan
 
 
 # %% book/chapters/10_convert.md, cell 19
-def their_tensors(
-    family: ck.Family, tensors: Tensors, config: ModelConfig
-) -> Iterator[tuple[str, Any]]:
-    """(name, array) of every tensor of a family's layout.
-
-    Rows of one name are parts of one tensor, behind one another.
+def release_settings(config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` of the release. CheckpointError for a model that
+    it cannot describe.
     """
-    rows = [row for row in family.weights if row[1] in tensors]
-    for theirs in dict.fromkeys(row[0] for row in rows):
-        parts = [row for row in rows if row[0] == theirs]
-        for name, index in their_names(family, parts[0], config):
-            found = [
-                changed(tensors[path], index, ck.CHANGES[change][1],
-                        config)
-                for _, path, change in parts
-            ]
-            for i, end in enumerate(("", "_scale")[: len(found[0])]):
-                own = [arrays[i] for arrays in found]
-                joined = own[0] if len(own) == 1 else ck.Joined(own)
-                yield name + end, joined
-
-
-# %% book/chapters/10_convert.md, cell 20
-def their_names(
-    family: ck.Family, row: tuple[str, str, str], config: ModelConfig
-) -> Iterator[tuple[str, list[int]]]:
-    """Each tensor that a row stands for, and its index in our stack."""
-    theirs, path, _ = row
-    if config.vision and path.startswith("vision/"):
-        names = vision_names(theirs, config.vision)
-        stacked = "{i}" in theirs
-        yield from ((n, [i][:stacked]) for i, n in enumerate(names))
-        return
-    if not path.startswith("decoder_layer/"):
-        yield ck.their_name(family, theirs, None, None), []
-        return
-    each = "{expert}" in theirs
-    experts = range(config.num_experts) if each else [None]
-    for i, layer in enumerate(ck.layers_of(path, config)):
-        for expert in experts:
-            name = ck.their_name(family, theirs, layer, expert)
-            yield name, [i] if expert is None else [i, expert]
-
-
-# %% book/chapters/10_convert.md, cell 21
-def changed(
-    w: Any, index: list[int], write: ck.Change, config: ModelConfig
-) -> list[Any]:
-    """A tensor as the layout wants it, and its scales if it has any."""
-    for i in index:
-        w = part_of(w, i)
-    if isinstance(w, QuantizedTensor):
-        return [write(w.weight, config), write(w.scales, config)]
-    return [write(w, config)]
-
-
-# %% book/chapters/10_convert.md, cell 22
-def in_shards(arrays: Tensors, most: int) -> list[Tensors]:
-    """Groups of at most `most` bytes, or of a single tensor."""
-    groups: list[Tensors] = [{}]
-    room = most
-    for name, w in arrays.items():
-        size = Part(w).size
-        if size > room and groups[-1]:
-            groups.append({})
-            room = most
-        groups[-1][name] = w
-        room -= size
-    return groups
-
-
-# %% book/chapters/10_convert.md, cell 23
-def architecture(config: ModelConfig) -> str:
-    """The one whose files can say all that `config` says.
-
-    CheckpointError if there is none.
-    """
-    for name, family in ck.FAMILIES.items():
-        known = {row[1] for row in family.weights}
-        if set(ck.expected(config)) - known:
-            continue
-        settings = family_settings(name, config)
-        with contextlib.suppress(CheckpointError):
-            if ck.settings_of(Path(name), family, settings) == config:
-                return name
-    raise CheckpointError(
-        "no architecture of the hf layout is a model like this one: "
-        "write it with --to ours"
-    )
-
-
-# %% book/chapters/10_convert.md, cell 24
-def family_settings(name: str, config: ModelConfig) -> dict[str, Any]:
-    """The fields of a `config.json` of architecture `name`."""
-    family, values = ck.FAMILIES[name], asdict(config)
-    named = {n: values[ours] for n, ours in family.fields.items()}
-    text = {**named, **family.fixed, **family.write(values)}
-    if not family.text:
-        return {"architectures": [name], **text}
-    return {
-        "architectures": [name],
-        family.text: {**text, "model_type": "llama4_text"},
-        "vision_config": write_vision(values["vision"]),
-        **{n: values["vision"][o] for n, o in IMAGE_IDS.items()},
-    }
-
-
-# %% book/chapters/10_convert.md, cell 25
-def plan_hf(tensors: Tensors, config: ModelConfig, most: int) -> Plan:
-    """One file, or shards and their index."""
-    family = ck.FAMILIES[architecture(config)]
-    arrays = dict(their_tensors(family, tensors, config))
-    groups = in_shards(arrays, most)
-    if len(groups) == 1:
-        return {ck.ONE_FILE: ck.safetensors_parts(groups[0])}
-    plan: Plan = {}
-    index: dict[str, str] = {}
-    total = sum(Part(w).size for w in arrays.values())
-    for i, group in enumerate(groups, 1):
-        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        plan[file] = ck.safetensors_parts(group)
-        index |= dict.fromkeys(group, file)
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    plan[ck.INDEX] = [around(json.dumps(content, indent=1).encode())]
-    return plan
-
-
-# %% book/chapters/10_convert.md, cell 26
-GROK_HF = "Grok1ModelForCausalLM"
-MODEL_TYPES = {
-    GROK_HF: "grok-1",
-    "LlamaForCausalLM": "llama",
-    "MixtralForCausalLM": "mixtral",
-    "OlmoeForCausalLM": "olmoe",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Llama4ForCausalLM": "llama4_text",
-    "Llama4ForConditionalGeneration": "llama4",
-}
-
-
-# %% book/chapters/10_convert.md, cell 27
-def hf_settings(config: ModelConfig) -> dict[str, Any]:
-    name = architecture(config)
-    settings = family_settings(name, config)
-    if name == GROK_HF:
-        scheme = {"quant_method": "int8-weight-scale", "bits": 8}
-        settings["quantization_config"] = scheme
-    return {**settings, "model_type": MODEL_TYPES[name]}
-
-
-# %% book/chapters/10_convert.md, cell 28
-def grok_settings(config: ModelConfig) -> dict[str, Any]:
-    standard, values = ModelConfig(), asdict(config)
-    names = [f.name for f in fields(Variations)]
-    for name in ("attn_softcap", "rope_base", *names):
-        if values[name] != getattr(standard, name):
-            raise CheckpointError(
-                f"the grok-1 layout has no field for {name}, which is "
-                f"{values[name]} here, {getattr(standard, name)} there"
-            )
-    widening = -(-3 * config.d_ff // 2) / config.d_model
-    if ck.ffn_size(config.d_model, widening) != config.d_ff:
+    attention = config.layer(0).attention
+    if like_grok(config) != config or not isinstance(
+        config.layer(0).feed_forward, MoESpec
+    ):
         raise CheckpointError(
-            f"the grok-1 layout has no widening_factor for d_ff="
-            f"{config.d_ff}: it must be a multiple of 8"
+            "the grok-1 layout describes models of Grok-1's "
+            "architecture, and this is none: write it with --to native"
         )
-    flat = {n: values[ours] for n, ours in ck.GROK_NAMES.items()}
+    assert attention.rope is not None
+    if (attention.softcap, attention.rope.base) != (30.0, 10000.0):
+        raise CheckpointError(
+            "the grok-1 layout has no field for a soft cap other than "
+            "30 or a RoPE base other than 10000"
+        )
+    width = config.layer(0).feed_forward.width
+    widening = -(-3 * width // 2) / config.d_model
+    if ffn_size(config.d_model, widening) != width:
+        raise CheckpointError(
+            f"the grok-1 layout has no widening_factor for a width of "
+            f"{width}: it must be a multiple of 8"
+        )
+    sizes = grok_sizes(config)
+    flat = {name: sizes[ours] for name, ours in FIELD_NAMES.items()}
+    if len(config.eos_ids) != 1:
+        raise CheckpointError(
+            "the grok-1 layout has one eos_token, this model "
+            f"{len(config.eos_ids)}"
+        )
+    flat["eos_token"] = config.eos_ids[0]
     return {**flat, "widening_factor": widening}
 
 
-# %% book/chapters/10_convert.md, cell 29
-TARGETS: dict[str, tuple[Callable, Callable]] = {
-    "ours": (plan_ours, ck.our_settings),
-    "grok-1": (plan_grok, grok_settings),
-    "hf": (plan_hf, hf_settings),
+# %% book/chapters/10_convert.md, cell 20
+TARGETS: dict[str, tuple[Planner, Describer]] = {
+    "native": (plan_native, native_settings),
+    "grok-1": (plan_release, release_settings),
 }
 
 
-# %% book/chapters/10_convert.md, cell 30
+# %% book/chapters/10_convert.md, cell 21
 SYNC = 2**25
 JOURNAL = "journal"
 
 
-# %% book/chapters/10_convert.md, cell 31
-class Journal(ck.Watcher):
+# %% book/chapters/10_convert.md, cell 22
+class Journal(Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
     def __init__(self, file: IO[bytes], tell: Callable) -> None:
@@ -357,7 +260,7 @@ class Journal(ck.Watcher):
 
     def closed(self, path: Path) -> None:
         """What `path` holds by now is put on disk, then noted."""
-        ck.sync(path)
+        fsync_path(path)
         new = set(self.sums) - self.noted
         sums = {name: self.sums[name] for name in sorted(new)}
         self.note(file=path.name, at=path.stat().st_size, sums=sums)
@@ -365,7 +268,7 @@ class Journal(ck.Watcher):
         self.waiting = 0
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 23
 def replay(journal: Journal) -> str | None:
     """Take up the lines that are there; which job they belong to."""
     job, end = None, 0
@@ -384,26 +287,26 @@ def replay(journal: Journal) -> str | None:
     return job
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 24
 def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files, and what stands beside it."""
     inside = folder / "ckpt-0"
-    names = [folder / name for name in sorted(ck.names_in(folder))]
+    names = [folder / name for name in sorted(list_folder(folder))]
     if inside in names:
-        names += [inside / name for name in sorted(ck.names_in(inside))]
+        names += [inside / name for name in sorted(list_folder(inside))]
     return [path for path in names if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 25
 def job_of(folder: Path, to: str, most: int) -> str:
     """A name for one conversion of one state of one folder."""
     stats = [(str(p), p.stat()) for p in files_of(folder)]
     state = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    words = json.dumps([state, to, most, ck.BLOCK])
+    words = json.dumps([state, to, most, lazy.BLOCK])
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 26
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a partial folder, for one process at a time."""
@@ -421,7 +324,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# %% book/chapters/10_convert.md, cell 36
+# %% book/chapters/10_convert.md, cell 27
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -441,7 +344,7 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 37
+# %% book/chapters/10_convert.md, cell 28
 def check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -451,22 +354,22 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 29
 WEIGHTS = {
-    "config.json", "checksums.json", ck.INDEX, "ckpt-0",
+    "config.json", "checksums.json", INDEX, "ckpt-0",
     "params.json", "checklist.chk",             # Meta's
 }
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
-    names = ck.names_in(folder) - WEIGHTS
+    names = list_folder(folder) - WEIGHTS
     files = [folder / n for n in sorted(names) if n[0] != "."]
     weights = {".safetensors", ".pth"}
     other = [p for p in files if p.suffix not in weights]
     return [path for path in other if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 39
+# %% book/chapters/10_convert.md, cell 30
 def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
@@ -478,11 +381,11 @@ def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
                 f"{new} is not as its journal says: remove it and "
                 "start again"
             )
-        ck.write_file(path, parts, journal, at)
-        ck.sync(path.parent)
+        write_file(path, parts, journal, at)
+        fsync_path(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 40
+# %% book/chapters/10_convert.md, cell 31
 def finish(
     new: Path,
     target: Path,
@@ -493,17 +396,17 @@ def finish(
     """Add what is small, then give `new` its name."""
     for file in companions(folder):
         shutil.copyfile(file, new / file.name)
-        ck.sync(new / file.name)
+        fsync_path(new / file.name)
     ordered = dict(sorted(sums.items()))    # also after a resumption
-    ck.write_json(new / "checksums.json", {"sha256": ordered})
-    ck.write_json(new / "config.json", settings)
+    write_json(new / "checksums.json", {"sha256": ordered})
+    write_json(new / "config.json", settings)
     (new / JOURNAL).unlink()
-    ck.sync(new)
+    fsync_path(new)
     os.rename(new, target)
-    ck.sync(target.parent)
+    fsync_path(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 41
+# %% book/chapters/10_convert.md, cell 32
 @contextmanager
 def cleared(new: Path) -> Iterator[None]:
     """Remove `new` when an error ends the work, not when a kill."""
@@ -517,7 +420,7 @@ def cleared(new: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 42
+# %% book/chapters/10_convert.md, cell 33
 def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -530,7 +433,7 @@ def begin(journal: Journal, new: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 43
+# %% book/chapters/10_convert.md, cell 34
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -543,12 +446,12 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 44
+# %% book/chapters/10_convert.md, cell 35
 def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-# %% book/chapters/10_convert.md, cell 45
+# %% book/chapters/10_convert.md, cell 36
 def check_options(to: str, most: int | None) -> int:
     """The size of a shard; ValueError for what makes no sense."""
     if to not in TARGETS:
@@ -560,45 +463,47 @@ def check_options(to: str, most: int | None) -> int:
     return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 46
-def unsaid(folder: Path, c: ModelConfig) -> Plan:
-    """The file of settings that a folder of Meta's has not."""
-    names = ck.names_in(folder)
-    said = names & set(IMAGE_FILES) or "params.json" not in names
-    if c.vision is None or said:
-        return {}
-    text = json.dumps(preprocessor_config(c.vision), indent=1)
-    return {IMAGE_FILES[0]: [around(text.encode())]}
+# %% book/chapters/10_convert.md, cell 37
+FileMaker = Callable[[Path, ModelConfig], Plan]
+FILE_MAKERS: list[FileMaker] = []
 
 
-# %% book/chapters/10_convert.md, cell 47
+def added_files(folder: Path, config: ModelConfig) -> Plan:
+    """Files that a folder's layout has not and a copy should have."""
+    plan: Plan = {}
+    for make in FILE_MAKERS:
+        plan |= make(folder, config)
+    return plan
+
+
+# %% book/chapters/10_convert.md, cell 38
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    to: str = "ours",
+    to: str = "native",
     max_shard_size: int | None = None,
     tell: Callable[[int, int], None] = silent,
 ) -> None:
     """Write the checkpoint `source` in another layout to `target`.
 
-    `to` is "ours", "grok-1" or "hf"; for "hf", shards have at most
+    `to` is a name in `TARGETS`; for "hf", shards have at most
     `max_shard_size` bytes [5 GB]. Raises CheckpointError and leaves
     nothing behind; killed, the same call goes on. `tell(done, total)`
     hears of bytes.
     """
     most = check_options(to, max_shard_size)
     target = Path(target).absolute()
-    config, read, where = ck.find_layout(Path(source))
-    folder, (plan_for, settings_for) = ck.beside(where), TARGETS[to]
+    opened = open_checkpoint(Path(source))
+    folder, (plan_for, settings_for) = opened.folder, TARGETS[to]
     check_target(folder, target)
-    settings = settings_for(config)
-    plan = plan_for(read(where, config), config, most)
-    plan |= unsaid(folder, config)
+    settings = settings_for(opened.config)
+    plan = plan_for(opened.read(), opened.config, most)
+    plan |= added_files(folder, opened.config)
     job = partial(job_of, folder, to, most)
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 48
+# %% book/chapters/10_convert.md, cell 39
 def carry_out(
     folder: Path,
     target: Path,
@@ -625,69 +530,7 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 58
-class Bar:
-    """Progress on stderr: a line that moves, or one each tenth."""
-
-    def __init__(self) -> None:
-        self.start, self.shown = time.perf_counter(), -1
-        self.moves = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        share = 100 * done // total
-        share -= 0 if self.moves else share % 10
-        if share <= self.shown:
-            return
-        self.shown = share
-        speed = done / 1e6 / max(time.perf_counter() - self.start, 1e-6)
-        of = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
-        line = f"{share:3d} %  {of}, {speed:,.0f} MB/s"
-        end = "\r" if self.moves and share < 100 else "\n"
-        wide = f"{line:50s}" if self.moves else line
-        print(wide, end=end, file=sys.stderr, flush=True)
-
-
-# %% book/chapters/10_convert.md, cell 59
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-def size_of(word: str) -> int:
-    """"5GB" as a number of bytes; ValueError for anything else."""
-    number = word.upper().rstrip("KMGTB")
-    unit = word.upper()[len(number) :]
-    if unit not in UNITS or not number.isdecimal():
-        raise ValueError(f"no size: {word!r}; write 500MB, or 5GB")
-    return int(number) * UNITS[unit]
-
-
-# %% book/chapters/10_convert.md, cell 60
-def run_convert(args: argparse.Namespace) -> None:
-    most = args.max_shard_size
-    size = None if most is None else size_of(most)
-    try:
-        convert(args.source, args.target, args.to, size, Bar())
-    except KeyboardInterrupt:
-        print(
-            "\nStopped; the same command goes on from here.",
-            file=sys.stderr,
-        )
-        raise
-
-
-# %% book/chapters/10_convert.md, cell 61
-def add_convert(commands: Any) -> None:
-    """The subcommand `convert`, for `annotated-moe`'s parser."""
-    text = "write a checkpoint in another layout, a block at a time"
-    sub = commands.add_parser("convert", help=text, description=text)
-    sub.set_defaults(run=run_convert)
-    add = sub.add_argument
-    add("source", metavar="SRC", help="checkpoint folder, any layout")
-    add("target", metavar="DST", help="new folder")
-    add("--to", choices=list(TARGETS), default="ours", help="[ours]")
-    size = "of a file, such as 500MB; with --to hf [5GB]"
-    add("--max-shard-size", metavar="SIZE", help=size)
-
-
-# %% book/chapters/10_convert.md, cell 64
+# %% book/chapters/10_convert.md, cell 51
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
@@ -696,14 +539,14 @@ class Rounded:
     """
 
     source: Any
-    path: str
+    name: str
+    groups: int
     what: str
 
     @property
     def shape(self) -> tuple[int, ...]:
         d, f = self.source.shape
-        whole = self.what == "weight"
-        return (d if whole else ck.groups_for(self.path, d), f)
+        return (d if self.what == "weight" else self.groups, f)
 
     @property
     def dtype(self) -> np.dtype:
@@ -714,27 +557,26 @@ class Rounded:
         return rounded(np.asarray(self.source), self)
 
 
-# %% book/chapters/10_convert.md, cell 65
-BFLOAT16 = ck.CODES["BF16"]
+# %% book/chapters/10_convert.md, cell 52
+BFLOAT16 = DTYPE_CODES["BF16"]
 
 
-# %% book/chapters/10_convert.md, cell 66
+# %% book/chapters/10_convert.md, cell 53
 def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
-    groups = ck.groups_for(r.path, inputs)
-    step = max(1, ck.BLOCK // (16 * inputs))
+    step = max(1, lazy.BLOCK // (16 * inputs))
     for start in range(0, w.shape[1], step):
         some = slice(start, start + step)
-        new, good = round_block(w[:, some], groups, r.what)
-        if not good:
+        new, finite = round_block(w[:, some], r.groups, r.what)
+        if not finite:
             why = "cannot quantize a weight with NaN or inf"
-            raise CheckpointError(f"{r.path}: {why}")
+            raise CheckpointError(f"{r.name}: {why}")
         out[:, some] = new
     return out
 
 
-# %% book/chapters/10_convert.md, cell 67
+# %% book/chapters/10_convert.md, cell 54
 @partial(jax.jit, static_argnames=("groups", "what"))
 def round_block(
     w: Float[Array, "D F"], groups: int, what: str
@@ -744,25 +586,28 @@ def round_block(
     return getattr(q, what), jnp.isfinite(w).all()
 
 
-# %% book/chapters/10_convert.md, cell 68
-def to_round(w: Any, path: str, what: str) -> Any:
+# %% book/chapters/10_convert.md, cell 55
+def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
-        return Rounded(w, path, what)
-    matrices = (w[i] for i in range(w.shape[0]))
-    return ck.Stack([to_round(m, path, what) for m in matrices])
+        return Rounded(w, name, groups, what)
+    return StackedArray([
+        to_round(w[i], name, groups, what) for i in range(w.shape[0])
+    ])
 
 
-# %% book/chapters/10_convert.md, cell 69
-def in_8_bits(path: str, w: Any) -> Any:
+# %% book/chapters/10_convert.md, cell 56
+def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
-    if isinstance(w, QuantizedTensor) or not ck.may_be_quantized(path):
+    if isinstance(w, QuantizedTensor) or not spec.matrix:
         return w
-    names = ("weight", "scales")
-    return QuantizedTensor(*(to_round(w, path, n) for n in names))
+    groups = groups_for(spec)
+    return QuantizedTensor(*(
+        to_round(w, name, groups, what) for what in ("weight", "scales")
+    ))
 
 
-# %% book/chapters/10_convert.md, cell 70
+# %% book/chapters/10_convert.md, cell 57
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -774,27 +619,115 @@ def quantize_files(
     behind by them: as of `convert`.
     """
     target = Path(target).absolute()
-    config, read, where = ck.find_layout(Path(source))
-    folder = ck.beside(where)
+    opened = open_checkpoint(Path(source))
+    folder, config = opened.folder, opened.config
     check_target(folder, target)
-    found = read(where, config)
-    tensors = {path: in_8_bits(path, w) for path, w in found.items()}
-    plan = plan_ours(tensors, config, 0)
-    settings = ck.our_settings(config)
+    specs = flat_specs(config)
+    tensors = {
+        path: in_8_bits("/".join(path), w, specs[path])
+        for path, w in opened.read().items()
+    }
+    plan = plan_native(tensors, config, 0)
+    settings = native_settings(config)
     job = partial(job_of, folder, "8 bits", 0)
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 71
-def run_quantize(args: argparse.Namespace) -> None:
-    quantize_files(args.source, args.target, Bar())
+# %% book/chapters/14_hub.md, cell 21
+def hub_tensors(
+    family: Family, tensors: Tensors, config: ModelConfig
+) -> Iterator[tuple[str, Any]]:
+    """(name, array) of every tensor of a family's layout.
+
+    Entries of one name are parts of one tensor, behind one another.
+    """
+    named: dict[str, list[Entry]] = {}
+    for entry in entries(family, config):
+        named.setdefault(entry.name, []).append(entry)
+    for name, parts in named.items():
+        arrays = [write_tensor(tensors[e.path], e) for e in parts]
+        for i, end in enumerate(("", "_scale")[: len(arrays[0])]):
+            own = [pair[i] for pair in arrays]
+            whole = own[0] if len(own) == 1 else ConcatenatedArray(own)
+            yield name + end, whole
 
 
-# %% book/chapters/10_convert.md, cell 72
-def add_quantize(commands: Any) -> None:
-    """The subcommand `quantize`, for `annotated-moe`'s parser."""
-    text = "write a checkpoint with matrices of 8-bit integers"
-    sub = commands.add_parser("quantize", help=text, description=text)
-    sub.set_defaults(run=run_quantize)
-    sub.add_argument("source", metavar="SRC", help="checkpoint folder")
-    sub.add_argument("target", metavar="DST", help="new folder")
+def write_tensor(w: Any, entry: Entry) -> list[Any]:
+    """A tensor as the layout wants it, and its scales if it has any."""
+    w = slice_of(w, entry.index)
+    change = TRANSFORMS[entry.transform].write
+    if isinstance(w, QuantizedTensor):
+        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+    return [change(w, entry.spec)]
+
+
+# %% book/chapters/14_hub.md, cell 22
+def in_shards(
+    arrays: dict[str, Any], most: int
+) -> list[dict[str, Any]]:
+    """Groups of at most `most` bytes, or of a single tensor."""
+    groups: list[dict[str, Any]] = [{}]
+    room = most
+    for name, w in arrays.items():
+        size = Part(w).size
+        if size > room and groups[-1]:
+            groups.append({})
+            room = most
+        groups[-1][name] = w
+        room -= size
+    return groups
+
+
+# %% book/chapters/14_hub.md, cell 23
+def architecture_of(config: ModelConfig) -> str:
+    """The one whose files can say all that `config` says.
+
+    CheckpointError if there is none.
+    """
+    for name, family in FAMILIES.items():
+        with contextlib.suppress(ValueError, AttributeError):
+            raw = {"architectures": [name], **family.write(config)}
+            fields = Fields(Path(name), raw)
+            if family.read(fields) == config:
+                return name
+    raise CheckpointError(
+        "no architecture of the hf layout is a model like this one: "
+        "write it with --to native"
+    )
+
+
+def hub_settings(config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` of the layout for this model."""
+    name = architecture_of(config)
+    family = FAMILIES[name]
+    return {
+        "architectures": [name], "model_type": family.model_type,
+        **family.write(config),
+    }
+
+
+# %% book/chapters/14_hub.md, cell 24
+def plan_hub(
+    tensors: Tensors, config: ModelConfig, most: int
+) -> Plan:
+    """One file, or shards and their index."""
+    family = FAMILIES[architecture_of(config)]
+    arrays = dict(hub_tensors(family, tensors, config))
+    groups = in_shards(arrays, most)
+    about = {"format": "pt"}                # as transformers writes it
+    if len(groups) == 1:
+        return {ONE_FILE: safetensors_parts(groups[0], about)}
+    plan: Plan = {}
+    index: dict[str, str] = {}
+    total = sum(Part(w).size for w in arrays.values())
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        plan[file] = safetensors_parts(group, about)
+        index |= dict.fromkeys(group, file)
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    text = json.dumps(content, indent=1).encode()
+    plan[INDEX] = [Part(np.frombuffer(text, np.uint8))]
+    return plan
+
+
+TARGETS["hf"] = plan_hub, hub_settings

@@ -1,10 +1,12 @@
-"""Prompts in, texts out: prefill, decode, and the `Model` around them."""
+# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
+"""Prompts in, texts out: prefill, decode, and the `Model` around them.
+"""
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +31,19 @@ from annotated_moe.sampling import (
 )
 from annotated_moe.tokenizer import Tokenizer
 
-# %% 08
+# %% book/chapters/08_model.md, cell 83
 Numbers = float | Sequence[float]           # for all rows, or one a row
 Integers = int | Sequence[int]
 Rows = list[list[int]]
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 84
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 85
 def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     """int32 [B, width]: the rows, filled up on the right."""
     tokens = np.full((len(rows), width), pad, np.int32)
@@ -50,7 +52,7 @@ def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     return tokens
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 86
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -72,7 +74,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 87
 def check_rows(prompts: Any, new: Any, c: ModelConfig) -> Rows:
     """`check_row` for all, and for the number of new tokens."""
     if type(new) is not int or new < 0:
@@ -82,7 +84,7 @@ def check_rows(prompts: Any, new: Any, c: ModelConfig) -> Rows:
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 88
 class Session:
     """A cache, and the steps that fill it.
 
@@ -120,7 +122,7 @@ class Session:
         return logits
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 90
 def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     """The tokens; ValueError where logits were no finite numbers."""
     if NO_TOKEN in tokens:
@@ -147,14 +149,14 @@ def token_steps(
     width = bucket(longest, c.context)
     logits = session.prefill(rows, model.inputs(rows, width, tiles))
     for step in range(count):
-        if step:
-            logits = session.step(tokens)
         with model.on_mesh():
             tokens = pick(logits, step, settings)
         yield check_tokens_made(np.asarray(tokens).tolist(), step)
+        if step + 1 < count:
+            logits = session.step(tokens)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 91
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> Rows:
@@ -170,7 +172,7 @@ def collect(
     return new
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 92
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -181,7 +183,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 93
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[Rows, int]:
@@ -199,7 +201,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 94
 def check_mask(
     tokens: np.ndarray, lengths: Any, mask: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +221,7 @@ def check_mask(
     return first, count
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 95
 def masked_logits(
     model: "Model", tokens: Any, lengths: Any, mask: Any, images: Any
 ) -> Float32[Array, "B T V"]:
@@ -234,7 +236,7 @@ def masked_logits(
     return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 96
 def logits(
     model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
     images: Any = None,
@@ -256,7 +258,7 @@ def logits(
         return model.all_logits(padded, lengths, inputs)[:, :t]
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 97
 def generate_ids(
     model: "Model", prompts: Sequence[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -277,7 +279,7 @@ def generate_ids(
     return collect(steps, len(rows), stop)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 98
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -294,7 +296,7 @@ def stream_ids(
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 99
 def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
     """What each prompt shows; ValueError for another number."""
     if images is None:
@@ -309,7 +311,7 @@ def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
     return list(images)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 100
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
@@ -327,7 +329,7 @@ def read_prompts(
     return rows, tiles
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 101
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -359,7 +361,7 @@ def generate(
     return texts[0] if one else texts
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 102
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -381,7 +383,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 103
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -394,6 +396,7 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None = None
     mesh: Any = None
+    in_memory: ClassVar[bool] = True        # or are weights on disk
 
     def __repr__(self) -> str:
         c = self.config
@@ -441,7 +444,10 @@ class Model:
         if images is not None:
             raise ValueError("this model reads text: leave out images")
         if isinstance(prompt, str):
-            return self.require_tokenizer().encode(prompt), None
+            tokenizer = self.require_tokenizer()
+            ids = tokenizer.encode_prompt(prompt, add_bos)
+            tokenizer.check_ids(ids, self.config.vocab_size)
+            return ids, None
         if isinstance(prompt, (list, tuple, np.ndarray)):
             return list(prompt), None
         raise TypeError(f"a prompt is a str or ids: {prompt!r:.60}")

@@ -10,7 +10,6 @@ does; and when one of them is killed, the others will stop with an error
 instead of waiting for it for ever.
 """
 
-# %% book/chapters/12_hosts.md, cell 1
 import argparse
 import atexit
 import functools
@@ -23,10 +22,11 @@ from typing import Any, NoReturn
 
 import jax
 
+# %% book/chapters/12_hosts.md, cell 2
 PATIENCE = 20                               # seconds without a sign
 
 
-# %% book/chapters/12_hosts.md, cell 3
+# %% book/chapters/12_hosts.md, cell 4
 def join(
     address: str,
     processes: int,
@@ -55,7 +55,7 @@ def join(
     jax.devices()                           # settles who has how many
 
 
-# %% book/chapters/12_hosts.md, cell 4
+# %% book/chapters/12_hosts.md, cell 5
 def check_join(
     address: str, processes: int, process: int, patience: int
 ) -> None:
@@ -75,7 +75,7 @@ def check_join(
         raise ValueError(f"patience is 1 second or more: {patience}")
 
 
-# %% book/chapters/12_hosts.md, cell 22
+# %% book/chapters/12_hosts.md, cell 23
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What a command needs to know to run on several hosts."""
     add = parser.add_argument
@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--process", type=int, help="its own number, 0 to N - 1")
 
 
-# %% book/chapters/12_hosts.md, cell 23
+# %% book/chapters/12_hosts.md, cell 24
 def join_from(args: argparse.Namespace) -> None:
     """`join` as the options say; ValueError if they do not fit."""
     n, i = args.processes, args.process
@@ -104,7 +104,7 @@ def join_from(args: argparse.Namespace) -> None:
     join(args.hosts, n, i, args.devices // n)
 
 
-# %% book/chapters/12_hosts.md, cell 24
+# %% book/chapters/12_hosts.md, cell 25
 def reserve_stdout(process: int) -> None:
     """Only what process 0 prints from Python reaches stdout."""
     sys.stdout.flush()
@@ -115,7 +115,7 @@ def reserve_stdout(process: int) -> None:
     sys.stdout = os.fdopen(text, "w", encoding="utf-8")
 
 
-# %% book/chapters/12_hosts.md, cell 25
+# %% book/chapters/12_hosts.md, cell 26
 GUARD = """
 import sys
 done = lost = False
@@ -135,7 +135,7 @@ if lost or not done:
 """
 
 
-# %% book/chapters/12_hosts.md, cell 26
+# %% book/chapters/12_hosts.md, cell 27
 def last_words(process: int) -> tuple[str, str]:
     """Of a process that lost another, and of one that is killed."""
     name = f"annotated-moe: process {process}: ended, "
@@ -145,7 +145,7 @@ def last_words(process: int) -> tuple[str, str]:
     return name + lost, name + killed
 
 
-# %% book/chapters/12_hosts.md, cell 27
+# %% book/chapters/12_hosts.md, cell 28
 def set_guard(process: int) -> None:
     """Have it said in a line if this process is ended; see `GUARD`."""
     mine = os.dup(2)
@@ -160,7 +160,7 @@ def set_guard(process: int) -> None:
     atexit.register(os.write, 2, b"done\n")
 
 
-# %% book/chapters/12_hosts.md, cell 28
+# %% book/chapters/12_hosts.md, cell 29
 def leave(error: BaseException, process: int) -> NoReturn:
     """Say in a line why, and end this process without waiting."""
     bad_input = isinstance(error, (ValueError, OSError))
@@ -174,14 +174,14 @@ def leave(error: BaseException, process: int) -> NoReturn:
     os._exit(2 if bad_input else 3)
 
 
-# %% book/chapters/12_hosts.md, cell 29
+# %% book/chapters/12_hosts.md, cell 30
 def check_alone(args: argparse.Namespace) -> None:
     """ValueError for options that mean nothing without --hosts."""
     if args.processes is not None or args.process is not None:
         raise ValueError("--processes and --process go with --hosts")
 
 
-# %% book/chapters/12_hosts.md, cell 30
+# %% book/chapters/12_hosts.md, cell 31
 Command = Callable[[argparse.Namespace], Any]
 
 

@@ -1,4 +1,6 @@
-"""Products with weights of any type, and the layer `Linear`."""
+# Generated from book/chapters/04_attention.md by `make sync`; edit the chapter.
+"""Products with weights of any type, and the layer `Linear`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, Float32
 from annotated_moe.params import Axes, get_parameter
 from annotated_moe.placement import here
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 59
 Product = Callable[[Array, Any], Array]
 PRODUCTS: dict[type, Product] = {}
 
@@ -35,7 +37,7 @@ def product(
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 60
 def matmul(
     x: Float[Array, "*B D"], w: Any, axes: Axes, summed: bool = True
 ) -> Float32[Array, "*B F"]:
@@ -49,7 +51,7 @@ def matmul(
     return y.reshape(*lead, -1)
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 61
 class Linear(hk.Module):
     """x times `w` [D, F], plus maybe `b` [F]; in float32.
 

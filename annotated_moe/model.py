@@ -1,6 +1,12 @@
+# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
 """One layer of Grok-1 holds 4.9 billion weights, and the model is that
-layer sixty-four times. This chapter puts the pieces together so that
-the layer is compiled once and every token is computed once.
+layer sixty-four times. Written as a loop it would be compiled
+sixty-four times over; run without a cache it would say its 8,192nd word
+by thinking through the 8,191 before it once more. This chapter puts the
+pieces together so that the layer is compiled once and every token is
+computed once: the stack, the tied embeddings, the sampler, and the loop
+around them. It ends with text coming out of a model small enough to
+ship inside this package.
 """
 
 import functools
@@ -29,7 +35,7 @@ from annotated_moe.quantization import LazySlice, tile_rows
 from annotated_moe.rms_norm import RMSNorm, rms_norm
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 14
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -83,7 +89,7 @@ class DecoderLayer(hk.Module):
         return h + (self.norm(y, name) if self.spec.post_norm else y)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 15
 Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
 
 
@@ -101,7 +107,7 @@ def layer_inputs(config: ModelConfig) -> tuple[Array, Array, Array]:
     return jnp.zeros((1, 1, config.d_model)), one, one == 0
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 16
 class InOutEmbed(hk.Module):
     """A table with a row of D numbers for each of V tokens."""
 
@@ -117,7 +123,7 @@ class InOutEmbed(hk.Module):
         return get_parameter("embeddings", self.shape, axes, init)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 17
 def ends(config: ModelConfig) -> None:
     """Ask for the parameters before and after the layers."""
     InOutEmbed(config.vocab_size, config.d_model)()
@@ -127,7 +133,7 @@ def ends(config: ModelConfig) -> None:
     RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 18
 @functools.cache
 def param_specs(
     config: ModelConfig,
@@ -150,7 +156,19 @@ def param_specs(
     return specs
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 19
+def flat_specs(
+    config: ModelConfig,
+) -> dict[tuple[str, str], ParamSpec]:
+    """(module, name) -> what a parameter is."""
+    return {
+        (module, name): spec
+        for module, leaves in param_specs(config).items()
+        for name, spec in leaves.items()
+    }
+
+
+# %% book/chapters/08_model.md, cell 20
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -170,7 +188,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return params
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 28
 def slot_params(params: Params, slot: Slot) -> Params:
     """The stacks of a slot's layers."""
     return {
@@ -206,7 +224,7 @@ def check_depth(params: Params, config: ModelConfig) -> None:
                     )
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 29
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -232,35 +250,7 @@ class Cache:
         return Cache(tuple(c.evict(row) for c in self.slots))
 
 
-# %% 08
-def constrain_cache(cache: Cache) -> Cache:
-    """Keep the cache's layout on a mesh from step to step."""
-    def held(slot: KVCache) -> KVCache:
-        return jax.tree.map(here().constrain, slot, slot.axes)
-
-    return Cache(tuple(map(held, cache.slots)))
-
-
-@partial(jax.jit, static_argnames=("config", "batch", "slots"))
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache in `config.dtype` for `slots` tokens a row."""
-    return constrain_cache(Cache(tuple(
-        slot.spec.attention.empty_cache(
-            len(slot.layers), batch, slots, config.dtype
-        )
-        for slot in all_slots(config)
-    )))
-
-
-# %% 08
-def constrain_residual(
-    h: Float32[Array, "B T D"],
-) -> Float32[Array, "B T D"]:
-    """The residual stream's layout on a mesh, layer after layer."""
-    return here().constrain(h, (None, None, "embed"))
-
-
-# %% 08
+# %% book/chapters/08_model.md, cell 30
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -298,7 +288,7 @@ def decoder(
     return h, None if cache is None else Cache(tuple(done))
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 31
 def decoder_to_train(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -335,7 +325,7 @@ def decoder_to_train(
     return h, means
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 43
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
@@ -346,7 +336,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 44
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -355,7 +345,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 45
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -375,7 +365,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 46
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
@@ -394,7 +384,7 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 51
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -416,7 +406,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 52
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -432,7 +422,7 @@ def positions_of(
     return positions, real
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 53
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -459,7 +449,7 @@ def forward(
     return h, cache
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 54
 def forward_to_train(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -475,7 +465,7 @@ def forward_to_train(
     return unembed(params, h, config, train=True), losses
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 55
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -486,7 +476,35 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 58
+def constrain_cache(cache: Cache) -> Cache:
+    """Keep the cache's layout on a mesh from step to step."""
+    def held(slot: KVCache) -> KVCache:
+        return jax.tree.map(here().constrain, slot, slot.axes)
+
+    return Cache(tuple(map(held, cache.slots)))
+
+
+@partial(jax.jit, static_argnames=("config", "batch", "slots"))
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """An empty cache in `config.dtype` for `slots` tokens a row."""
+    return constrain_cache(Cache(tuple(
+        slot.spec.attention.empty_cache(
+            len(slot.layers), batch, slots, config.dtype
+        )
+        for slot in all_slots(config)
+    )))
+
+
+# %% book/chapters/08_model.md, cell 59
+def constrain_residual(
+    h: Float32[Array, "B T D"],
+) -> Float32[Array, "B T D"]:
+    """The residual stream's layout on a mesh, layer after layer."""
+    return here().constrain(h, (None, None, "embed"))
+
+
+# %% book/chapters/08_model.md, cell 60
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for slot in cache.slots:
@@ -518,7 +536,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 61
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,

@@ -1,6 +1,14 @@
-"""Of Grok-1's parameters most sit out every token. They are experts that
-were not asked: each layer keeps eight feed-forward networks, and a
-router, one small matrix, reads the token and picks two.
+# Generated from book/chapters/05_moe.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
+"""Of Grok-1's 316 billion parameters, 232 billion sit out every token.
+They are experts that were not asked: each layer keeps eight
+feed-forward networks, and a router, one small matrix, reads the token
+and picks two. So a model can know much and still answer at the price of
+a model a quarter its size. The picking is easy. What is hard is the
+multiplying, because every token now wants weights of its own and a
+matrix product wants all its rows to want the same. This chapter builds
+the router and four ways to bring tokens to experts, proves that they
+agree, counts what each costs, and then trains a router, first badly,
+then well.
 """
 
 import math
@@ -19,7 +27,7 @@ from annotated_moe.placement import here
 from annotated_moe.specs import OneOf, Positive, Size, Spec
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 6
 class Route(NamedTuple):
     """Where N tokens go. Gates are in falling order."""
 
@@ -29,7 +37,7 @@ class Route(NamedTuple):
     logits: Float32[Array, "N E"]
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 7
 def route(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -46,12 +54,12 @@ def route(
     return Route(probs, gates, experts, logits)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 8
 RouterRule = Callable[[Array, Array, int], Route]
 ROUTERS: dict[str, RouterRule] = {"softmax_top_k": route}
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 15
 def geglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -59,27 +67,12 @@ def geglu(
     return (jax.nn.gelu(gate, approximate=True) * up).astype(dtype)
 
 
-# %% 15
-def swiglu(
-    gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
-) -> Float[Array, "*N F"]:
-    """silu(gate) * up in float32, then `dtype`.
-
-    Source: Shazeer (2020), section 2.
-    """
-    return (jax.nn.silu(gate) * up).astype(dtype)
-
-
-# %% 05
+# %% book/chapters/05_moe.md, cell 16
 Activation = Callable[[Array, Array, Any], Array]
 ACTIVATIONS: dict[str, Activation] = {"gelu": geglu}
 
 
-# %% 15
-ACTIVATIONS["silu"] = swiglu
-
-
-# %% 05
+# %% book/chapters/05_moe.md, cell 17
 Experts = dict[str, Any]                # name -> weight [E, ...]
 Expert = Callable[[Array, Array, Experts], Array]
 
@@ -105,13 +98,13 @@ def gated(
     return glu(x, w) * gates[:, None]
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 18
 def one_expert(w: Experts, e: int | Int[Array, ""]) -> Experts:
     """Expert e's weights out of those of all."""
     return {name: stack[e] for name, stack in w.items()}
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 23
 def check_shapes(
     x: Array, gates: Array, experts: Array, w: Experts
 ) -> int:
@@ -127,7 +120,7 @@ def check_shapes(
     return next(iter(counts.values()))
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 24
 def every_expert(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -150,7 +143,7 @@ def every_expert(
     return out.reshape(n, a, -1).sum(axis=1)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 29
 def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     """Seats per expert: `factor` times the mean load, at most `n`.
 
@@ -161,7 +154,7 @@ def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     return min(n, math.ceil(factor * n * a / num_experts))
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 30
 def position_in_expert(
     experts: Int[Array, "N A"], num_experts: int
 ) -> Int[Array, "N A"]:
@@ -172,7 +165,7 @@ def position_in_expert(
     return place.reshape(experts.shape)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 31
 def dropped(
     experts: Int[Array, "N A"], num_experts: int, factor: float = 1.5
 ) -> Bool[Array, "N A"]:
@@ -185,7 +178,7 @@ def dropped(
     return position_in_expert(experts, num_experts) >= seats
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 35
 def capacity_and_drop(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -216,7 +209,7 @@ def capacity_and_drop(
     return jnp.sum(out, axis=1)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 40
 class Blocks(NamedTuple):
     """Choices sorted by expert, and the blocks that cover them."""
 
@@ -226,7 +219,7 @@ class Blocks(NamedTuple):
     first: Int[Array, " E+1"]                   # its first block
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 41
 def plan_blocks(
     experts: Int[Array, "N A"], num_experts: int, block: int
 ) -> Blocks:
@@ -245,7 +238,7 @@ def plan_blocks(
     return Blocks(order, starts, counts, first)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 42
 def rows_of_block(
     plan: Blocks, j: Int[Array, ""] | int, block: int
 ) -> tuple[Int[Array, ""], Int[Array, " {block}"]]:
@@ -259,7 +252,7 @@ def rows_of_block(
     return e, jnp.where(row < plan.counts[e], choice, nobody)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 46
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
     if n * a <= 2:
@@ -268,7 +261,7 @@ def block_rows(n: int, a: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 47
 def sort_and_tile(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -300,7 +293,7 @@ def sort_and_tile(
     return inference_only(y)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 48
 @jax.custom_vjp
 def inference_only(y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`y`; raises NotImplementedError when it is differentiated."""
@@ -316,20 +309,10 @@ def refuse(*_: Any) -> Any:
 inference_only.defvjp(refuse, refuse)
 
 
-# %% 05
-def refuse(*_: Any) -> Any:
-    raise NotImplementedError(
-        "sort_and_tile has no gradient: train with capacity_and_drop"
-    )
-
-
 inference_only.defvjp(refuse, refuse)
 
 
-inference_only.defvjp(refuse, refuse)
-
-
-# %% 05
+# %% book/chapters/05_moe.md, cell 67
 def mean_of_real(
     values: Float32[Array, "N *rest"], real: Bool[Array, " N"]
 ) -> Float32[Array, "*rest"]:
@@ -367,7 +350,7 @@ def router_z_loss(
     return mean_of_real(squares, real)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 68
 Losses = dict[str, Float32[Array, "*L"]]
 
 
@@ -383,7 +366,7 @@ class FeedForwardSpec(Spec):
         return FeedForward(self)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 69
 def network(
     x: Float[Array, "*N D"], spec: FeedForwardSpec
 ) -> Float32[Array, "*N D"]:
@@ -419,7 +402,7 @@ class FeedForward(hk.Module):
         return network(x.astype(dtype), self.spec), {}
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 70
 @dataclass(frozen=True)
 class MoESpec(Spec):
     """Experts, of which a router picks some for each token."""
@@ -442,7 +425,44 @@ class MoESpec(Spec):
         return MoE(self)
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 80
+class Parameter(hk.Module):
+    """A module that only holds one parameter of each expert."""
+
+    def __call__(
+        self, leaf: str, shape: tuple[int, ...], axes: Axes
+    ) -> Any:
+        axes = ("experts", *axes)
+        if len(shape) < 3:
+            return get_parameter(leaf, shape, axes, jnp.zeros)
+        init = hk.initializers.TruncatedNormal(shape[-2] ** -0.5)
+        return get_parameter(leaf, shape, axes, init, matrix=True)
+
+
+# %% book/chapters/05_moe.md, cell 81
+Parameters = dict[str, tuple[tuple[int, ...], Axes]]
+
+
+class ExpertWeights(hk.Module):
+    """The parameters of all experts of a layer, by name.
+
+    The one named `a/b` is `b` of module `a`, the one named `a` its `w`.
+    """
+
+    def __init__(self, num_experts: int, name: str = "moe") -> None:
+        super().__init__(name=name)
+        self.num_experts = num_experts
+
+    def __call__(self, parameters: Parameters) -> Experts:
+        w = {}
+        for name, (shape, axes) in parameters.items():
+            module, _, leaf = name.partition("/")
+            shape = (self.num_experts, *shape)
+            w[name] = Parameter(module)(leaf or "w", shape, axes)
+        return w
+
+
+# %% book/chapters/05_moe.md, cell 82
 class Router(hk.Module):
     """A router rule with a learned float32 `w` of shape [D, E]."""
 
@@ -458,47 +478,7 @@ class Router(hk.Module):
         return ROUTERS[self.spec.router](x, w, self.spec.top_k)
 
 
-# %% 05
-class Parameter(hk.Module):
-    """A module that only holds one parameter of each expert."""
-
-    def __call__(
-        self, leaf: str, shape: tuple[int, ...], axes: Axes
-    ) -> Any:
-        axes = ("experts", *axes)
-        if len(shape) < 3:
-            return get_parameter(leaf, shape, axes, jnp.zeros)
-        init = hk.initializers.TruncatedNormal(shape[-2] ** -0.5)
-        return get_parameter(leaf, shape, axes, init, matrix=True)
-
-
-# %% 05
-Parameters = dict[str, tuple[tuple[int, ...], Axes]]
-
-
-class ExpertWeights(hk.Module):
-    """The parameters of all experts of a layer, by name.
-
-    The one named `a/b` is `b` of module `a`, the one named `a` its `w`.
-    """
-
-    def __init__(self, num_experts: int, name: str = "moe") -> None:
-        super().__init__(name=name)
-        self.num_experts = num_experts
-
-    def __call__(self, parameters: Parameters) -> Experts:
-        w: Experts = {}
-        modules: dict[str, Parameter] = {}
-        for name, (shape, axes) in parameters.items():
-            module, _, leaf = name.partition("/")
-            if module not in modules:       # Haiku renames a second one
-                modules[module] = Parameter(module)
-            shape = (self.num_experts, *shape)
-            w[name] = modules[module](leaf or "w", shape, axes)
-        return w
-
-
-# %% 05
+# %% book/chapters/05_moe.md, cell 83
 class MoE(hk.Module):
     """A router and its experts; the parts of a layer that has them.
 
@@ -607,7 +587,22 @@ class MoE(hk.Module):
         return walk(x, routed.gates, experts, w)
 
 
-# %% 16
+# %% book/chapters/15_llama.md, cell 13
+def swiglu(
+    gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
+) -> Float[Array, "*N F"]:
+    """silu(gate) * up in float32, then `dtype`.
+
+    Source: Shazeer (2020), section 2.
+    """
+    return (jax.nn.silu(gate) * up).astype(dtype)
+
+
+# %% book/chapters/15_llama.md, cell 14
+ACTIVATIONS["silu"] = swiglu
+
+
+# %% book/chapters/16_mixtral.md, cell 4
 def route_renormalised(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -627,7 +622,7 @@ def route_renormalised(
 ROUTERS["top_k_softmax"] = route_renormalised
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 48
 def route_sigmoid(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -645,7 +640,7 @@ def route_sigmoid(
 ROUTERS["sigmoid"] = route_sigmoid
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 49
 @dataclass(frozen=True)
 class SharedMoESpec(MoESpec):
     """Experts of which one more, `shared`, reads every token."""
@@ -672,7 +667,7 @@ class Shared(hk.Module):
         return network(x, self.spec)
 
 
-# %% 18
+# %% book/chapters/18_llama4.md, cell 50
 class SharedMoE(MoE):
     """Experts as in Llama 4: gates may scale what an expert reads."""
 

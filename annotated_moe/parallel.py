@@ -1,6 +1,12 @@
+# Generated from book/chapters/07_sharding.md by `make sync`; edit the chapter.
 """Grok-1's weights fill 318 GB, and an accelerator with 80 GB of memory
 is a large one. No single device can hold the model, so eight hold an
 eighth each, and every product has to be computed where its weights lie.
+This chapter writes the nine rules that say who holds what, and a
+product that lets weights stay where they are. It proves that eight
+devices then compute what one would, reads the compiled program to see
+what they say to each other, and weighs the full model on each of them
+without allocating a byte of it.
 """
 
 import math
@@ -20,12 +26,12 @@ from annotated_moe.params import Axes, ParamSpec
 from annotated_moe.placement import PLACEMENTS, OneDevice
 from annotated_moe.quantization import LazySlice, QuantizedTensor
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 3
 AnyMesh = Mesh | AbstractMesh
 MeshAxis = str | tuple[str, ...] | None
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 8
 def make_mesh(data: int = 1, model: int = 1, expert: int = 1) -> Mesh:
     """A grid of data x expert x model devices with these axis names.
 
@@ -47,7 +53,7 @@ def make_mesh(data: int = 1, model: int = 1, expert: int = 1) -> Mesh:
     return Mesh(grid, ("data", "expert", "model"), axis_types=auto)
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 9
 MESH_AXES: dict[str | None, MeshAxis] = {
     "embed": "data",
     "heads": "model",
@@ -59,7 +65,7 @@ MESH_AXES: dict[str | None, MeshAxis] = {
 }
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 16
 def axis_size(mesh: AnyMesh, axis: MeshAxis) -> int:
     """How many parts `axis` cuts a dimension into; 1 for None.
 
@@ -75,14 +81,14 @@ def axis_size(mesh: AnyMesh, axis: MeshAxis) -> int:
     return math.prod(mesh.shape[n] for n in names if n is not None)
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 17
 def fit(axis: MeshAxis, size: int, mesh: AnyMesh) -> MeshAxis:
     """`axis` if it cuts `size` into equal parts, else None: whole."""
     parts = axis_size(mesh, axis)
     return axis if parts > 1 and size % parts == 0 else None
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 18
 def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     """`spec` as far as it fits `shape`: one entry for each dimension.
 
@@ -95,13 +101,13 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     return P(*(fit(a, n, mesh) for a, n in zip(wishes, shape)))
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 19
 def partition_spec(axes: Axes) -> P:
     """Which mesh axes cut an array whose axes count what `axes` say."""
     return P(*(MESH_AXES.get(axis) for axis in axes))
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 22
 def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     """`w` with a fitted spec in place of each array.
 
@@ -124,7 +130,7 @@ def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     return QuantizedTensor(fitted, scales)
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 23
 def group_repeats(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> int:
@@ -134,7 +140,7 @@ def group_repeats(
     return 1 if groups == 1 else math.lcm(groups, parts) // groups
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 24
 def fit_groups(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> QuantizedTensor:
@@ -150,7 +156,7 @@ def fit_groups(
     return QuantizedTensor(q.weight, scales)
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 29
 def partition_specs(
     params: dict[str, dict[str, Any]],
     specs: dict[str, dict[str, ParamSpec]],
@@ -171,7 +177,7 @@ def partition_specs(
     }
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 30
 def shardings(specs: Any, mesh: AnyMesh) -> Any:
     """A tree of specs as a tree of shardings, for `jax.device_put`."""
     return jax.tree.map(
@@ -181,14 +187,14 @@ def shardings(specs: Any, mesh: AnyMesh) -> Any:
     )
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 34
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 35
 def is_axes(value: Any) -> bool:
     """Whether this names the axes of one array."""
     return isinstance(value, tuple) and all(
@@ -201,7 +207,7 @@ def is_weight(w: Any) -> bool:
     return isinstance(w, (QuantizedTensor, LazySlice))
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 36
 @dataclass(frozen=True)
 class OneOfMany(OneDevice):
     """One device's part of a computation that was split.
@@ -236,7 +242,7 @@ class OneOfMany(OneDevice):
 PART: ContextVar[OneOfMany | None] = ContextVar("PART", default=None)
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 37
 @dataclass(frozen=True)
 class OnMesh(OneDevice):
     """On all devices of the current mesh."""
@@ -329,7 +335,7 @@ class OnMesh(OneDevice):
         return spread[0], spread[1]
 
 
-# %% 07
+# %% book/chapters/07_sharding.md, cell 38
 def find_mesh() -> OneDevice | None:
     """The part that is being computed, or the mesh, or nothing."""
     if part := PART.get():

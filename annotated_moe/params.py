@@ -1,4 +1,6 @@
-"""What a parameter is, said once, where a module asks for it."""
+# Generated from book/chapters/04_attention.md, book/chapters/08_model.md by `make sync`; edit the chapters.
+"""What a parameter is, said once, where a module asks for it.
+"""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -10,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+# %% book/chapters/04_attention.md, cell 55
 Axes = tuple[str | None, ...]
 
 
-# %% 04
 @dataclass(frozen=True)
 class ParamSpec:
     """What a parameter is, apart from its values.
@@ -30,7 +32,7 @@ class ParamSpec:
     float32: bool = True
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 56
 ASKED: ContextVar[ParamSpec | None] = ContextVar("ASKED", default=None)
 
 
@@ -51,7 +53,7 @@ def get_parameter(
         ASKED.reset(token)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 12
 def record_specs(
     run: Callable[[], Any],
 ) -> dict[str, dict[str, ParamSpec]]:

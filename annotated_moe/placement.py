@@ -1,11 +1,14 @@
-"""Where a computation runs: on one device, until a later chapter."""
+# Generated from book/chapters/04_attention.md by `make sync`; edit the chapter.
+"""Where a computation runs: on one device, until a later chapter.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
 
-# %% 04
+
+# %% book/chapters/04_attention.md, cell 57
 class OneDevice:
     """Everything is here: a product is a product, a sum is whole."""
 
@@ -50,7 +53,7 @@ class OneDevice:
         return k, v
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 58
 PLACEMENTS: list[Callable[[], OneDevice | None]] = []
 
 

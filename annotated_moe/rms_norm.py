@@ -8,7 +8,6 @@ three dtype casts you may not remove, and have seen what breaks when you
 do.
 """
 
-# %% book/chapters/02_rms_norm.md, cell 1
 import haiku as hk
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-# Generated from book/chapters/03_rope.md by `make sync`; edit the chapter.
+# Generated from book/chapters/03_rope.md, book/chapters/04_attention.md, book/chapters/15_llama.md by `make sync`; edit the chapters.
 """Attention compares tokens with tokens and never asks where they
 stand: *dog bites man* and *man bites dog* are to it one bag of three
 words. Rotary position embedding turns every query and key by an angle
@@ -9,7 +9,6 @@ which the world lays out its pairs and how to get from one to the other,
 and have seen what becomes of the angles in bfloat16.
 """
 
-# %% book/chapters/03_rope.md, cell 1
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ def rope_angles(
             f"RoPE needs an even head size, got {head_size}"
         )
     evens = jnp.arange(0, head_size, 2, dtype=jnp.float32)  # [H/2]
-    inv_freq = 1.0 / base ** (evens / head_size)               # [H/2]
+    inv_freq = 1.0 / base ** (evens / head_size)            # [H/2]
     inv_freq = freq_scaling(inv_freq) if freq_scaling else inv_freq
     return positions[..., None].astype(jnp.float32) * inv_freq
 
@@ -65,7 +64,7 @@ def rope(
     return jnp.concatenate(y, axis=-1).astype(x.dtype)
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 46
 @dataclass(frozen=True)
 class Rope(Spec):
     """How a layer turns its queries and keys."""
@@ -80,7 +79,7 @@ class Rope(Spec):
         return rope(x, positions, self.base)
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 15
 def scale_rope_frequencies(
     inv_freq: Float32[Array, " pairs"],
     factor: float,
@@ -105,7 +104,7 @@ def scale_rope_frequencies(
     return (1 - keep) * inv_freq / factor + keep * inv_freq
 
 
-# %% 15
+# %% book/chapters/15_llama.md, cell 16
 @dataclass(frozen=True)
 class Llama3Rope(Rope):
     """RoPE for a longer context, by four numbers. See

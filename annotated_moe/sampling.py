@@ -1,4 +1,6 @@
-"""From logits to a token: temperature, top-k, nucleus, a seed a row."""
+# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
+"""From logits to a token: temperature, top-k, nucleus, a seed a row.
+"""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 68
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -23,7 +25,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 69
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -42,7 +44,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 74
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -63,7 +65,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 77
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -73,7 +75,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 78
 NO_TOKEN = -1                   # where logits are no finite numbers
 
 
@@ -84,7 +86,7 @@ def unless_broken(
     return jnp.where(jnp.isfinite(logits).all(-1), tokens, NO_TOKEN)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 79
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -104,7 +106,7 @@ def sample(
     return unless_broken(logits, tokens)
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 80
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"],
@@ -115,7 +117,7 @@ def greedy(
     return unless_broken(logits, jnp.argmax(logits, axis=-1))
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 81
 def per_row(
     name: str, value: Any, rows: int, good: Any, need: str
 ) -> np.ndarray:
@@ -131,7 +133,7 @@ def per_row(
     return np.broadcast_to(a, (rows,))
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 82
 def sampling(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:

@@ -1,4 +1,6 @@
-"""What a part of a model is, as plain data that checks itself."""
+# Generated from book/chapters/04_attention.md, book/chapters/05_moe.md, book/chapters/08_model.md, book/chapters/92_specs.md by `make sync`; edit the chapters.
+"""What a part of a model is, as plain data that checks itself.
+"""
 
 import math
 import types
@@ -7,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 43
 SPECS: dict[str, type["Spec"]] = {}
 CHECKS: list[Callable[["Spec"], None]] = []
 
@@ -31,7 +33,7 @@ class Spec:
         """ValueError where fields that are fine alone do not fit."""
 
 
-# %% 04
+# %% book/chapters/04_attention.md, cell 45
 @dataclass(frozen=True)
 class Range:
     """Numbers from `least` on, or only those above it."""
@@ -52,7 +54,7 @@ Size = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, above=True)]
 
 
-# %% 05
+# %% book/chapters/05_moe.md, cell 5
 @dataclass(frozen=True)
 class OneOf:
     """The names that a table registers, now or in later chapters."""
@@ -66,7 +68,7 @@ class OneOf:
         return f"one of {', '.join(self.table)}"
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 10
 def to_json(value: Any) -> Any:
     """A spec as JSON: its fields, and the name of its class."""
     if isinstance(value, Spec):
@@ -78,7 +80,7 @@ def to_json(value: Any) -> Any:
     return value
 
 
-# %% 08
+# %% book/chapters/08_model.md, cell 11
 def from_json(raw: Any) -> Any:
     """What `to_json` wrote. ValueError for anything else.
 
@@ -103,7 +105,7 @@ def from_json(raw: Any) -> Any:
         raise ValueError(str(error).replace("__init__() ", "")) from None
 
 
-# %% 92
+# %% book/chapters/92_specs.md, cell 2
 def expected_by(hint: Any) -> str:
     """What a field's type asks for, in words."""
     base = typing.get_origin(hint)
@@ -119,7 +121,7 @@ def expected_by(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-# %% 92
+# %% book/chapters/92_specs.md, cell 3
 def fits_type(value: Any, hint: Any) -> bool:
     """Whether a value is what a field's type asks for."""
     base = typing.get_origin(hint)
@@ -143,7 +145,7 @@ def fits_type(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
-# %% 92
+# %% book/chapters/92_specs.md, cell 4
 def check_types(spec: Spec) -> None:
     """ValueError for the first field that its type does not allow."""
     hints = typing.get_type_hints(type(spec), include_extras=True)

@@ -1,8 +1,12 @@
+# Generated from book/chapters/11_streaming.md by `make sync`; edit the chapter.
 """Grok-1's files fill 318 GB, and a large laptop has 24 GB of memory.
 But a token uses two experts of eight, uses each of their weights once,
 and is done with it before the next layer begins. So the weights may
 stay on disk. This chapter runs the model from its files, a layer at a
-time, reading only what the router asks for.
+time, reading only what the router asks for. By its end you will have
+`load(path, stream=True)`, a product that multiplies bytes where the
+file left them, and the proof that the streamed model says what the
+resident one says.
 """
 
 import functools
@@ -17,12 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import (
     Array,
     Bool,
@@ -39,6 +44,7 @@ from numpy.lib.stride_tricks import as_strided
 from tqdm import tqdm
 
 from annotated_moe.cache import KVCache
+from annotated_moe.checkpoints import LOADERS, Opened, find_tokenizer
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
@@ -65,7 +71,7 @@ from annotated_moe.quantization import QuantizedTensor, tile_rows
 from annotated_moe.rms_norm import rms_norm
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 7
 def to_digits(
     x: Float[Array, "N D"],
 ) -> tuple[Int8[Array, "3 N D"], Float32[Array, "N 1"]]:
@@ -84,7 +90,7 @@ def to_digits(
     return jnp.stack(digits), peak / (127 * 254**2)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 10
 def digits_dot(
     digits: Int8[Array, "3 N D"], w: Int8[Array, "D F"]
 ) -> Float32[Array, "N F"]:
@@ -96,7 +102,7 @@ def digits_dot(
     return (a * 254 + b) * 254 + c
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 13
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mapped:
@@ -118,7 +124,7 @@ class Mapped:
     transposed: bool = field(default=False, metadata={"static": True})
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 14
 def read_tile(
     w: Mapped, start: int | Int[Array, ""], lines: int
 ) -> Shaped[Array, "{lines} _"]:
@@ -137,7 +143,7 @@ def read_tile(
     return raw.reshape(lines, w.pitch)[:, :width]
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 15
 def straddling(
     word: UInt[Array, " M"],
     after: UInt[Array, " M"],
@@ -151,7 +157,7 @@ def straddling(
     return low | high
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 16
 def int8_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -174,7 +180,7 @@ def int8_product(
     return step * jax.lax.fori_loop(0, d // lines, add_tile, zero)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 17
 def float_product(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -193,7 +199,7 @@ def float_product(
     return jax.lax.fori_loop(0, d // lines, add_tile, zero)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 18
 def int8_transposed(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -216,7 +222,7 @@ def int8_transposed(
     return step * jax.lax.fori_loop(0, f // lines, put_tile, zero)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 19
 def few_logits(
     h: Float[Array, "N D"], words: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -228,7 +234,7 @@ def few_logits(
     return jnp.stack([jnp.sum(one * words, axis=1) for one in h])
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 20
 def float_transposed(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -245,7 +251,7 @@ def float_transposed(
     return jax.lax.fori_loop(0, f // lines, put_tile, y)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 21
 MOST_VECTORS = 512
 
 
@@ -261,7 +267,7 @@ def in_chunks(
     return y.reshape(len(x), -1)[:n]
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 22
 def mapped_matmul(
     x: Float[Array, "N D"], w: Mapped
 ) -> Float32[Array, "N F"]:
@@ -276,7 +282,7 @@ def mapped_matmul(
 PRODUCTS[Mapped] = mapped_matmul
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 23
 def file_of(view: Any) -> tuple[Any, str | None]:
     """The mapping that `view` looks into, and the file's name.
 
@@ -291,13 +297,13 @@ def file_of(view: Any) -> tuple[Any, str | None]:
     return base, None if name is None else str(name)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 24
 def address(a: np.ndarray) -> int:
     """Where an array's first byte is in memory."""
     return a.__array_interface__["data"][0]
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 25
 ALIGNED = 64                                    # bytes, JAX wants it
 
 
@@ -323,7 +329,7 @@ def to_jax(view: np.ndarray) -> tuple[jax.Array, np.int32]:
     return jax.device_put(words), np.int32(skip)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 26
 def stretch(w: np.ndarray) -> tuple[np.ndarray, int, bool]:
     """The memory that holds a matrix [D, F], from its first number to
     its last; the pitch; and whether it lies transposed.
@@ -340,7 +346,7 @@ def stretch(w: np.ndarray) -> tuple[np.ndarray, int, bool]:
     return stretch(w.copy())
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 27
 MOST_BYTES = 2**31 - 2 * ALIGNED                # int32 counts them
 
 
@@ -361,7 +367,7 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     return Mapped(raw, skip, small, (d, f), dtype, pitch, turned)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 32
 @dataclass
 class ReadCounts:
     """What has been read so far; grows as the model runs.
@@ -377,7 +383,7 @@ class ReadCounts:
         self.weights[key] += 1
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 33
 def arrays_of(w: Any) -> Iterator[Any]:
     """The arrays that a weight is made of: of layers, of experts."""
     w = getattr(w, "weight", w)
@@ -389,7 +395,7 @@ def arrays_of(w: Any) -> Iterator[Any]:
         yield from arrays_of(part)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 34
 def files_of(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     leaves = [w for module in params.values() for w in module.values()]
@@ -397,7 +403,7 @@ def files_of(params: Params) -> set[str]:
     return {name for view in views if (name := file_of(view)[1])}
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 35
 def state_of(name: str) -> tuple[int, int, int]:
     """A file's size, time of change and inode.
 
@@ -412,7 +418,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 36
 def check_unchanged(w: Any, opened: dict) -> None:
     """ValueError if a file that `w` is in is no longer what it was.
 
@@ -428,7 +434,7 @@ def check_unchanged(w: Any, opened: dict) -> None:
             )
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 37
 def read_ahead(views: list[Any]) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in (part for w in views for part in arrays_of(w)):
@@ -441,7 +447,7 @@ def read_ahead(views: list[Any]) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, start, last - start)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 38
 Key = tuple[Any, ...]           # module, name, index into the stacks
 
 
@@ -493,7 +499,7 @@ class WeightStore:
         self.reader.submit(read_ahead, views)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 39
 @dataclass(frozen=True)
 class Location:
     """Where a parameter is stored; stands in for its value."""
@@ -534,7 +540,7 @@ def expert_locations(
     return hk.transform(ask).apply(stand_ins, None)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 42
 @functools.cache
 def layer_keys(config: ModelConfig, slot: Slot) -> tuple[Key, ...]:
     """Module and name of what every token needs of a layer."""
@@ -558,7 +564,7 @@ def fetch_layer(store: WeightStore, slot: Slot, index: int) -> Params:
     return found
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 43
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
@@ -586,7 +592,7 @@ def attend_and_route(
     return hk.transform(run).apply(weights, None)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 44
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
@@ -610,7 +616,7 @@ def dense_layer(
     return h, cache
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 45
 @partial(jax.jit, static_argnames="spec", donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -635,7 +641,7 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 46
 MOST_CHOICES = 1024
 
 
@@ -652,7 +658,7 @@ def in_batches(
         yield full
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 47
 def stream_experts(
     store: WeightStore,
     slot: Slot,
@@ -677,7 +683,7 @@ def stream_experts(
     return y
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 48
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="h"
 )
@@ -698,7 +704,7 @@ def add_to_residual(
     return hk.transform(run).apply(weights, None)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 49
 def stream_layer(
     store: WeightStore,
     slot: Slot,
@@ -723,7 +729,7 @@ def stream_layer(
     return add_to_residual(weights, h, y, beside, spec, dtype), cache
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 50
 def table_rows(table: Any, tokens: np.ndarray) -> np.ndarray:
     """Some rows of a table that is an array, or something like it."""
     if isinstance(table, np.ndarray):
@@ -750,7 +756,7 @@ def stream_embed(
     return h if inputs is None else store.config.merge(h, inputs)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 51
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
@@ -761,7 +767,7 @@ def word_logits(
     return float_transposed(h, turned)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 52
 def table_pieces(table: Any) -> Iterator[np.ndarray]:
     """The table in equal runs of words of at most 256 MiB each."""
     words, width = table.shape
@@ -772,7 +778,7 @@ def table_pieces(table: Any) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(table[start : start + run])
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 53
 def stream_unembed(
     store: WeightStore, h: Float32[Array, "N D"]
 ) -> Float32[Array, "N V"]:
@@ -790,7 +796,7 @@ def stream_unembed(
     return jnp.concatenate(y, axis=1) * scale.astype(jnp.float32)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 54
 def own_lengths(cache: Cache | None) -> dict[int, Any]:
     """The slots' caches by number, each with a `length` of its own.
 
@@ -801,7 +807,7 @@ def own_lengths(cache: Cache | None) -> dict[int, Any]:
             for i, slot in enumerate(slots)}
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 55
 def stream_decoder(
     store: WeightStore,
     h: Float32[Array, "B T D"],
@@ -829,7 +835,7 @@ def stream_decoder(
     return h, Cache(tuple(kept[i] for i in range(len(slots))))
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 56
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -841,7 +847,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 57
 MOST_TOKENS = 4096
 
 
@@ -852,6 +858,7 @@ class StreamedModel(Model):
     Otherwise a `Model`. ValueError if it is given a mesh.
     """
 
+    in_memory: ClassVar[bool] = False
     store: WeightStore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -926,7 +933,29 @@ class StreamedModel(Model):
         return logits, grown.with_length(length)
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 58
+STREAMED_CLASSES: dict[type, Callable[..., StreamedModel]] = {
+    ModelConfig: StreamedModel
+}
+
+
+def load_from_disk(
+    opened: Opened, mesh: Mesh | None, dtype: str
+) -> StreamedModel:
+    """The model of a checkpoint, of which no weight is read yet."""
+    config = replace(opened.config, dtype=dtype)
+    params: dict[str, dict[str, Any]] = {}
+    for (module, name), w in opened.read().items():
+        params.setdefault(module, {})[name] = w
+    tokenizer = find_tokenizer(opened.folder)
+    kind = STREAMED_CLASSES[type(config)]
+    return kind(config, params, tokenizer, mesh)
+
+
+LOADERS["disk"] = load_from_disk
+
+
+# %% book/chapters/11_streaming.md, cell 71
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -948,7 +977,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% 11
+# %% book/chapters/11_streaming.md, cell 72
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

@@ -31,7 +31,8 @@ from unittest.mock import patch
 import ml_dtypes
 import numpy as np
 
-from annotated_moe.checkpoints import expected, grok_paths, may_be_quantized, our_path
+from annotated_moe.checkpoints import expected, grok_paths, may_be_quantized
+from annotated_moe.formats.grok1 import our_path
 from annotated_moe.model import PRESETS, ModelConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

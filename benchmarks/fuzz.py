@@ -31,18 +31,17 @@ import numpy as np
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from annotated_moe.checkpoints import (
+from annotated_moe.convert import named, pickle_parts
+from annotated_moe.formats.files import CheckpointError
+from annotated_moe.formats.lazy import as_bytes
+from annotated_moe.formats.pickles import (
     ALLOWED,
     OPCODES,
-    CheckpointError,
-    Seen,
-    as_bytes,
+    Interpreted,
     interpret,
-    open_arrays,
     read_pickled,
-    safetensors_parts,
 )
-from annotated_moe.convert import named, pickle_parts
+from annotated_moe.formats.safetensors import open_arrays, safetensors_parts
 from annotated_moe.meta import NAMES, name_of, open_pth, pth_bytes, pth_program
 from annotated_moe.quantization import QuantizedTensor
 
@@ -203,7 +202,7 @@ FEW = st.lists(PTH_EDITS, min_size=1, max_size=4)
 PTH = st.tuples(st.just(pth_bytes(SOME)), FEW).map(damaged)
 PTH_PROGRAM = st.tuples(st.just(pth_program(SOME)), FEW).map(damaged).map(around)
 
-SEEN: Seen = {}
+SEEN: Interpreted = {}
 for sound in pickles():
     interpret(memoryview(sound), SEEN)
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from annotated_moe import checkpoints
+from annotated_moe.formats.writing import write_json
 
 where = checkpoints.find_layout(Path(sys.argv[1]))[2]
 sums = {
@@ -20,5 +21,5 @@ sums = {
 path = checkpoints.beside(where) / "checksums.json"
 if path.exists():
     sys.exit(f"{path} exists already")
-checkpoints.write_json(path, {"sha256": sums})
+write_json(path, {"sha256": sums})
 print(f"{len(sums)} tensors, {checkpoints.verify(where)} verified")

@@ -21,7 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 import annotated_moe as am
 from annotated_moe import checkpoints
-from annotated_moe.checkpoints import CheckpointError, as_tensor, parse, read_pickled
+from annotated_moe.formats import pickles, writing
+from annotated_moe.formats.files import CheckpointError
+from annotated_moe.formats.pickles import as_tensor, parse, read_pickled
 from annotated_moe.model import decode_step, init_cache, prefill
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -518,7 +520,7 @@ def test_random_damage():
     files = [dump(SMALL), dump(pair()), dump(pair((2, 4, 6), 4))]
     alive, seen = 0, {}
     for file in files:
-        checkpoints.interpret(memoryview(file), seen)
+        pickles.interpret(memoryview(file), seen)
     assert len(seen) == 3
     for trial in range(600):
         data = bytearray(files[trial % len(files)])
@@ -526,28 +528,28 @@ def test_random_damage():
             data[at] = rng.integers(256)
         alive += survives(bytes(data))
         slow = outcome(lambda d: as_tensor(parse(d)), data)
-        assert outcome(lambda d: checkpoints.interpret(d, dict(seen)), data) == slow
+        assert outcome(lambda d: pickles.interpret(d, dict(seen)), data) == slow
     assert 0 < alive < 600
 
 
 def test_a_file_like_one_seen_needs_no_machine(monkeypatch):
     one, other, seen = dump(pair()), bytearray(dump(pair())), {}
-    checkpoints.interpret(memoryview(one), seen)
-    monkeypatch.setattr(checkpoints, "parse", None)
+    pickles.interpret(memoryview(one), seen)
+    monkeypatch.setattr(pickles, "parse", None)
     at = other.index(pair().weight.tobytes())
     other[at] ^= 1
-    got = checkpoints.interpret(memoryview(other), seen)
+    got = pickles.interpret(memoryview(other), seen)
     assert got.weight.ravel()[0] == pair().weight.ravel()[0] ^ 1
     other[at - 1] ^= 1
     with pytest.raises(TypeError):              # not like it: to the machine
-        checkpoints.interpret(memoryview(other), seen)
+        pickles.interpret(memoryview(other), seen)
 
 
 def test_random_programs():
     """Only instructions that are carried out, in any order."""
     rng = np.random.default_rng(1)
-    known = [*checkpoints.PUSH, *checkpoints.DO]
-    codes = [code for code, name in checkpoints.OPCODES.items() if name in known]
+    known = [*pickles.PUSH_OPS, *pickles.OTHER_OPS]
+    codes = [code for code, name in pickles.OPCODES.items() if name in known]
     whole = [QUANTIZED, text("weight"), text("scales"), named("numpy", "dtype"),
              b"h\0", b"h\1", b"K\2", dump(SMALL)[11:-1], b"(", b")", b"\x94"]
     for _ in range(600):
@@ -809,7 +811,7 @@ def test_a_failed_save_changes_nothing(tiny, saved, monkeypatch):
     (saved / "notes.txt").write_text("mine")
     before = snapshot(saved.parent)
 
-    append = checkpoints.append
+    append = writing.append_bytes
 
     def full(path, data):
         """A disk with room for the header and no more."""
@@ -821,7 +823,7 @@ def test_a_failed_save_changes_nothing(tiny, saved, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for target in (saved, saved.parent / "other"):
-        monkeypatch.setattr(checkpoints, "append", full)
+        monkeypatch.setattr(writing, "append_bytes", full)
         with pytest.raises(CheckpointError, match="No space") as error:
             am.save(tiny, target)
         monkeypatch.undo()

@@ -13,7 +13,8 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import checkpoints, sharding
-from annotated_moe.checkpoints import BYTES_READ, CheckpointError, quantize_params
+from annotated_moe.checkpoints import BYTES_READ, quantize_params
+from annotated_moe.formats.files import CheckpointError
 from annotated_moe.model import (
     decode_step,
     init_cache,

@@ -16,6 +16,7 @@ import annotated_moe as am
 from annotated_moe import checkpoints as ck
 from annotated_moe import cli, meta
 from annotated_moe.convert import convert
+from annotated_moe.formats import lazy
 from annotated_moe.meta import CheckpointError, open_pth, pth_bytes, pth_program
 
 ARRAYS = {
@@ -461,7 +462,7 @@ def test_assembled_is_an_array():
         for i in (0, 3, -1):
             assert isinstance(w[i], meta.Assembled)
             np.testing.assert_array_equal(np.asarray(w[i]), whole[i])
-        blocks = [np.asarray(block) for block in ck.pieces(w)]
+        blocks = [np.asarray(block) for block in lazy.iter_blocks(w)]
         np.testing.assert_array_equal(np.concatenate(blocks), whole)
         with pytest.raises(IndexError):
             w[0, 9]
@@ -480,12 +481,12 @@ def test_assembled_reads_what_is_asked():
 
 
 def test_large_assembled_tensors_are_written_in_blocks(monkeypatch):
-    monkeypatch.setattr(ck, "BLOCK", 64)
+    monkeypatch.setattr(lazy, "BLOCK", 64)
     whole = np.arange(3 * 5 * 8, dtype=np.float32).reshape(3, 5, 8)
     w = meta.Assembled(np.split(whole, 2, 2), 2)
-    blocks = list(ck.pieces(w))
+    blocks = list(lazy.iter_blocks(w))
     assert max(block.nbytes for block in blocks) <= 64
-    assert b"".join(ck.as_bytes(b) for b in blocks) == whole.tobytes()
+    assert b"".join(lazy.as_bytes(b) for b in blocks) == whole.tobytes()
 
 
 def complains(folder, *words):

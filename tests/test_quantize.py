@@ -12,7 +12,9 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import checkpoints, cli, convert, model
-from annotated_moe.checkpoints import CheckpointError, expected, may_be_quantized
+from annotated_moe.checkpoints import expected, may_be_quantized
+from annotated_moe.formats import lazy
+from annotated_moe.formats.files import CheckpointError
 from annotated_moe.moe import MoE, Route, plain
 from annotated_moe.quantization import change_bound, dequantize
 
@@ -201,7 +203,7 @@ def save(config, folder, dtype=np.float32):
 def test_the_command_writes_what_memory_would_hold(tmp_path, name, monkeypatch):
     config = FAMILY[name]
     params = save(config, tmp_path / "a", ml_dtypes.bfloat16)
-    monkeypatch.setattr(checkpoints, "BLOCK", 4 * 32 * 20)      # 20 columns
+    monkeypatch.setattr(lazy, "BLOCK", 4 * 32 * 20)      # 20 columns
     job = ["quantize", str(tmp_path / "a"), str(tmp_path / "b")]
     assert cli.main(job) == 0
     wide = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)

@@ -91,7 +91,7 @@ def test_recorded_layout():
 
 def test_stream_is_decode_for_any_ids(any_model):
     rng, size = random.Random(0), any_model.vocab_size
-    table = any_model.processor
+    table = any_model.backend.processor
     raw = [i for i in range(size) if table.is_byte(i)] or [0]
     spaced = [i for i in range(size) if table.id_to_piece(i).startswith("▁")]
     pools = [range(size), raw, spaced + [0, 1, 2, 3], raw + spaced + [0, 3]]
@@ -103,7 +103,7 @@ def test_stream_is_decode_for_any_ids(any_model):
 
 def test_every_pair_of_bytes():
     tokenizer = Tokenizer(MODEL)
-    byte = [tokenizer.processor.piece_to_id(f"<0x{i:02X}>") for i in range(256)]
+    byte = [tokenizer.backend.processor.piece_to_id(f"<0x{i:02X}>") for i in range(256)]
     for first in range(256):
         for second in range(0, 256, 15):
             text = take_characters(bytes([first, second]), True)
@@ -114,7 +114,7 @@ def test_every_pair_of_bytes():
 @pytest.mark.parametrize("text", ["é", "日", "🦜", "e\u0301", "👩‍🚀"])
 def test_no_part_of_a_character_is_shown(ours, text):
     data = text.encode()
-    ids = [ours.processor.piece_to_id(f"<0x{b:02X}>") for b in data]
+    ids = [ours.backend.processor.piece_to_id(f"<0x{b:02X}>") for b in data]
     stream, shown = ours.stream(), ""
     for count, token in enumerate(ids, 1):
         shown += stream.push(token)
@@ -123,7 +123,8 @@ def test_no_part_of_a_character_is_shown(ours, text):
 
 
 def test_a_stream_that_stops_within_a_character(ours):
-    ids = [ours.processor.piece_to_id(f"<0x{b:02X}>") for b in "🦜".encode()[:3]]
+    byte = ours.backend.processor.piece_to_id
+    ids = [byte(f"<0x{b:02X}>") for b in "🦜".encode()[:3]]
     stream = ours.stream()
     assert [stream.push(i) for i in ids] == ["", "", ""]
     assert stream.flush() == ours.decode(ids) == "\ufffd" * 3
@@ -167,7 +168,7 @@ def test_source_code_comes_back(ours):
 
 def test_digits_and_line_breaks_stand_alone():
     tokenizer = Tokenizer.train([*TEXTS, "1024\n\n\tx = 1024 " * 999], 420)
-    pieces = [tokenizer.processor.id_to_piece(i) for i in range(6 + 256, 420)]
+    pieces = [tokenizer.backend.processor.id_to_piece(i) for i in range(6 + 256, 420)]
     assert not [p for p in pieces if len(p) > 1 and set(p) & set("0124\n\t")]
     assert tokenizer.encode("a\n\n\tb")[1:4] == [4, 4, 5]
 
@@ -185,6 +186,22 @@ def test_bos_and_eos_only_on_request(ours):
     assert ours.encode("", add_bos=True, add_eos=True) == [1, 2]
 
 
+def test_a_prompt_of_grok_1_begins_with_nothing(ours):
+    plain = ours.encode("x y")
+    assert ours.encode_prompt("x y") == plain
+    assert ours.encode_prompt("x y", add_bos=False) == plain
+    assert ours.encode_prompt("x y", add_bos=True) == [1, *plain]
+
+
+def test_special_pieces_at_their_word(ours):
+    """Only the beginning of a text has a space put before it."""
+    for text in ["a[EOS]b", "[BOS]a", "a [EOS] b", "[BOS][BOS]", "", " [PAD]  x[EOS] "]:
+        ids = ours.encode(text, specials=True)
+        assert ours.decode(ids, specials=True) == text
+        named = {p: ids.count(i) for i, p in enumerate(["[PAD]", "[BOS]", "[EOS]"])}
+        assert named == {p: text.count(p) for p in named}
+
+
 def test_absent_special_pieces_are_none():
     bare = foreign(bos_id=-1, eos_id=-1, unk_id=0)
     found = bare.pad_id, bare.bos_id, bare.eos_id, bare.unk_id
@@ -198,15 +215,35 @@ def test_absent_special_pieces_are_none():
 # What cannot be encoded or decoded
 
 
-@pytest.mark.parametrize("bad", [-1, 512, 2**31, 2**70])
-def test_ids_out_of_range(bad):
+def test_a_negative_id_is_a_mistake():
     tokenizer = Tokenizer(MODEL)
     with pytest.raises(ValueError) as error:
-        tokenizer.decode([300, bad])
-    assert one_line(error, str(bad), "512")
+        tokenizer.decode([300, -1])
+    assert one_line(error, "-1")
     with pytest.raises(ValueError) as error:
-        tokenizer.stream().push(bad)
-    assert one_line(error, str(bad), "512")
+        tokenizer.stream().push(-1)
+    assert one_line(error, "-1")
+
+
+@pytest.mark.parametrize("beyond", [512, 2**31, 2**70])
+def test_an_id_beyond_the_table_is_no_text(beyond):
+    """A model's table may be larger than its tokenizer's."""
+    tokenizer = Tokenizer(MODEL)
+    ids = tokenizer.encode("a naïve 🦜 talks")
+    woven = [beyond] + [i for token in ids for i in (token, beyond)]
+    assert tokenizer.decode(woven) == streamed(tokenizer, woven) == "a naïve 🦜 talks"
+    assert tokenizer.decode(woven, specials=True) == "a naïve 🦜 talks"
+    assert tokenizer.decode([beyond]) == streamed(tokenizer, [beyond]) == ""
+
+
+def test_a_text_that_needs_more_ids_than_a_model_has():
+    tokenizer = Tokenizer(MODEL)
+    ids = tokenizer.encode("experts")
+    assert tokenizer.check_ids(ids, max(ids) + 1) == ids
+    with pytest.raises(ValueError) as error:
+        tokenizer.check_ids(ids, max(ids))
+    piece = tokenizer.decode([max(ids)])
+    assert one_line(error, f"token {max(ids)} ({piece!r})", f"only {max(ids)}")
 
 
 def test_integers_of_any_library():

@@ -21,7 +21,8 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import checkpoints as ck
-from annotated_moe import cli, convert, vocabularies
+from annotated_moe import cli, convert, templates
+from annotated_moe import tokenizer as formats
 from annotated_moe.model import Model
 from annotated_moe.tokenizer import Tokenizer
 
@@ -118,22 +119,12 @@ def meta_file(pieces):
     return b"".join(lines)
 
 
-def tekken_file():
-    pieces = merged_ranks(266)
-    return json.dumps({
-        "config": {"pattern": vocabularies.LLAMA4_PATTERN, "version": "v3",
-                   "default_vocab_size": 25 + 260, "default_num_special_tokens": 25},
-        "vocab": [{"rank": i, "token_bytes": base64.b64encode(p).decode(),
-                   "token_str": None} for i, p in enumerate(pieces)],
-    }).encode()
-
-
 @pytest.fixture(autouse=True)
 def tiny_forms(monkeypatch):
     """Let 265 and 266 base tokens stand for Llama 3 and Llama 4."""
-    forms = vocabularies.META_FORMS
+    forms = formats.META_FORMS
     small = {265: forms[128_000], 266: forms[200_000]}
-    monkeypatch.setattr(vocabularies, "META_FORMS", forms | small)
+    monkeypatch.setattr(formats, "META_FORMS", forms | small)
 
 
 MAKE = {
@@ -143,12 +134,10 @@ MAKE = {
     "words": words,
     "llama 3": lambda: meta_file(merged_ranks(265)),
     "llama 4": lambda: meta_file(merged_ranks(266)),
-    "tekken": tekken_file,
     "sentencepiece": lambda: (FIXTURES / "tokenizer.model").read_bytes(),
 }
 FILES = {}
-LOSSLESS = ["byte level", "byte fallback", "llama 3", "llama 4", "tekken",
-            "sentencepiece"]
+LOSSLESS = ["byte level", "byte fallback", "llama 3", "llama 4", "sentencepiece"]
 
 
 def data_of(name):
@@ -181,14 +170,14 @@ def test_a_stream_is_a_decode_for_any_ids(name):
     tokenizer, rng = made(name), random.Random(0)
     size = tokenizer.vocab_size
     raw = [i for text in ["日本🦜", " é the"] for i in tokenizer.encode(text)]
-    special = list(vocabularies.specials_of(tokenizer.processor).values()) or [0]
+    special = list(tokenizer.backend.specials.values()) or [0]
     for _ in range(400):
         pool = rng.choice([range(size), raw, raw + special[:3]])
         ids = rng.choices(pool, k=rng.randrange(12))
         assert streamed(tokenizer, ids) == tokenizer.decode(ids), ids
 
 
-@pytest.mark.parametrize("name", ["byte level", "llama 3", "tekken"])
+@pytest.mark.parametrize("name", ["byte level", "llama 3"])
 def test_no_part_of_a_character_is_shown(name):
     tokenizer, shown = made(name), ""
     ids = tokenizer.encode("é日🦜")
@@ -211,7 +200,7 @@ def test_ids_and_text_are_those_of_the_library(name):
         assert tokenizer.encode(text, specials=True) == ids
         if not re.search("<s>|</s>", text):
             assert tokenizer.encode(text) == ids
-    hidden = tokenizer.processor.hidden
+    hidden = tokenizer.backend.hidden
     for _ in range(300):
         ids = rng.choices(range(tokenizer.vocab_size), k=9)
         assert tokenizer.decode(ids, specials=True) == library.decode(
@@ -223,7 +212,7 @@ def test_ids_and_text_are_those_of_the_library(name):
 def test_bytes_are_those_of_tiktoken():
     pieces = merged_ranks(265)
     library = tiktoken.Encoding(
-        "x", pat_str=vocabularies.LLAMA3_PATTERN, special_tokens={},
+        "x", pat_str=formats.LLAMA3_PATTERN, special_tokens={},
         mergeable_ranks={p: i for i, p in enumerate(pieces)})
     tokenizer, rng = made("llama 3"), random.Random(2)
     for text in SAMPLES:
@@ -235,7 +224,7 @@ def test_bytes_are_those_of_tiktoken():
 
 def test_a_long_run_is_cut_as_meta_cuts_it():
     text = "a" * 60_000 + " " * 30_000 + "b" * 340_000
-    parts = list(vocabularies.stretches(text))
+    parts = list(formats.stretches(text))
     assert "".join(parts) == text
     sizes = [25_000, 25_000, 35_000, 30_000]
     assert [len(p) for p in parts[:4]] == sizes
@@ -247,9 +236,6 @@ def test_token_ids_in_the_tables():
     assert (llama3.bos_id, llama3.eos_id, llama3.pad_id) == (265, 266, 269)
     assert (llama4.bos_id, llama4.eos_id, llama4.pad_id) == (266, 267, 284)
     assert (llama3.vocab_size, llama4.vocab_size) == (265 + 256, 266 + 2048)
-    tekken = made("tekken")
-    assert (tekken.unk_id, tekken.bos_id, tekken.eos_id, tekken.pad_id) == (
-        0, 1, 2, 11)
     assert llama3.encode("x", add_bos=True, add_eos=True) == [265, 120, 266]
 
 
@@ -259,7 +245,7 @@ def test_token_ids_in_the_tables():
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_a_prompt_cannot_forge_special_ids(name):
     tokenizer = made(name)
-    specials = vocabularies.specials_of(tokenizer.processor)
+    specials = tokenizer.backend.specials
     assert specials
     for text in list(specials)[:40]:
         around = f"a{text} b"
@@ -274,9 +260,9 @@ def test_a_prompt_cannot_forge_special_ids(name):
 
 def test_added_runs_of_spaces_are_ordinary():
     tokenizer = made("byte level")
-    assert "      " not in tokenizer.processor.specials
+    assert "      " not in tokenizer.backend.specials
     assert len(tokenizer.encode("x      y")) == 3
-    assert "<|tool|>" in tokenizer.processor.specials   # a role, though not flagged
+    assert "<|tool|>" in tokenizer.backend.specials   # a role, though not flagged
     ids = tokenizer.encode("<|tool|>", specials=True)
     assert len(ids) == 1 and tokenizer.decode(ids) == "<|tool|>"
 
@@ -288,13 +274,19 @@ def test_half_a_surrogate_pair_is_no_text():
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_ids_out_of_range(name):
-    tokenizer = made(name)
-    for bad in [-1, tokenizer.vocab_size]:
-        with pytest.raises(ValueError, match="is not one of"):
-            tokenizer.decode([bad])
-        with pytest.raises(ValueError, match="is not one of"):
-            tokenizer.stream().push(bad)
+def test_an_id_beyond_the_table_is_no_text(name):
+    """As where a model's table is larger: Qwen3's by 267, OLMoE's by 24."""
+    tokenizer, text = made(name), "the end 🦜"
+    size, ids = tokenizer.vocab_size, tokenizer.encode("the end 🦜")
+    text = tokenizer.decode(ids)
+    for beyond in [size, size + 266, 2**31]:
+        woven = [beyond] + [i for token in ids for i in (token, beyond)]
+        assert tokenizer.decode(woven) == streamed(tokenizer, woven) == text
+        assert tokenizer.decode([beyond], specials=True) == ""
+    with pytest.raises(ValueError, match="is not one of"):
+        tokenizer.decode([-1])
+    with pytest.raises(ValueError, match="is not one of"):
+        tokenizer.stream().push(-1)
 
 
 # Files
@@ -315,8 +307,7 @@ def test_saved_under_its_own_name(name, tmp_path):
     (tmp_path / "a" / "tokenizer_config.json").write_bytes(config)
     (tmp_path / "a" / "file").write_bytes(data_of(name))
     Tokenizer(tmp_path / "a" / "file").save_in(tmp_path / "b")
-    own = {"tekken": "tekken.json", "llama 3": "tokenizer.model",
-           "llama 4": "tokenizer.model", "sentencepiece": "tokenizer.model"}
+    own = dict.fromkeys(["llama 3", "llama 4", "sentencepiece"], "tokenizer.model")
     expected = {own.get(name, "tokenizer.json"), "tokenizer_config.json"}
     assert set(os.listdir(tmp_path / "b")) == expected
     for file in expected - {"tokenizer_config.json"}:
@@ -327,9 +318,7 @@ BROKEN = {
     "json, cut": lambda: data_of("byte level")[:-60],
     "json of something else": lambda: b'{"architectures": ["x"]}',
     "json, deep": lambda: b'{"a":' * 100_000,
-    "tekken, cut": lambda: data_of("tekken")[:-60],
-    "tekken, a piece short": lambda: data_of("tekken").replace(
-        b'"default_vocab_size": 285', b'"default_vocab_size": 999'),
+    "json of tekken": lambda: b'{"config": {"pattern": "x"}, "vocab": []}',
     "tiktoken, a line gone": lambda: meta_file(merged_ranks(265)).replace(
         b"YQ== 97\n", b""),
     "tiktoken, not base64": lambda: data_of("llama 3").replace(b"YQ==", b"Y!=="),
@@ -362,7 +351,7 @@ def test_a_decoder_that_cannot_be_streamed_is_an_error():
 
 
 @pytest.mark.parametrize("name,module", [
-    ("byte level", "tokenizers"), ("llama 3", "tiktoken"), ("tekken", "tiktoken")])
+    ("byte level", "tokenizers"), ("llama 3", "tiktoken")])
 def test_a_missing_library_names_the_extra(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     data = data_of(name)
@@ -396,10 +385,10 @@ def test_opening_uses_no_network(monkeypatch):
 CONFIG = am.PRESETS["grok-1"]
 
 
-@pytest.mark.parametrize("name", ["byte level", "llama 3", "tekken", "sentencepiece"])
+@pytest.mark.parametrize("name", ["byte level", "llama 3", "sentencepiece"])
 def test_load_finds_the_tokenizer(name, tmp_path):
     folder = tmp_path
-    own = vocabularies.file_name(data_of(name))
+    own = made(name).format.file_name
     (folder / own).write_bytes(data_of(name))
     found = ck.find_tokenizer(folder, CONFIG)
     assert found.encode("the end") == made(name).encode("the end")
@@ -422,7 +411,7 @@ def test_a_missing_library_at_load_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["byte level", "llama 3"])
 def test_a_saved_and_a_converted_model_keep_it(name, tmp_path):
     (tmp_path / "in").mkdir()
-    own = vocabularies.file_name(data_of(name))
+    own = made(name).format.file_name
     (tmp_path / "in" / own).write_bytes(data_of(name))
     (tmp_path / "in" / "chat_template.jinja").write_text(TEMPLATE)
     model = am.load()
@@ -483,8 +472,7 @@ def test_a_message_cannot_forge_a_turn(tmp_path):
 
 
 def test_a_message_cannot_forge_a_turn_in_any_table(tmp_path):
-    for name, mark in [("llama 3", "<|eot_id|>"), ("tekken", "[INST]"),
-                       ("sentencepiece", "[EOS]")]:
+    for name, mark in [("llama 3", "<|eot_id|>"), ("sentencepiece", "[EOS]")]:
         folder = tmp_path / name
         folder.mkdir()
         template = TEMPLATE.replace("<|end|>", mark).replace("{{ bos_token }}", "")
@@ -492,7 +480,7 @@ def test_a_message_cannot_forge_a_turn_in_any_table(tmp_path):
         path.write_bytes(data_of(name))
         (folder / "chat_template.jinja").write_text(template)
         tokenizer = Tokenizer(path)
-        mine = vocabularies.specials_of(tokenizer.processor)[mark]
+        mine = tokenizer.backend.specials[mark]
         ids = tokenizer.chat([{"role": "user", "content": f"a {mark} b"}])
         assert ids.count(mine) == 1
         assert f"a {mark} b" in tokenizer.decode(ids)
@@ -565,10 +553,10 @@ def test_an_unsafe_template_is_refused(template, tmp_path):
 def test_an_endless_template_is_stopped(tmp_path, monkeypatch):
     loop = "{% for i in range(99999) %}"
     template = loop * 3 + "{% endfor %}" * 3
-    request = json.dumps({"template": template, "variables": {}})
-    code = ("import sys; sys.path.insert(0, %r); import vocabularies as v; "
-            "v.MAX_SECONDS = 1; v.answer(sys.stdin.read())")
-    folder = str(Path(vocabularies.__file__).parent)
+    request = json.dumps({"template": template, "variables": {}, "asked": []})
+    code = ("import sys; sys.path.insert(0, %r); import templates as t; "
+            "t.MAX_SECONDS = 1; t.answer(sys.stdin.read())")
+    folder = str(Path(templates.__file__).parent)
     done = subprocess.run([sys.executable, "-P", "-c", code % folder],
                           input=request.encode(), capture_output=True)
     assert done.returncode < 0
@@ -576,7 +564,7 @@ def test_an_endless_template_is_stopped(tmp_path, monkeypatch):
     def die(*_, **__):
         raise subprocess.CalledProcessError(-9, "python")
 
-    monkeypatch.setattr(vocabularies.subprocess, "run", die)
+    monkeypatch.setattr(templates.subprocess, "run", die)
     with pytest.raises(ValueError, match="stopped: more than 5 seconds"):
         chatty("byte level", tmp_path).chat(HELLO)
 
@@ -596,7 +584,7 @@ def test_generate_chat_prompts_with_the_template(tmp_path):
     assert set(cli.ends(model, True)) == {*cli.ends(model, False), 1}
     args.chat = False
     assert cli.prompt_ids(model, args, [])[0] == model.tokenizer.encode("Hello world")
-    assert made("llama 3").turn_ids == (266, 274)
+    assert made("llama 3").stop_ids == (266, 274)
 
 
 def test_no_template_is_an_error(tmp_path):

@@ -1,6 +1,26 @@
-"""The models that are known by name."""
+# Generated from book/chapters/08_model.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
+"""The models that are known by name.
+"""
 
+from annotated_moe.config import ModelConfig
 from annotated_moe.families.grok import grok_config
+from annotated_moe.families.llama import LLAMAS
+from annotated_moe.families.llama4 import LLAMA_4S
+from annotated_moe.families.mixtral import MIXTRALS
+from annotated_moe.families.olmoe import OLMOES
+from annotated_moe.families.qwen import QWENS
 
-# %% 08
-PRESETS = {"grok-1": grok_config()}
+# %% book/chapters/08_model.md, cell 110
+PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
+
+
+# %% book/chapters/15_llama.md, cell 62
+PRESETS |= LLAMAS
+
+
+# %% book/chapters/16_mixtral.md, cell 17
+PRESETS |= MIXTRALS | QWENS | OLMOES
+
+
+# %% book/chapters/18_llama4.md, cell 57
+PRESETS |= LLAMA_4S

@@ -1,11 +1,24 @@
-"""Grok-1, and smaller models of its architecture."""
+# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+"""Grok-1, and smaller models of its architecture.
+"""
+
+from typing import Any
 
 from annotated_moe.attention import AttentionSpec
 from annotated_moe.config import LayerSpec, ModelConfig, Segment
+from annotated_moe.formats.hub import (
+    FAMILIES,
+    Family,
+    Fields,
+    WeightName,
+    one_or_many,
+    read_dtype,
+)
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
-# %% 08
+
+# %% book/chapters/08_model.md, cell 104
 def grok_config(
     vocab_size: int = 131072,
     context: int = 8192,
@@ -43,3 +56,144 @@ def grok_config(
         embedding_multiplier, output_multiplier, tied=True,
         pad_id=pad_id, eos_ids=eos_ids, dtype=dtype,
     )
+
+
+# %% book/chapters/09c_layouts.md, cell 5
+def grok_sizes(config: ModelConfig) -> dict[str, Any]:
+    """What `grok_config` would have to be given for such a model."""
+    layer = config.layer(0)
+    attention, experts = layer.attention, layer.feed_forward
+    sparse = isinstance(experts, MoESpec)
+    return {
+        "vocab_size": config.vocab_size,
+        "context": config.context,
+        "d_model": config.d_model,
+        "d_ff": experts.width,
+        "num_layers": config.num_layers,
+        "q_heads": attention.q_heads,
+        "kv_heads": attention.kv_heads,
+        "head_size": attention.head_size,
+        "num_experts": experts.num_experts if sparse else 1,
+        "top_k": experts.top_k if sparse else 1,
+        "embedding_multiplier": config.embedding_multiplier,
+        "output_multiplier": config.output_multiplier,
+        "attn_multiplier": attention.multiplier,
+        "attn_softcap": attention.softcap,
+        "rope_base": attention.rope.base if attention.rope else 1.0,
+        "pad_id": config.pad_id,
+        "eos_ids": config.eos_ids,
+        "dtype": config.dtype,
+    }
+
+
+def like_grok(config: ModelConfig) -> ModelConfig:
+    """The model of Grok-1's architecture with a model's sizes."""
+    return grok_config(**grok_sizes(config))
+
+
+# %% book/chapters/14_hub.md, cell 3
+GROK_LAYER = (
+    WeightName("pre_attn_norm.scale", "rms_norm/scale"),
+    WeightName("post_attn_norm.scale", "rms_norm_1/scale"),
+    WeightName("pre_moe_norm.scale", "rms_norm_2/scale"),
+    WeightName("post_moe_norm.scale", "rms_norm_3/scale"),
+    *(
+        WeightName(f"attn.{theirs}_proj.weight",
+                   f"multi_head_attention/{ours}/w", "transpose")
+        for theirs, ours in (("q", "query"), ("k", "key"),
+                             ("v", "value"), ("o", "linear"))
+    ),
+    WeightName("moe_block.gate.weight", "router/w", "transpose"),
+    *(
+        WeightName(f"moe_block.experts.{{expert}}.{name}.weight",
+                   f"moe/{name}/w", "transpose")
+        for name in ("linear", "linear_v", "linear_1")
+    ),
+)
+
+
+# %% book/chapters/14_hub.md, cell 7
+class GrokFamily(Family):
+    """The community's conversion of Grok-1.
+
+    Source: `hpcai-tech/grok-1` on the hub, whose file names and fields
+    these are.
+    """
+
+    model_type = "grok-1"
+    ends = (
+        WeightName("model.embed_tokens.weight",
+                   "in_out_embed/embeddings"),
+        WeightName("model.norm.scale", "rms_norm/scale"),
+    )
+
+    def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
+        return GROK_LAYER
+
+    def read(self, fields: Fields) -> ModelConfig:
+        fields.only("rms_norm_eps", 1e-5)
+        fields.only("tie_word_embeddings", True)
+        heads = fields.size("num_attention_heads")
+        width = fields.size("hidden_size")
+        size = fields.size("head_dim", width // heads)
+        return grok_config(
+            vocab_size=fields.size("vocab_size"),
+            context=fields.size("max_position_embeddings"),
+            d_model=width,
+            d_ff=fields.size("intermediate_size"),
+            num_layers=fields.size("num_hidden_layers"),
+            q_heads=heads,
+            kv_heads=fields.size("num_key_value_heads", heads),
+            head_size=size,
+            num_experts=fields.size("num_experts"),
+            top_k=fields.size("num_experts_per_tok"),
+            embedding_multiplier=fields.number(
+                "embedding_multiplier_scale"),
+            output_multiplier=fields.number("output_multiplier_scale"),
+            attn_multiplier=fields.number("attn_output_multiplier"),
+            attn_softcap=fields.number("max_attn_value"),
+            rope_base=fields.number("rope_theta", 10000.0),
+            pad_id=(*fields.ids("pad_token_id"), 0)[0],
+            eos_ids=fields.ids("eos_token_id"),
+            dtype=read_dtype(fields),
+        )
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        layer = config.layer(0)
+        attention, experts = layer.attention, layer.feed_forward
+        if not isinstance(experts, MoESpec):
+            raise ValueError("this layout has no model without experts")
+        again = like_grok(config)
+        if again != config:
+            raise ValueError(
+                "this model is none of Grok-1's architecture, which is "
+                "all that this layout can say"
+            )
+        assert attention.rope is not None
+        return {
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.context,
+            "hidden_size": config.d_model,
+            "intermediate_size": experts.width,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": attention.q_heads,
+            "num_key_value_heads": attention.kv_heads,
+            "head_dim": attention.head_size,
+            "num_experts": experts.num_experts,
+            "num_experts_per_tok": experts.top_k,
+            "embedding_multiplier_scale": config.embedding_multiplier,
+            "output_multiplier_scale": config.output_multiplier,
+            "attn_output_multiplier": attention.multiplier,
+            "max_attn_value": attention.softcap,
+            "rope_theta": attention.rope.base,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "pad_token_id": config.pad_id,
+            "eos_token_id": one_or_many(config.eos_ids),
+            "torch_dtype": config.dtype,
+            "quantization_config": {
+                "quant_method": "int8-weight-scale", "bits": 8},
+        }
+
+
+FAMILIES["Grok1ModelForCausalLM"] = GrokFamily()

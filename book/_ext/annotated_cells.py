@@ -2,7 +2,8 @@
 
 A cell tagged `check` is folded under the word "Check". Under a cell
 tagged `export` stands the module it becomes part of, linked to the line
-of the generated file in the repository.
+of the generated file in the repository. A cell of imports has no such
+line: its imports go to the heads of the modules that use them.
 """
 
 import re
@@ -18,12 +19,13 @@ MARK = re.compile(r"# %% (\S+), cell (\d+)$")
 def find_lines(package: Path) -> dict[tuple[str, int], tuple[str, int]]:
     """Where each exported cell starts: (chapter, cell) -> (module, line)."""
     found = {}
-    for path in sorted(package.glob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         lines = path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             if match := MARK.match(line):
                 cell = match[1], int(match[2])
-                found[cell] = f"{package.name}/{path.name}", number
+                inside = path.relative_to(package.parent).as_posix()
+                found[cell] = inside, number
     return found
 
 

@@ -1,0 +1,178 @@
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09b_safetensors.md by `make sync`; edit the chapters.
+"""Arrays that are read when a part of them is asked for, and any array
+in blocks: as bytes, and searched for what is not finite.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from annotated_moe.formats.files import CheckpointError
+from annotated_moe.quantization import QuantizedTensor
+
+
+# %% book/chapters/09_checkpoints.md, cell 56
+class LazyArray:
+    """An array-like with shape and dtype that reads on indexing."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        """The part of the array that `index` names."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.asarray(self[:], dtype)
+
+
+# %% book/chapters/09_checkpoints.md, cell 57
+class StackedArray(LazyArray):
+    """Arrays of one shape and dtype along a new first axis, not copied.
+
+    `stack[3]` is a part; any other index copies what it names.
+    """
+
+    def __init__(self, parts: list) -> None:
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.shape = (len(parts), *parts[0].shape)
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        first, rest = (*index, slice(None))[0], index[1:]
+        if not isinstance(first, slice):
+            part = self.parts[first]
+            return part[rest] if rest else part
+        return np.stack([part[rest] for part in self.parts[first]])
+
+
+# %% book/chapters/09_checkpoints.md, cell 58
+def stack_tensors(where: Path, path: str, parts: list) -> Any:
+    """One lazily stacked tensor from those of all layers.
+
+    CheckpointError, naming `where` and `path`, if they are not alike.
+    """
+    pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
+    if not pairs:
+        if len({getattr(w, "dtype", None) for w in parts}) > 1:
+            raise CheckpointError(
+                f"{where}: the layers of {path} have several dtypes"
+            )
+        return StackedArray(parts)
+    shapes = {w.scales.shape for w in pairs}
+    if len(pairs) < len(parts) or len(shapes) > 1:
+        raise CheckpointError(
+            f"{where}: the layers of {path} are not all quantized alike"
+        )
+    weights = StackedArray([w.weight for w in pairs])
+    scales = StackedArray([w.scales for w in pairs])
+    return QuantizedTensor(weights, scales)
+
+
+# %% book/chapters/09b_safetensors.md, cell 21
+class ConcatenatedArray(LazyArray):
+    """Arrays behind one another along the last axis, not copied."""
+
+    def __init__(self, parts: list) -> None:
+        width = sum(part.shape[-1] for part in parts)
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.shape = (*parts[0].shape[:-1], width)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Some of it: `index` is for the axes before the last."""
+        some = [np.asarray(part[index]) for part in self.parts]
+        return np.concatenate(some, axis=-1)
+
+
+# %% book/chapters/09b_safetensors.md, cell 22
+BLOCK = 2**24                                   # bytes
+
+
+def iter_blocks(w: Any) -> Iterator[np.ndarray]:
+    """The elements of an array in C order, at most BLOCK bytes a time.
+
+    Blocks of an ordinary array are views. A `LazyArray` is asked for
+    each block by itself, a `StackedArray` for each of its parts.
+    """
+    if isinstance(w, StackedArray):
+        for part in w.parts:
+            yield from iter_blocks(part)
+        return
+    w = w if isinstance(w, LazyArray) else np.asarray(w)
+    if w.nbytes <= BLOCK:
+        yield np.asarray(w)
+        return
+    step = BLOCK * len(w) // w.nbytes           # along the first axis
+    if step:
+        for at in range(0, len(w), step):
+            yield w[at : at + step]
+    else:
+        for i in range(len(w)):
+            yield from iter_blocks(w[i])
+
+
+# %% book/chapters/09b_safetensors.md, cell 23
+def to_c_order(w: np.ndarray, tile: int = 128) -> np.ndarray:
+    """`w` in C order: itself if it is, else copied tile by tile."""
+    if w.flags.c_contiguous or w.ndim != 2:
+        return np.ascontiguousarray(w)
+    out = np.empty(w.shape, w.dtype)
+    for i in range(0, w.shape[0], tile):
+        for j in range(0, w.shape[1], tile):
+            part = slice(i, i + tile), slice(j, j + tile)
+            out[part] = w[part]
+    return out
+
+
+# %% book/chapters/09b_safetensors.md, cell 24
+def as_bytes(w: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, copied only if they are not."""
+    return to_c_order(w).reshape(-1).view(np.uint8).data
+
+
+# %% book/chapters/09b_safetensors.md, cell 43
+def all_finite(w: np.ndarray) -> bool:
+    """Whether a float array is free of NaN and infinities."""
+    bits = 8 * w.dtype.itemsize
+    infinity = np.array(np.inf, w.dtype).view(f"i{w.dtype.itemsize}")
+    positive = int(w.view(f"i{w.dtype.itemsize}").max(initial=0))
+    negative = int(w.view(f"u{w.dtype.itemsize}").max(initial=0))
+    limit = int(infinity)
+    return positive < limit and negative < limit + 2 ** (bits - 1)
+
+
+# %% book/chapters/09b_safetensors.md, cell 44
+def first_not_finite(w: Any) -> tuple[int, ...] | None:
+    """The index of the first NaN or infinity in C order, or None.
+
+    `w` is any array, lazy ones included; it is read once, in blocks.
+    Arrays of whole numbers are not read at all.
+    """
+    if np.dtype(w.dtype).kind in "iub":
+        return None
+    before = 0
+    for block in iter_blocks(w):
+        if not all_finite(block):
+            wrong = ~np.isfinite(np.ravel(block).astype(np.float32))
+            where = before + int(wrong.argmax())
+            return tuple(map(int, np.unravel_index(where, w.shape)))
+        before += block.size
+    return None

@@ -1,0 +1,83 @@
+"""Try the first chapters of the book alone: `prefix.py 08 FOLDER`.
+
+Tangles the chapters up to number 08 into FOLDER, imports every module from
+there in a fresh process, and runs the notebook of the last of the chapters in
+an empty directory. Where a first chapter needs a later one, this fails.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+# `-P` and the assertion: another package of this name may be installed.
+IMPORT = """\
+import importlib, sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+for file in sorted(folder.rglob("*.py")):
+    parts = file.relative_to(folder.parent).with_suffix("").parts
+    name = ".".join(parts).removesuffix(".__init__")
+    module = importlib.import_module(name)
+    assert Path(module.__file__) == file, f"{name} comes from {module.__file__}"
+print(len(list(folder.rglob("*.py"))), "modules imported")
+"""
+
+
+def tangle(root: Path, number: int, into: Path, rest: list[str]) -> None:
+    """The chapters up to `number`, and the package's other files."""
+    if into.exists() and not (into / "annotated_moe").is_dir() and any(into.iterdir()):
+        sys.exit(f"{into} is not a folder that this script has made")
+    shutil.rmtree(into, ignore_errors=True)
+    script = HERE / "annotated_moe/tangle.py"
+    options = ["--root", root, "--upto", str(number), "--into", into, *rest]
+    subprocess.run([sys.executable, "-P", script, *options], check=True)
+    for file in root.glob("annotated_moe/**/*"):
+        if file.is_file() and file.suffix not in (".py", ".pyc", ".new"):
+            copy = into / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def notebook(into: Path, number: int) -> Path:
+    """The notebook of chapter `number`, alone in a new directory."""
+    names = into.glob("book/chapters/*.ipynb")
+    found = [path for path in names if int(path.name.split("_")[0]) == number]
+    if len(found) != 1:
+        sys.exit(f"there is no chapter {number}, or more than one")
+    (into / "run").mkdir()
+    return Path(shutil.copy(found[0], into / "run"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("number", type=int)
+    parser.add_argument("into", type=Path)
+    parser.add_argument("--root", type=Path, default=HERE)
+    parser.add_argument("--allow-forward", action="store_true")
+    options = parser.parse_args()
+    into = options.into.resolve()
+    rest = ["--allow-forward"] if options.allow_forward else []
+    environment = {**os.environ, "PYTHONPATH": str(into)}
+    pytest = ["-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600"]
+    try:
+        tangle(options.root, options.number, into, rest)
+        run = notebook(into, options.number)
+        for command in [
+            ["-P", "-c", IMPORT, str(into / "annotated_moe")],
+            ["-P", *pytest, "-c", os.devnull, "-p", "no:cacheprovider", run.name],
+        ]:
+            subprocess.run(
+                [sys.executable, *command], check=True, cwd=run.parent, env=environment
+            )
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

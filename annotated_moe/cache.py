@@ -3,7 +3,7 @@
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class KVCache:
         )
         return new, new.k[layer], new.v[layer], slots
 
-    def insert(self, row: int | Int[Array, ""], other: Self) -> Self:
+    def insert(self, row: int | Int[Array, ""], other: "KVCache") -> "KVCache":
         """Batch row `row` becomes row 0 of `other`, a cache like it.
 
         ValueError unless `other` has at most as many slots.
@@ -90,7 +90,7 @@ class KVCache:
             length=length,
         )
 
-    def evict(self, row: int | Int[Array, ""]) -> Self:
+    def evict(self, row: int | Int[Array, ""]) -> "KVCache":
         """Batch row `row` is empty; its slots will be written over."""
         return replace(self, length=self.length.at[row].set(0))
 
@@ -208,7 +208,7 @@ class RingCache(KVCache):
         at = jnp.concatenate([old, positions], axis=1)
         return new, keys, values, at
 
-    def insert(self, row: int | Int[Array, ""], other: Self) -> Self:
+    def insert(self, row: int | Int[Array, ""], other: "KVCache") -> "KVCache":
         """As for a full cache; ValueError unless rings are alike."""
         if other.slots != self.slots:
             raise ValueError(

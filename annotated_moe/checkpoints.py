@@ -64,7 +64,12 @@ from annotated_moe.parallel import (
 )
 from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.tokenizer import Tokenizer, open_tokenizer
+from annotated_moe.tokenizer import (
+    COMPANIONS,
+    FORMATS,
+    Tokenizer,
+    open_tokenizer,
+)
 
 # %% book/chapters/09c_layouts.md, cell 12
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
@@ -213,6 +218,14 @@ def place_quantized(
 
 
 # %% book/chapters/09c_layouts.md, cell 22
+# What `save` writes, and may therefore replace.
+WRITTEN = {
+    "config.json", "model.safetensors", "checksums.json",
+    *(form.file_name for form in FORMATS),
+    *(name.split("/")[0] for name in COMPANIONS),
+}
+
+
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -240,7 +253,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         new = Path(folder) / "new"
         new.mkdir()
         write_model(model, new)
-        replace_folder(new, target, Path(folder) / "old")
+        replace_folder(new, target, Path(folder) / "old", WRITTEN)
 
 
 # %% book/chapters/09c_layouts.md, cell 23

@@ -44,7 +44,7 @@ from numpy.lib.stride_tricks import as_strided
 from tqdm import tqdm
 
 from annotated_moe.cache import KVCache
-from annotated_moe.checkpoints import LOADERS, Opened, find_tokenizer
+from annotated_moe.checkpoints import Opened, find_tokenizer
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
@@ -396,7 +396,7 @@ def arrays_of(w: Any) -> Iterator[Any]:
 
 
 # %% book/chapters/11_streaming.md, cell 34
-def files_of(params: Params) -> set[str]:
+def weight_files(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     leaves = [w for module in params.values() for w in module.values()]
     views = [view for w in leaves for view in arrays_of(w)]
@@ -463,7 +463,7 @@ class WeightStore:
         self.counts = ReadCounts()
         self.layer_done: Callable[[int], None] | None = None
         self.reader = ThreadPoolExecutor(1, "reads-ahead")
-        files = files_of(params)
+        files = weight_files(params)
         self.opened = {name: state_of(name) for name in files}
 
     def parts(self, module: str, name: str, *index: int) -> list[Any]:
@@ -535,7 +535,8 @@ def expert_locations(
     }
 
     def ask() -> Experts:
-        return slot.spec.feed_forward.build().weights(config.d_model)
+        experts: Any = slot.spec.feed_forward.build()
+        return experts.weights(config.d_model)
 
     return hk.transform(ask).apply(stand_ins, None)
 
@@ -584,7 +585,7 @@ def attend_and_route(
         layer = DecoderLayer(spec, dtype)
         after, kept = layer.attend(h, positions, cache, index)
         x = layer.norm(after, "rms_norm_2").reshape(-1, h.shape[-1])
-        moe = spec.feed_forward.build()
+        moe: Any = spec.feed_forward.build()
         routed, x = moe.route(x), x.astype(dtype)           # [N, D]
         beside = moe.always(x)
         return after, x, routed.gates, routed.experts, beside, kept
@@ -635,7 +636,8 @@ def add_expert(
     gate = gates.ravel().at[choices].get(mode="fill", fill_value=0)
 
     def run() -> Array:
-        return spec.feed_forward.build().expert(xs, gate, w)
+        experts: Any = spec.feed_forward.build()
+        return experts.expert(xs, gate, w)
 
     out = hk.transform(run).apply({}, None)
     return y.at[token].add(out, mode="drop")
@@ -910,6 +912,7 @@ class StreamedModel(Model):
                 self.store, h[:, some], positions[:, some],
                 real[:, some], cache,
             )
+            assert grown is not None
             last = keep_last(last, y, lengths - 1 - i)
             done = before + np.minimum(lengths, i + run)
             cache = grown.with_length(jnp.asarray(done, jnp.int32))
@@ -928,6 +931,7 @@ class StreamedModel(Model):
         h, grown = stream_decoder(
             self.store, h, positions, real, cache
         )
+        assert grown is not None
         length = start + (1 if lengths is None else lengths)
         logits = stream_unembed(self.store, h[:, 0])
         return logits, grown.with_length(length)
@@ -952,10 +956,7 @@ def load_from_disk(
     return kind(config, params, tokenizer, mesh)
 
 
-LOADERS["disk"] = load_from_disk
-
-
-# %% book/chapters/11_streaming.md, cell 71
+# %% book/chapters/11_streaming.md, cell 72
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -977,7 +978,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 72
+# %% book/chapters/11_streaming.md, cell 73
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

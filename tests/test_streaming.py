@@ -570,14 +570,15 @@ def test_experts_that_were_not_counted_do_not_matter(tmp_path):
 
 
 def test_padding_chooses_no_expert(release):
-    """Rows of one token beside a long one: only real tokens count."""
-    model = streamed(release)
-    prefill(model, PROMPTS)
+    """Rows of one and two tokens in sixteen: only real tokens count."""
+    model, rows = streamed(release), [[5], [8, 8]]
+    prefill(model, rows)
     together = experts_read(model)
     alone = Counter()
-    for row in PROMPTS:
+    for row in rows:
         model = streamed(release)
-        prefill(model, [row])
+        cache = init_cache(model.config, 1, 16)
+        model.prefill(np.array([row], np.int32), np.array([len(row)], np.int32), cache)
         alone |= experts_read(model)
     assert together == alone
 

@@ -27,7 +27,7 @@ __all__.extend(
 )
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% book/chapters/11_streaming.md, cell 60
 LOADERS["disk"] = load_from_disk
 
 

@@ -514,6 +514,7 @@ def without_slot(module: str, slot: Slot) -> str:
     return module.removeprefix(f"{slot.name}/")
 
 
+# %% book/chapters/11_streaming.md, cell 40
 @functools.cache
 def expert_locations(
     config: ModelConfig, slot: Slot
@@ -541,7 +542,7 @@ def expert_locations(
     return hk.transform(ask).apply(stand_ins, None)
 
 
-# %% book/chapters/11_streaming.md, cell 42
+# %% book/chapters/11_streaming.md, cell 43
 @functools.cache
 def layer_keys(config: ModelConfig, slot: Slot) -> tuple[Key, ...]:
     """Module and name of what every token needs of a layer."""
@@ -565,7 +566,7 @@ def fetch_layer(store: WeightStore, slot: Slot, index: int) -> Params:
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 43
+# %% book/chapters/11_streaming.md, cell 44
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
@@ -593,7 +594,7 @@ def attend_and_route(
     return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/11_streaming.md, cell 44
+# %% book/chapters/11_streaming.md, cell 45
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
@@ -617,7 +618,7 @@ def dense_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 45
+# %% book/chapters/11_streaming.md, cell 46
 @partial(jax.jit, static_argnames="spec", donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -643,7 +644,7 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 46
+# %% book/chapters/11_streaming.md, cell 47
 MOST_CHOICES = 1024
 
 
@@ -660,7 +661,7 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 47
+# %% book/chapters/11_streaming.md, cell 48
 def stream_experts(
     store: WeightStore,
     slot: Slot,
@@ -685,7 +686,7 @@ def stream_experts(
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 48
+# %% book/chapters/11_streaming.md, cell 49
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="h"
 )
@@ -706,7 +707,7 @@ def add_to_residual(
     return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/11_streaming.md, cell 49
+# %% book/chapters/11_streaming.md, cell 50
 def stream_layer(
     store: WeightStore,
     slot: Slot,
@@ -731,7 +732,7 @@ def stream_layer(
     return add_to_residual(weights, h, y, beside, spec, dtype), cache
 
 
-# %% book/chapters/11_streaming.md, cell 50
+# %% book/chapters/11_streaming.md, cell 51
 def table_rows(table: Any, tokens: np.ndarray) -> np.ndarray:
     """Some rows of a table that is an array, or something like it."""
     if isinstance(table, np.ndarray):
@@ -758,7 +759,7 @@ def stream_embed(
     return h if inputs is None else store.config.merge(h, inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 51
+# %% book/chapters/11_streaming.md, cell 52
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
@@ -769,7 +770,7 @@ def word_logits(
     return float_transposed(h, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 52
+# %% book/chapters/11_streaming.md, cell 53
 def table_pieces(table: Any) -> Iterator[np.ndarray]:
     """The table in equal runs of words of at most 256 MiB each."""
     words, width = table.shape
@@ -780,7 +781,7 @@ def table_pieces(table: Any) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(table[start : start + run])
 
 
-# %% book/chapters/11_streaming.md, cell 53
+# %% book/chapters/11_streaming.md, cell 54
 def stream_unembed(
     store: WeightStore, h: Float32[Array, "N D"]
 ) -> Float32[Array, "N V"]:
@@ -798,7 +799,7 @@ def stream_unembed(
     return jnp.concatenate(y, axis=1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 54
+# %% book/chapters/11_streaming.md, cell 55
 def own_lengths(cache: Cache | None) -> dict[int, Any]:
     """The slots' caches by number, each with a `length` of its own.
 
@@ -809,7 +810,7 @@ def own_lengths(cache: Cache | None) -> dict[int, Any]:
             for i, slot in enumerate(slots)}
 
 
-# %% book/chapters/11_streaming.md, cell 55
+# %% book/chapters/11_streaming.md, cell 56
 def stream_decoder(
     store: WeightStore,
     h: Float32[Array, "B T D"],
@@ -837,7 +838,7 @@ def stream_decoder(
     return h, Cache(tuple(kept[i] for i in range(len(slots))))
 
 
-# %% book/chapters/11_streaming.md, cell 56
+# %% book/chapters/11_streaming.md, cell 57
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -849,7 +850,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 57
+# %% book/chapters/11_streaming.md, cell 58
 MOST_TOKENS = 4096
 
 
@@ -937,7 +938,7 @@ class StreamedModel(Model):
         return logits, grown.with_length(length)
 
 
-# %% book/chapters/11_streaming.md, cell 58
+# %% book/chapters/11_streaming.md, cell 59
 STREAMED_CLASSES: dict[type, Callable[..., StreamedModel]] = {
     ModelConfig: StreamedModel
 }
@@ -956,7 +957,7 @@ def load_from_disk(
     return kind(config, params, tokenizer, mesh)
 
 
-# %% book/chapters/11_streaming.md, cell 72
+# %% book/chapters/11_streaming.md, cell 73
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -978,7 +979,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 73
+# %% book/chapters/11_streaming.md, cell 74
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

@@ -839,6 +839,10 @@ def stream_decoder(
 
 
 # %% book/chapters/11_streaming.md, cell 57
+MOST_TOKENS = 4096                              # a run of all rows
+
+
+# %% book/chapters/11_streaming.md, cell 58
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -850,10 +854,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 58
-MOST_TOKENS = 4096
-
-
+# %% book/chapters/11_streaming.md, cell 59
 @dataclass(frozen=True, eq=False, repr=False)
 class StreamedModel(Model):
     """A model that runs from its files; `params` are arrays in them.
@@ -938,7 +939,7 @@ class StreamedModel(Model):
         return logits, grown.with_length(length)
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% book/chapters/11_streaming.md, cell 60
 STREAMED_CLASSES: dict[type, Callable[..., StreamedModel]] = {
     ModelConfig: StreamedModel
 }
@@ -957,7 +958,7 @@ def load_from_disk(
     return kind(config, params, tokenizer, mesh)
 
 
-# %% book/chapters/11_streaming.md, cell 73
+# %% book/chapters/11_streaming.md, cell 74
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -979,7 +980,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 74
+# %% book/chapters/11_streaming.md, cell 75
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

@@ -29,7 +29,7 @@ __all__.extend(
 )
 
 
-# %% book/chapters/11_streaming.md, cell 61
+# %% book/chapters/11_streaming.md, cell 66
 LOADERS["disk"] = load_from_disk
 
 

@@ -64,7 +64,7 @@ def rope(
     return jnp.concatenate(y, axis=-1).astype(x.dtype)
 
 
-# %% book/chapters/04_attention.md, cell 46
+# %% book/chapters/04_attention.md, cell 76
 @dataclass(frozen=True)
 class Rope(Spec):
     """How a layer turns its queries and keys."""

@@ -51,22 +51,29 @@ Update = tuple[
 def put_row(
     stack: Float[Array, "L B S K H"],
     row: int | Int[Array, ""],
-    x: Float[Array, "L 1 _ K H"],
+    x: Float[Array, "L _ K H"],
 ) -> Float[Array, "L B S K H"]:
-    """Put `x` into the first slots of batch row `row`.
+    """Put `x` into the first slots of batch row `row`."""
+    used, slots = x.shape[1], stack.shape[2]
+    if used > slots:
+        raise ValueError(f"{used} slots do not fit into {slots}")
+    return stack.at[:, row, :used].set(
+        x, mode="drop", wrap_negative_indices=False
+    )
 
-    ValueError if there are too few slots, or no such row. A traced
-    `row` that is not there is dropped.
+
+def set_length(
+    length: Int32[Array, " B"], row: int | Int[Array, ""],
+    n: int | Int32[Array, ""],
+) -> Int32[Array, " B"]:
+    """`length` with `n` at batch row `row`, which must be there.
+
+    A traced `row` that is not there is dropped.
     """
-    if x.shape[2] > stack.shape[2]:
-        raise ValueError(
-            f"{x.shape[2]} slots do not fit into {stack.shape[2]}"
-        )
-    if isinstance(row, int) and not 0 <= row < stack.shape[1]:
-        raise ValueError(f"no row {row} in a batch of {stack.shape[1]}")
-    return stack.at[:, row, : x.shape[2]].set(
-        x[:, 0].astype(stack.dtype),
-        mode="drop", wrap_negative_indices=False,
+    if isinstance(row, int) and not 0 <= row < len(length):
+        raise ValueError(f"no row {row} in a batch of {len(length)}")
+    return length.at[row].set(
+        n, mode="drop", wrap_negative_indices=False
     )
 
 
@@ -119,15 +126,18 @@ class KVCache:
         return new, keys[layer], values[layer], at
 
     def insert(self, row: int | Int[Array, ""], other: Self) -> Self:
-        """Batch row `row` becomes row 0 of `other`. See `put_row`."""
-        k = put_row(self.k, row, other.k[:, :1])
-        v = put_row(self.v, row, other.v[:, :1])
-        length = self.length.at[row].set(other.length[0])
+        """Batch row `row` becomes row 0 of `other`.
+
+        ValueError if that has more slots, or there is no such row.
+        """
+        length = set_length(self.length, row, other.length[0])
+        k = put_row(self.k, row, other.k[:, 0])
+        v = put_row(self.v, row, other.v[:, 0])
         return replace(self, k=k, v=v, length=length)
 
     def evict(self, row: int | Int[Array, ""]) -> Self:
         """Batch row `row` is empty; its slots will be written over."""
-        return replace(self, length=self.length.at[row].set(0))
+        return replace(self, length=set_length(self.length, row, 0))
 
 
 # %% book/chapters/16_mixtral.md, cell 41

@@ -18,12 +18,13 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test env parity-env sync check lint unit notebooks wheel-notebooks \
-	book book-html train prefix clean
+.PHONY: help run test test-all env parity-env sync check lint unit notebooks wheel-notebooks \
+	test-newest book book-html train prefix clean
 
 help:
 	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
 	@echo 'make test              drift, lint, unit tests, every notebook'
+	@echo 'make test-all          these, and the full products of families and meshes'
 	@echo 'make parity-env        torch and transformers, for more tests'
 	@echo 'make sync              write notebooks and package from the chapters'
 	@echo 'make check             fail if they differ from the chapters'
@@ -31,6 +32,7 @@ help:
 	@echo 'make book              build the book, serve it, open it'
 	@echo 'make book-html         build the book, run what is new; a warning is an error'
 	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'
+	@echo 'make test-newest PYTHON=...  tests and notebooks, with the newest of everything'
 	@echo 'make train             train the small model again'
 	@echo 'make lint | unit | notebooks | env | clean'
 
@@ -38,6 +40,12 @@ run: env
 	@$(BIN)/annotated-moe generate --devices 8 --prompt "$$PROMPT"
 
 test: check lint unit notebooks
+
+# `make test` leaves out the tests marked `full`.
+SELECT := not full
+
+test-all:
+	@$(MAKE) test SELECT=
 
 env: $(STAMP)
 
@@ -81,7 +89,7 @@ lint: env
 # passes of the compiler that is a third less work. Notebooks have all of them.
 unit: env
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-		$(BIN)/pytest -n 2 --dist worksteal --durations=20 \
+		$(BIN)/pytest -n 2 --dist worksteal --durations=20 -m '$(SELECT)' \
 		--ignore=tests/test_book.py tests
 
 # Every notebook, in an empty directory. Their outputs are kept: the book
@@ -116,6 +124,24 @@ wheel-notebooks: env
 		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
 	rm -rf $(WHEEL)
 
+# What `pip install` gives today: no lock, the newest release of every dependency.
+# Another Python than that of $(VENV): make test-newest PYTHON=python3.13
+NEWEST := .newest
+
+test-newest:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or later: make PYTHON=/path/to/python3' >&2; exit 1; }
+	rm -rf $(NEWEST) && mkdir -p $(NEWEST)/empty
+	$(PYTHON) -m venv $(NEWEST)/venv
+	$(NEWEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--upgrade '.[book,test,tokenizers,images,train]'
+	$(NEWEST)/venv/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version)"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+		$(NEWEST)/venv/bin/pytest -n 2 --dist worksteal tests
+	cp book/chapters/*.ipynb $(NEWEST)/empty
+	cd $(NEWEST)/empty && \
+		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
+
 book-html: env $(RAN)/.done
 	rm -rf _build/html _build/.doctrees _build/jupyter_execute
 	$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going .
@@ -130,6 +156,6 @@ train: env
 	$(BIN)/python scripts/train_small.py
 
 clean:
-	rm -rf $(VENV) $(WHEEL) $(RAN) $(PREFIX) _build dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL) $(NEWEST) $(RAN) $(PREFIX) _build dist build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

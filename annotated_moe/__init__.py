@@ -13,14 +13,14 @@ from annotated_moe.parallel import make_mesh
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 124
+# %% book/chapters/08_model.md, cell 125
 __all__ = [
     "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
     "Tokenizer", "make_mesh",
 ]
 
 
-# %% book/chapters/09c_layouts.md, cell 54
+# %% book/chapters/09c_layouts.md, cell 55
 __all__.extend(
     entry.__name__ for entry in (CheckpointError, load, save, verify)
 )

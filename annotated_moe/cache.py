@@ -3,7 +3,7 @@
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,9 @@ class KVCache:
         new = replace(self, k=keys, v=values)
         return new, keys[layer], values[layer], at
 
-    def insert(self, row: int | Int[Array, ""], other: Self) -> Self:
+    def insert(
+        self, row: int | Int[Array, ""], other: "KVCache"
+    ) -> "KVCache":
         """Batch row `row` becomes row 0 of `other`.
 
         ValueError if that has more slots, or there is no such row.
@@ -135,7 +137,7 @@ class KVCache:
         v = put_row(self.v, row, other.v[:, 0])
         return replace(self, k=k, v=v, length=length)
 
-    def evict(self, row: int | Int[Array, ""]) -> Self:
+    def evict(self, row: int | Int[Array, ""]) -> "KVCache":
         """Batch row `row` is empty; its slots will be written over."""
         return replace(self, length=set_length(self.length, row, 0))
 
@@ -223,7 +225,7 @@ class RingCache(KVCache):
         at = jnp.concatenate([old, positions], axis=1)
         return new, keys, values, at
 
-    def insert(self, row: int | Int[Array, ""], other: Self) -> Self:
+    def insert(self, row: int | Int[Array, ""], other: "KVCache") -> "KVCache":
         """As for a full cache; ValueError unless rings are alike."""
         if other.slots != self.slots:
             raise ValueError(

@@ -39,8 +39,8 @@ from annotated_moe.formats.native import (
     flat_arrays,
     is_native,
     native_config,
+    native_settings,
     read_native,
-    write_config,
 )
 from annotated_moe.formats.pickles import read_pickled
 from annotated_moe.formats.safetensors import (
@@ -54,7 +54,7 @@ from annotated_moe.formats.writing import (
     write_file,
     write_json,
 )
-from annotated_moe.generate import Model
+from annotated_moe.generate import MODEL_CLASSES, Model, announce
 from annotated_moe.model import Params, flat_specs
 from annotated_moe.parallel import (
     fit_spec,
@@ -64,9 +64,14 @@ from annotated_moe.parallel import (
 )
 from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor, quantize
-from annotated_moe.tokenizer import Tokenizer, open_tokenizer
+from annotated_moe.tokenizer import (
+    COMPANIONS,
+    FORMATS,
+    Tokenizer,
+    open_tokenizer,
+)
 
-# %% book/chapters/09c_layouts.md, cell 11
+# %% book/chapters/09c_layouts.md, cell 12
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
@@ -86,11 +91,11 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09c_layouts.md, cell 12
+# %% book/chapters/09c_layouts.md, cell 13
 Tensors = dict[tuple[str, str], Any]        # by module and name
 
 
-# %% book/chapters/09c_layouts.md, cell 13
+# %% book/chapters/09c_layouts.md, cell 14
 def check_tensor(
     where: Path, name: str, w: Any, spec: ParamSpec
 ) -> None:
@@ -120,7 +125,7 @@ def check_tensors(
         check_tensor(where, "/".join(path), tensors[path], spec)
 
 
-# %% book/chapters/09c_layouts.md, cell 14
+# %% book/chapters/09c_layouts.md, cell 15
 BYTES_READ: Counter[str] = Counter()            # by a parameter's name
 
 
@@ -131,7 +136,7 @@ def read_block(source: Any, index: tuple, name: str) -> np.ndarray:
     return block
 
 
-# %% book/chapters/09c_layouts.md, cell 15
+# %% book/chapters/09c_layouts.md, cell 16
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any, name: str = ""
 ) -> jax.Array:
@@ -157,7 +162,7 @@ def on_devices(
     return make(shape, where, shards)
 
 
-# %% book/chapters/09c_layouts.md, cell 16
+# %% book/chapters/09c_layouts.md, cell 17
 @dataclass(frozen=True)
 class RepeatedScales:
     """`source` with each row of axis -2 `times` times, not copied."""
@@ -181,7 +186,7 @@ class RepeatedScales:
         return block[..., skip : skip + stop - start, :]
 
 
-# %% book/chapters/09c_layouts.md, cell 17
+# %% book/chapters/09c_layouts.md, cell 18
 def place(
     name: str, w: Any, spec: ParamSpec, mesh: Mesh | None, dtype: str
 ) -> Any:
@@ -195,7 +200,7 @@ def place(
     return on_devices(w, cut, mesh, own, name)
 
 
-# %% book/chapters/09c_layouts.md, cell 18
+# %% book/chapters/09c_layouts.md, cell 19
 def place_quantized(
     name: str, w: QuantizedTensor, spec: P, mesh: Mesh | None
 ) -> QuantizedTensor:
@@ -212,7 +217,15 @@ def place_quantized(
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 21
+# %% book/chapters/09c_layouts.md, cell 22
+# What `save` writes, and may therefore replace.
+WRITTEN = {
+    "config.json", "model.safetensors", "checksums.json",
+    *(form.file_name for form in FORMATS),
+    *(name.split("/")[0] for name in COMPANIONS),
+}
+
+
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write `model` in our own layout to the folder `path`.
 
@@ -240,10 +253,10 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         new = Path(folder) / "new"
         new.mkdir()
         write_model(model, new)
-        replace_folder(new, target, Path(folder) / "old")
+        replace_folder(new, target, Path(folder) / "old", WRITTEN)
 
 
-# %% book/chapters/09c_layouts.md, cell 22
+# %% book/chapters/09c_layouts.md, cell 23
 def write_model(model: Model, folder: Path) -> None:
     """The files of a checkpoint in our own layout."""
     tensors = {
@@ -255,12 +268,12 @@ def write_model(model: Model, folder: Path) -> None:
     write_file(folder / "model.safetensors", parts, watcher)
     ordered = dict(sorted(watcher.sums.items()))
     write_json(folder / "checksums.json", {"sha256": ordered})
-    write_json(folder / "config.json", write_config(model.config))
+    write_json(folder / "config.json", native_settings(model.config))
     if model.tokenizer is not None:
         model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09c_layouts.md, cell 23
+# %% book/chapters/09c_layouts.md, cell 24
 def groups_for(spec: ParamSpec, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = partition_spec(spec.axes)
@@ -281,7 +294,7 @@ def quantize_params(
     return quantized
 
 
-# %% book/chapters/09c_layouts.md, cell 24
+# %% book/chapters/09c_layouts.md, cell 25
 class Layout(NamedTuple):
     """A layout of folders: whose it is, and how it is read.
 
@@ -295,7 +308,7 @@ class Layout(NamedTuple):
     read: Callable[[Path, ModelConfig], Tensors]
 
 
-# %% book/chapters/09c_layouts.md, cell 25
+# %% book/chapters/09c_layouts.md, cell 26
 def find_release(folder: Path, names: set[str]) -> Path | None:
     return folder / "ckpt-0" if "ckpt-0" in names else None
 
@@ -318,7 +331,7 @@ LAYOUTS = [
 ]
 
 
-# %% book/chapters/09c_layouts.md, cell 26
+# %% book/chapters/09c_layouts.md, cell 27
 class Opened(NamedTuple):
     """A checkpoint that was found, before its weights are read."""
 
@@ -352,7 +365,7 @@ def open_checkpoint(folder: Path) -> Opened:
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 27
+# %% book/chapters/09c_layouts.md, cell 28
 def stored(opened: Opened) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     where = opened.weights
@@ -363,17 +376,10 @@ def stored(opened: Opened) -> dict[str, np.ndarray]:
     tensors = {
         n: read_pickled(where / n, interpreted) for n in sorted(names)
     }
-    flat = {}
-    for name, w in tensors.items():
-        if isinstance(w, QuantizedTensor):
-            flat[f"{name}.weight"], flat[f"{name}.scales"] = (
-                w.weight, w.scales)
-        else:
-            flat[name] = w
-    return flat
+    return flat_arrays({(n,): w for n, w in tensors.items()})
 
 
-# %% book/chapters/09c_layouts.md, cell 28
+# %% book/chapters/09c_layouts.md, cell 29
 def checksums(folder: Path) -> dict[str, str]:
     """Tensor -> sha256, as `checksums.json` says."""
     path = folder / "checksums.json"
@@ -388,7 +394,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09c_layouts.md, cell 29
+# %% book/chapters/09c_layouts.md, cell 30
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -413,7 +419,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(arrays)
 
 
-# %% book/chapters/09c_layouts.md, cell 30
+# %% book/chapters/09c_layouts.md, cell 31
 def find_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, if there is one."""
     try:
@@ -422,13 +428,13 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
         raise CheckpointError(str(error)) from None
 
 
-# %% book/chapters/09c_layouts.md, cell 31
+# %% book/chapters/09c_layouts.md, cell 32
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09c_layouts.md, cell 32
+# %% book/chapters/09c_layouts.md, cell 33
 def indivisible(c: ModelConfig, mesh: Any) -> str:
     """The first size that a mesh cannot cut, or the empty string."""
     for path, spec in flat_specs(c).items():
@@ -453,7 +459,7 @@ def indivisible(c: ModelConfig, mesh: Any) -> str:
     return ""
 
 
-# %% book/chapters/09c_layouts.md, cell 33
+# %% book/chapters/09c_layouts.md, cell 34
 def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = "data", "expert", "model"
@@ -480,10 +486,7 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 34
-MODEL_CLASSES: dict[type, Callable[..., Model]] = {ModelConfig: Model}
-
-
+# %% book/chapters/09c_layouts.md, cell 35
 def load_into_memory(
     opened: Opened, mesh: Mesh | None, dtype: str
 ) -> Model:
@@ -491,7 +494,9 @@ def load_into_memory(
     config = replace(opened.config, dtype=dtype)
     specs = flat_specs(config)
     params: dict[str, dict[str, Any]] = {}
-    for (module, name), w in opened.read().items():
+    tensors = opened.read()
+    announce(mesh, "load", config=config, weights=tensors)
+    for (module, name), w in tensors.items():
         own = place(
             f"{module}/{name}", w, specs[module, name], mesh, dtype
         )
@@ -505,13 +510,13 @@ Loader = Callable[[Opened, Mesh | None, str], Model]
 LOADERS: dict[str, Loader] = {"memory": load_into_memory}
 
 
-# %% book/chapters/09c_layouts.md, cell 35
+# %% book/chapters/09c_layouts.md, cell 36
 def default_dtype() -> str:
     """What to compute in unless told: bfloat16 where it is fast."""
     return "bfloat16"
 
 
-# %% book/chapters/09c_layouts.md, cell 36
+# %% book/chapters/09c_layouts.md, cell 37
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -541,7 +546,7 @@ def load(
     return LOADERS["disk" if stream else "memory"](opened, mesh, dtype)
 
 
-# %% book/chapters/14_hub.md, cell 11
+# %% book/chapters/14_hub.md, cell 10
 def find_hub(folder: Path, names: set[str]) -> Path | None:
     if "config.json" not in names:
         return None

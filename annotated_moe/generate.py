@@ -3,7 +3,13 @@
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar
@@ -94,6 +100,8 @@ class Session:
 
     def __init__(self, model: "Model", rows: int, slots: int) -> None:
         self.model = model
+        announce(model.mesh, "Session", rows=rows, slots=slots,
+                 config=model.config)
         with model.on_mesh():
             self.cache = init_cache(model.config, rows, slots)
 
@@ -237,6 +245,17 @@ def masked_logits(
 
 
 # %% book/chapters/08_model.md, cell 96
+RunCheck = Callable[[Any, str, dict[str, Any]], None]
+RUN_CHECKS: list[RunCheck] = []
+
+
+def announce(mesh: Any, call: str, **inputs: Any) -> None:
+    """Give every check of `RUN_CHECKS` the mesh, call and inputs."""
+    for check in RUN_CHECKS:
+        check(mesh, call, inputs)
+
+
+# %% book/chapters/08_model.md, cell 97
 def logits(
     model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
     images: Any = None,
@@ -252,13 +271,15 @@ def logits(
     rows, t = check_tokens(tokens, lengths, model.config)
     width = bucket(t, model.config.context)
     padded = pad_rows(rows, width, model.config.pad_id)
+    announce(model.mesh, "logits", tokens=rows, images=images,
+             config=model.config)
     inputs = model.inputs(rows, width, images)
     with model.on_mesh():
         lengths = np.array([len(row) for row in rows], np.int32)
         return model.all_logits(padded, lengths, inputs)[:, :t]
 
 
-# %% book/chapters/08_model.md, cell 97
+# %% book/chapters/08_model.md, cell 98
 def generate_ids(
     model: "Model", prompts: Sequence[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -275,11 +296,16 @@ def generate_ids(
     stop = model.config.eos_ids if stop_ids is None else stop_ids
     rows = check_rows(prompts, max_new_tokens, model.config)
     settings = sampling(len(rows), temperature, top_p, top_k, seed)
+    announce(
+        model.mesh, "generate_ids", prompts=rows,
+        max_new_tokens=max_new_tokens, **settings._asdict(),
+        stop_ids=set(stop), images=images, config=model.config,
+    )
     steps = token_steps(model, rows, settings, max_new_tokens, images)
     return collect(steps, len(rows), stop)
 
 
-# %% book/chapters/08_model.md, cell 98
+# %% book/chapters/08_model.md, cell 99
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -290,13 +316,18 @@ def stream_ids(
     stop = model.config.eos_ids if stop_ids is None else stop_ids
     rows = check_rows([prompt], max_new_tokens, model.config)
     settings = sampling(1, temperature, top_p, top_k, seed)
+    announce(
+        model.mesh, "stream_ids", prompt=rows[0],
+        max_new_tokens=max_new_tokens, **settings._asdict(),
+        stop_ids=set(stop), images=images, config=model.config,
+    )
     tiles = None if images is None else [images]
     steps = token_steps(model, rows, settings, max_new_tokens, tiles)
     ids = (token for (token,) in steps)
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 100
 def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
     """What each prompt shows; ValueError for another number."""
     if images is None:
@@ -311,7 +342,7 @@ def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
     return list(images)
 
 
-# %% book/chapters/08_model.md, cell 100
+# %% book/chapters/08_model.md, cell 101
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
@@ -329,7 +360,7 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 101
+# %% book/chapters/08_model.md, cell 102
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -361,7 +392,7 @@ def generate(
     return texts[0] if one else texts
 
 
-# %% book/chapters/08_model.md, cell 102
+# %% book/chapters/08_model.md, cell 103
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -383,7 +414,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08_model.md, cell 103
+# %% book/chapters/08_model.md, cell 104
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -463,3 +494,6 @@ class Model:
     stream_ids = stream_ids
     generate = generate
     stream = stream
+
+
+MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}

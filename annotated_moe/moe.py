@@ -426,17 +426,23 @@ class MoESpec(Spec):
 
 
 # %% book/chapters/05_moe.md, cell 80
-class Parameter(hk.Module):
-    """A module that only holds one parameter of each expert."""
+class ExpertModule(hk.Module):
+    """A module that only holds parameters, each for all experts."""
 
     def __call__(
-        self, leaf: str, shape: tuple[int, ...], axes: Axes
-    ) -> Any:
-        axes = ("experts", *axes)
-        if len(shape) < 3:
-            return get_parameter(leaf, shape, axes, jnp.zeros)
-        init = hk.initializers.TruncatedNormal(shape[-2] ** -0.5)
-        return get_parameter(leaf, shape, axes, init, matrix=True)
+        self, leaves: dict[str, tuple[tuple[int, ...], Axes]]
+    ) -> dict[str, Any]:
+        found = {}
+        for leaf, (shape, axes) in leaves.items():
+            matrix = len(shape) > 2
+            init: Any = jnp.zeros
+            if matrix:
+                spread = shape[-2] ** -0.5
+                init = hk.initializers.TruncatedNormal(spread)
+            found[leaf] = get_parameter(
+                leaf, shape, ("experts", *axes), init, matrix
+            )
+        return found
 
 
 # %% book/chapters/05_moe.md, cell 81
@@ -454,11 +460,16 @@ class ExpertWeights(hk.Module):
         self.num_experts = num_experts
 
     def __call__(self, parameters: Parameters) -> Experts:
-        w = {}
+        modules: dict[str, Any] = {}
         for name, (shape, axes) in parameters.items():
             module, _, leaf = name.partition("/")
-            shape = (self.num_experts, *shape)
-            w[name] = Parameter(module)(leaf or "w", shape, axes)
+            own = (self.num_experts, *shape), axes
+            modules.setdefault(module, {})[leaf or "w"] = own
+        w = {}
+        for module, leaves in modules.items():
+            for leaf, value in ExpertModule(module)(leaves).items():
+                name = module if leaf == "w" else f"{module}/{leaf}"
+                w[name] = value
         return w
 
 

@@ -1044,23 +1044,6 @@ def library_prompt(library: Any) -> tuple[list[int], list[int]]:
 
 
 # %% book/chapters/19_vocabularies.md, cell 70
-Prompt = tuple[list[int], list[int]]
-
-
-def roles_and_prompt(
-    settings: Mapping[str, Any], vocab: Mapping[str, int], own: Prompt
-) -> tuple[dict[str, int], Prompt]:
-    """Which ids have a role, and what goes around a prompt.
-
-    `own` is what the file puts there; settings go before it.
-    """
-    roles = roles_of(settings, vocab)
-    if {"add_bos_token", "add_eos_token"} & settings.keys():
-        return roles, flagged_prompt(settings, roles, bos=False)
-    return dict(zip(["bos"], own[0])) | roles, own
-
-
-# %% book/chapters/19_vocabularies.md, cell 71
 def encode_at_word(
     self: "LibraryCoder", text: str, letters: Mapping[str, str]
 ) -> list[int]:
@@ -1073,7 +1056,7 @@ def encode_at_word(
     return library.encode(text, add_special_tokens=False).ids
 
 
-# %% book/chapters/19_vocabularies.md, cell 72
+# %% book/chapters/19_vocabularies.md, cell 71
 class LibraryCoder:
     """The `tokenizers` library on one file."""
 
@@ -1086,9 +1069,10 @@ class LibraryCoder:
             t["content"]: self.vocab[t["content"]]
             for t in form["added_tokens"] if t["special"]}
         self.hidden = frozenset(self.vocab[s] for s in hidden)
-        own = library_prompt(self.library)
-        self.roles, self.prompt = roles_and_prompt(
-            read_settings(file.companions), self.vocab, own)
+        self.prompt = library_prompt(self.library)
+        settings = read_settings(file.companions)
+        self.roles = dict(zip(["bos"], self.prompt[0]))
+        self.roles |= roles_of(settings, self.vocab)
 
     @cached_property
     def marked(self) -> Any:
@@ -1100,7 +1084,7 @@ class LibraryCoder:
     encode_special = encode_at_word
 
 
-# %% book/chapters/19_vocabularies.md, cell 73
+# %% book/chapters/19_vocabularies.md, cell 72
 def open_json(file: TokenizerFile) -> Backend:
     """A `tokenizer.json`, through the library that writes them."""
     form = parse_json(file.data, file.name, "a tokenizer.json")
@@ -1128,7 +1112,7 @@ def open_json(file: TokenizerFile) -> Backend:
     return (ByteBackend if byte_level else TextBackend)(pieces, coder)
 
 
-# %% book/chapters/19_vocabularies.md, cell 75
+# %% book/chapters/19_vocabularies.md, cell 74
 def token_pattern(
     tokens: Sequence[Mapping[str, Any]]
 ) -> re.Pattern[str]:
@@ -1144,7 +1128,7 @@ def token_pattern(
     return re.compile("|".join(parts) or "(?!)")
 
 
-# %% book/chapters/19_vocabularies.md, cell 76
+# %% book/chapters/19_vocabularies.md, cell 75
 def prepend_scheme(settings: Mapping[str, Any]) -> str:
     """Whether a space goes before the "first" part of a text, before
     "always" each, or "never" any."""
@@ -1165,7 +1149,7 @@ def encode_part(
     return self.inner.encode(part.encode())
 
 
-# %% book/chapters/19_vocabularies.md, cell 77
+# %% book/chapters/19_vocabularies.md, cell 76
 def encode_around(
     self: "AddedPieces", text: str, letters: Mapping[str, str],
     tokens: list[dict[str, Any]] | None = None,
@@ -1181,7 +1165,7 @@ def encode_around(
     return ids + encode_part(self, text[at:], at, letters)
 
 
-# %% book/chapters/19_vocabularies.md, cell 78
+# %% book/chapters/19_vocabularies.md, cell 77
 def added_byte(self: "AddedPieces", token: int) -> bytes:
     """As `piece_byte`, for an id that may not be a piece."""
     return b"" if token in self.shown else piece_byte(self, token)
@@ -1206,7 +1190,7 @@ def with_ids(
     return sorted(tokens, key=lambda t: len(t["content"]), reverse=True)
 
 
-# %% book/chapters/19_vocabularies.md, cell 79
+# %% book/chapters/19_vocabularies.md, cell 78
 class AddedPieces(SentencePieceBackend):
     """A SentencePiece model, and tokens that were added to it."""
 
@@ -1237,7 +1221,7 @@ class AddedPieces(SentencePieceBackend):
     encode_special, byte_of = encode_around, added_byte
 
 
-# %% book/chapters/19_vocabularies.md, cell 80
+# %% book/chapters/19_vocabularies.md, cell 79
 BOS_CLASSES = {"LlamaTokenizer", "CodeLlamaTokenizer"}
 BOS_MODELS = {"llama", "mistral", "mixtral"}
 
@@ -1253,7 +1237,7 @@ def folder_bos(folder: Path | None) -> bool:
     return (folder / "params.json").is_file()
 
 
-# %% book/chapters/19_vocabularies.md, cell 81
+# %% book/chapters/19_vocabularies.md, cell 80
 def open_pieces(file: TokenizerFile) -> Backend:
     """A SentencePiece model, as the files beside it complete it."""
     backend = AddedPieces(file)
@@ -1269,7 +1253,7 @@ def open_pieces(file: TokenizerFile) -> Backend:
     return backend
 
 
-# %% book/chapters/19_vocabularies.md, cell 82
+# %% book/chapters/19_vocabularies.md, cell 81
 FORMATS[:0] = [
     TokenizerFormat("tokenizer.json", is_json, open_json),
     TokenizerFormat("tokenizer.model", is_ranks, open_ranks),

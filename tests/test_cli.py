@@ -139,6 +139,13 @@ def test_info_tells_what_is_in_the_folder(capsys):
             assert lines[name] == str(value)
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr() == (f"annotated-moe {am.__version__}\n", "")
+
+
 def test_help_lists_what_there_is():
     code, out, err = run("--help")
     assert code == 0 and err == ""

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -29,7 +31,7 @@ import json, sys
 import numpy as np
 from annotated_moe import hosts
 address, n, i, data, model, folder, prompts = sys.argv[1:]
-hosts.join(address, int(n), int(i), devices=2, patience=10)
+hosts.join(address, int(n), int(i), devices=2, heartbeat_timeout=10)
 import jax
 import annotated_moe as am
 from annotated_moe.checkpoints import BYTES_READ
@@ -45,9 +47,17 @@ if n == "2":
 print(json.dumps({"ids": ids, "logits": logits,
                   "devices": [jax.local_device_count(), jax.device_count()],
                   "read": BYTES_READ}), flush=True)
-for _ in range(int(sys.stdin.read())):
-    net.generate_ids(prompts, max_new_tokens=5)
-    print("once more", flush=True)
+for line in sys.stdin:
+    method, options, times = json.loads(line)
+    if options.get("mesh"):
+        options["mesh"] = am.make_mesh(*options["mesh"])
+    for _ in range(times):
+        try:
+            call = am.load if method == "load" else getattr(net, method)
+            answer = call(**options)
+        except hosts.MismatchError as error:
+            answer = str(error)
+        print(json.dumps(answer, default=lambda x: type(x).__name__), flush=True)
 """
 
 
@@ -108,10 +118,12 @@ def report(job):
     raise AssertionError(job.stderr.read()[-3000:])
 
 
-def go_on(jobs, times):
-    for job in jobs:
-        job.stdin.write(str(times))
-        job.stdin.close()
+def order(jobs, methods, options, times=1):
+    """Job i calls methods[i] with options[i]: each one's first answer."""
+    for job, method, own in zip(jobs, methods, options):
+        job.stdin.write(json.dumps([method, own, times]) + "\n")
+        job.stdin.flush()
+    return [json.loads(job.stdout.readline()) for job in jobs]
 
 
 def ended(job):
@@ -155,24 +167,88 @@ def assert_a_share_is_read(reports, alone):
         assert sum(r.read.values()) < 1.15 * sum(sizes.values()) / n
 
 
+@pytest.mark.full
 def test_four_processes_are_as_one(start, alone):
     """A grid that crosses processes both ways; 3 rows do not divide by 2."""
     jobs = start(4, 2, 4)
     reports = [report(job) for job in jobs]
     assert_like_alone(reports, alone)
     assert_a_share_is_read(reports, alone)
-    go_on(jobs, 0)
+    for job in jobs:
+        job.stdin.close()
     assert [ended(job)[0] for job in jobs] == [0] * 4
 
 
-def test_two_processes_and_then_the_first_is_killed(start, alone):
+@pytest.fixture(scope="module")
+def pair(start, alone):
+    """Two processes that have shown that they are as one, and wait."""
     jobs = start(2, 1, 4)
     reports = [report(job) for job in jobs]
     assert_like_alone(reports, alone)
     assert_a_share_is_read(reports, alone)
-    go_on(jobs, 100_000)
-    while "once more" not in jobs[1].stdout.readline():
-        assert jobs[1].poll() is None
+    return jobs
+
+
+ASKED = {"prompts": PROMPTS, "max_new_tokens": 5}       # compiled already
+TOKENS = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+LOADED = {"path": None, "mesh": [1, 4], "dtype": "float32"}
+DIFFERENT = {
+    "prompts": ("generate_ids", ASKED, {"prompts": [[5, 9, 34], *PROMPTS[1:]]},
+                "prompts: process 0 has [[5, 9, 33], [17, "),
+    "lengths": ("generate_ids", ASKED, {"prompts": [[5, 9], *PROMPTS[1:]]},
+                "prompts: "),
+    "rows": ("generate_ids", ASKED, {"prompts": [[5, 9], [1]]},
+             "prompts (and seed, temperature, top_k): "),
+    "new tokens": ("generate_ids", ASKED, {"max_new_tokens": 6},
+                   "max_new_tokens: process 0 has 5, process 1 has 6"),
+    "seed": ("generate_ids", ASKED, {"seed": 1}, "seed: process 0 has [0, 1, 2],"),
+    "top_p": ("generate_ids", ASKED, {"top_p": 0.5}, "top_p: "),
+    "stop": ("generate_ids", ASKED, {"stop_ids": [3]}, "has [], process 1 has [3]"),
+    "tokens": ("logits", {"tokens": TOKENS}, {"tokens": TOKENS[::-1]}, "tokens: "),
+    "mesh": ("load", LOADED, {"mesh": [2, 2]}, "differ in mesh.data (and mesh.model"),
+    "dtype": ("load", LOADED, {"dtype": "bfloat16"}, "differ in config.dtype: "),
+    "model": ("load", LOADED, {"path": "other"}, "differ in config.vocab_size"),
+    "weights": ("load", LOADED, {"path": "twin"}, "differ in weights."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method, same, change, words", DIFFERENT.values(), ids=DIFFERENT)
+def test_processes_that_differ_are_told_so(
+    pair, folder, tmp_path, method, same, change, words
+):
+    """Both say the same sentence; what they agree on next is carried out."""
+    twin, same = same | change, dict(same)
+    if method == "load":
+        same["path"], path = str(folder), twin["path"]
+        twin["path"] = str(folder)
+    if change.get("path"):
+        config = TINY if path == "twin" else replace(TINY, vocab_size=80)
+        params = jax.jit(lambda key: quantize_params(init_params(key, config)))
+        am.save(am.Model(config, params(jax.random.key(1))), tmp_path / path)
+        twin["path"] = str(tmp_path / path)
+    first, second = order(pair, [method] * 2, [same, twin])
+    assert first == second and first.startswith(f"{method}: the processes differ in ")
+    assert words in first and "\n" not in first and len(first) < 400
+    again = order(pair, [method] * 2, [same, same])
+    assert again[0] == again[1] != first
+
+
+def test_another_order_of_calls(pair):
+    first, second = order(pair, ["generate_ids", "logits"], [ASKED, {"tokens": [[1]]}])
+    assert first == second
+    assert first.startswith("process 0 runs generate_ids and process 1 logits; ")
+
+
+def test_a_model_of_ones_own_devices_is_ones_own_business(pair, folder):
+    """Loading on one device, process 1 meets nobody."""
+    own = {"path": str(folder), "dtype": "float32"}
+    assert order(pair[1:], ["load"], [own]) == ["Model"]
+
+
+def test_the_first_is_killed(pair):
+    order(pair, ["generate_ids"] * 2, [ASKED] * 2, times=100_000)
+    jobs = pair
     jobs[0].send_signal(signal.SIGKILL)
     code, _ = ended(jobs[1])
     assert code not in (0, None)
@@ -183,12 +259,12 @@ def test_two_processes_and_then_the_first_is_killed(start, alone):
 RUN = "import sys; from annotated_moe.cli import main; sys.exit(main())"
 
 
-def generate(spawn, new):
+def generate(spawn, new, *more):
     address = free_address()
     words = ["-c", RUN, "generate", "--prompt", "In the beginning", "--dtype",
              "float32", "--max-new-tokens", new, "--temperature", 0]
     shared = ["--hosts", address, "--processes", 2, "--process"]
-    return [spawn(*words, *shared, i) for i in range(2)]
+    return [spawn(*words, *shared, i, *(more if i else ())) for i in range(2)]
 
 
 def test_only_the_first_process_prints(spawn):
@@ -216,6 +292,30 @@ def test_a_killed_process_ends_the_other(spawn):
     assert "annotated-moe: process 0: ended, and not by itself" in first.stderr.read()
 
 
+def test_options_that_differ(spawn):
+    """Of two processes, the second is given other ones."""
+    jobs = generate(spawn, 8, "--seed", 5, "--prompt", "In the end")
+    for i, job in enumerate(jobs):
+        out, status = job.communicate(timeout=LONG)
+        assert (job.returncode, out) == (2, "")
+        assert status.splitlines()[-1].startswith(
+            f"annotated-moe: process {i}: the command line: the processes differ in ")
+        assert "--prompt (and --seed): " in status and "Loaded" not in status
+        assert 'process 0 has "In the beginning", process 1 has "In the end"' in status
+
+
+def test_a_port_that_is_taken(spawn):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["-c", RUN, "generate", "--prompt", "x", "--processes", 2]
+        job = spawn(*words, "--process", 0, "--hosts", f"127.0.0.1:{port}")
+        _, status = job.communicate(timeout=LONG)
+    assert job.returncode == 2 and status.count("\n") == 2
+    last = status.splitlines()[-1]
+    assert last.startswith(f"annotated-moe: process 0: port {port}, ")
+    assert "is taken by another program" in last
+
+
 LOST = "E1 coordination_service_agent.cc: Polled\n*** stack trace: ***\n @ 0x7f\n"
 
 
@@ -237,18 +337,86 @@ def test_the_guard_has_the_last_word(text, passed_on):
     assert (done.stdout, done.stderr) == ("", passed_on)
 
 
-def test_who_waits_alone_gives_up(spawn):
-    code = f"""from annotated_moe import hosts
-hosts.join({free_address()!r}, 2, 0, patience=1)"""
-    job = spawn("-c", code)
-    assert job.wait(LONG) != 0
+# Meeting
+
+
+def call_roll(*calls, timeout=30):
+    """What the roll raised in each of several callers, all at one address."""
+    address = free_address()
+    with ThreadPoolExecutor(len(calls)) as pool:
+        jobs = [pool.submit(hosts.call_roll, address, n, i, timeout) for n, i in calls]
+        return [job.exception() for job in jobs]
+
+
+def test_all_come():
+    assert call_roll((3, 2), (3, 0), (3, 1)) == [None] * 3
+    assert call_roll((1, 0)) == [None]
+
+
+@pytest.mark.parametrize(
+    "calls, words",
+    [
+        ([(3, 0), (3, 1), (3, 1)], "two processes say that they are process 1"),
+        ([(2, 0), (3, 1)], "processes is 2 in process 0 and 3 in process 1"),
+        ([(4, 0), (4, 2)], "of 4 processes, 1, 3 did not call process 0 within 1 s"),
+        ([(2, 0)], "of 2 processes, 1 did not call"),
+    ],
+)
+def test_who_does_not_belong_or_does_not_come(calls, words):
+    for error in call_roll(*calls, timeout=1):
+        assert isinstance(error, ValueError) and words in str(error)
+
+
+def test_strangers_at_the_port_do_not_count():
+    address = free_address()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(hosts.call_roll, address, 2, 0, 30)
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": 1}\n'):
+            with hosts.connect(address, 30, "") as stranger:
+                stranger.sendall(said)
+        hosts.call_roll(address, 2, 1, 30)
+        assert first.exception() is None
+
+
+def test_who_answers_is_not_process_0():
+    """As a web server would, or a run that began without us."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(hosts.call_roll, address, 2, 1, 30)
+            caller, _ = server.accept()
+            with caller:
+                caller.sendall(b"\x00\x00 HTTP/2\n")
+            error = job.exception()
+    assert isinstance(error, ConnectionError)
+    assert str(error).startswith(f"{address}: what answers is no process 0")
+
+
+@pytest.mark.parametrize(
+    "address, process, words",
+    [
+        ("nowhere.invalid:9700", 0, "host name 'nowhere.invalid' is unknown"),
+        ("nowhere.invalid:9700", 1, "host name 'nowhere.invalid' is unknown"),
+        ("192.0.2.1:PORT", 0, "cannot reach itself there"),
+        ("127.0.0.1:PORT", 1, "connection refused; is process 0 running"),
+        ("[::1]:TAKEN", 0, "is taken by another program"),
+    ],
+)
+def test_addresses_that_lead_nowhere(address, process, words):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        _, free = free_address().rsplit(":", 1)
+        address = address.replace("TAKEN", str(other.getsockname()[1]))
+        address = address.replace("PORT", free)
+        with pytest.raises(OSError, match=words) as error:
+            hosts.call_roll(address, 2, process, 0)
+    assert "\n" not in str(error.value)
 
 
 # What cannot be tried
 
 
 @pytest.mark.parametrize(
-    "address, processes, process, patience, words",
+    "address, processes, process, timeout, words",
     [
         ("10.0.0.1", 2, 0, 20, "'10.0.0.1' is no host:port"),
         (":9700", 2, 0, 20, "no host:port"),
@@ -257,12 +425,12 @@ hosts.join({free_address()!r}, 2, 0, patience=1)"""
         ("here:9700", 2, 2, 20, "process 2 of 2"),
         ("here:9700", 2, -1, 20, "process -1 of 2"),
         ("here:9700", 0, 0, 20, "process 0 of 0"),
-        ("here:9700", 2, 0, 0, "patience is 1 second or more"),
+        ("here:9700", 2, 0, 0, "heartbeat_timeout is 1 second or more"),
     ],
 )
-def test_numbers_that_make_no_sense(address, processes, process, patience, words):
+def test_numbers_that_make_no_sense(address, processes, process, timeout, words):
     with pytest.raises(ValueError, match=words):
-        hosts.join(address, processes, process, patience=patience)
+        hosts.join(address, processes, process, heartbeat_timeout=timeout)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +455,8 @@ def test_options_that_do_not_fit(words, complaint, capsys):
 def test_every_process_gets_its_share_of_the_devices(monkeypatch):
     calls = []
     monkeypatch.setattr(hosts, "join", lambda *call: calls.append(call))
-    monkeypatch.setattr(hosts, "set_guard", lambda process: None)
+    for name in ("start_guard", "reserve_stdout"):
+        monkeypatch.setattr(hosts, name, lambda process: None)
     for given, own, every in [(1, 1, 4), (8, 2, 8), (32, 8, 32)]:
         args = argparse.Namespace(
             hosts="h:1", processes=4, process=3, devices=given)
@@ -301,16 +470,18 @@ import atexit, os, time
 from annotated_moe import hosts
 atexit.register(time.sleep, 1000)
 wrong = ValueError('this is wrong\\nand more')
-for error in (wrong, RuntimeError('gone'), KeyboardInterrupt()):
+lost = ValueError('UNKNOWN: Gloo AllGather failed')
+for error in (wrong, lost, RuntimeError('gone'), KeyboardInterrupt()):
     child = os.fork()
     if not child:
-        hosts.leave(error, 1)
+        hosts.abort(error, 1)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 os._exit(0)
 """)
     codes, errors = job.communicate(timeout=LONG)
-    assert codes.split() == ["2", "3", "3"]
+    assert codes.split() == ["2", "3", "3", "3"]
     for words in ["process 1: this is wrong\n", "process 1: KeyboardInterrupt;",
-                  "process 1: gone; has another process ended?"]:
+                  "process 1: gone; has another process ended?",
+                  "AllGather failed; has another process ended?"]:
         assert words in errors
     assert "said" not in errors.splitlines()    # that is for a guard

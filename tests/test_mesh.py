@@ -61,11 +61,14 @@ for line in sys.stdin:
 """
 
 
-def test_sixteen_and_thirty_two_devices(tiny):
+@pytest.mark.parametrize(
+    "meshes",
+    [[(2, 16)], pytest.param([(1, 16), (8, 4)], marks=pytest.mark.full)],
+)
+def test_sixteen_and_thirty_two_devices(tiny, meshes):
     """Four key heads on 16 shards, three rows on 1, 2 and 8."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    meshes = [(1, 16), (2, 16), (8, 4)]
     jobs = "\n".join(json.dumps([str(tiny), *mesh, PROMPTS]) for mesh in meshes)
     run = subprocess.run([sys.executable, "-c", THIRTY_TWO], input=jobs, env=env,
                          text=True, capture_output=True, timeout=300)
@@ -142,7 +145,9 @@ def test_a_layer_exchanges_no_more_than_it_must(config, shape, gathers):
         assert found.count("all-reduce") == 2
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize(
+    "kv_heads", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 8))]
+)
 def test_any_number_of_key_heads_on_eight_shards(kv_heads):
     config = am.ModelConfig(kv_heads=kv_heads, **SIZES)
     params = jax.jit(lambda key: init_params(key, config))(jax.random.key(1))

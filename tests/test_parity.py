@@ -5,6 +5,7 @@ Needs the extra `parity` (torch and transformers), which CI installs.
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,6 +141,28 @@ def test_logits(case):
     want = pair.logits(pair.tokens)
     np.testing.assert_allclose(pair.ours.logits(pair.tokens), want, atol=ATOL)
     assert want.std() > 0.5
+
+
+@pytest.fixture
+def optimized():
+    """Programs compiled as a user's are, and as those of other tests are not."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    jax.clear_caches()
+    yield
+    jax.config.update(name, before)
+    jax.clear_caches()
+
+
+OTHERS = [pytest.param(n, marks=pytest.mark.full) for n in CASES if n != "qwen3"]
+
+
+@pytest.mark.parametrize("case", ["qwen3", *OTHERS], indirect=True)
+def test_with_the_compiler_s_optimizations(case, optimized):
+    """Logits, and steps on a cache, of programs that nobody hurried."""
+    test_logits(case)
+    test_cached_steps_and_greedy_tokens(case)
 
 
 def test_cached_steps_and_greedy_tokens(case):

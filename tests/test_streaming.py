@@ -146,7 +146,9 @@ def test_says_what_the_resident_model_says(release):
     assert_same_tokens(*models)
 
 
-LAYOUTS = [("ours", "int8"), ("ours", "float32"), ("grok", "bfloat16")]
+FULL = [("ours", "int8"), ("ours", "float32")]
+LAYOUTS = [("grok", "bfloat16")]
+LAYOUTS += [pytest.param(*case, marks=pytest.mark.full) for case in FULL]
 
 
 @pytest.mark.parametrize("layout, kind", LAYOUTS)
@@ -306,7 +308,13 @@ def whole(model):
     return np.stack([row[n - 1 : n + 11] for row, n in zip(y, ROWS)])
 
 
-KINDS = [(name, "float32") for name in FAMILY] + [("llama", "int8")]
+# One with chunks, a ring, dense, sparse and shared layers stands for the rest.
+KINDS = [("llama4", "float32")]
+KINDS += [
+    pytest.param(name, "float32", marks=pytest.mark.full)
+    for name in FAMILY if name != "llama4"
+]
+KINDS += [pytest.param("llama", "int8", marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize("name, kind", KINDS)
@@ -328,7 +336,9 @@ def test_every_family_says_what_the_resident_model_says(tmp_path, name, kind):
     np.testing.assert_allclose(whole(stream), whole(resident), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+@pytest.mark.parametrize(
+    "name", ["llama4", pytest.param("mixtral", marks=pytest.mark.full)]
+)
 def test_rings_are_filled_in_runs(monkeypatch, name):
     """A prompt read in runs must find in the ring what earlier runs left."""
     model = streaming.StreamedModel(FAMILY[name], tree(family_tensors(FAMILY[name])))

@@ -524,6 +524,348 @@ def test_templates_by_name_and_place(tmp_path):
     assert tokenizer.decode(tokenizer.chat(HELLO)) == "in a file"
 
 
+def named(tmp_path, **templates):
+    """A tokenizer with some templates in files of their own."""
+    tokenizer = chatty("byte level", tmp_path, None, chat_template="in a string")
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir(exist_ok=True)
+    for name, text in templates.items():
+        place = tmp_path / "chat_template.jinja" if name == "default" else None
+        (place or folder / f"{name}.jinja").write_text(text)
+    return Tokenizer(tmp_path / "tokenizer.json"), tokenizer
+
+
+def test_templates_in_a_folder(tmp_path):
+    count = "{{ (tools or []) | length }}"
+    tokenizer, plain = named(tmp_path, default="one", tool_use=count)
+    assert plain.decode(plain.chat(HELLO)) == "in a string"
+
+    def text(**options):
+        return tokenizer.decode(tokenizer.chat(HELLO, **options))
+
+    assert text() == "one"
+    assert text(tools=[{}, {}]) == "2" and text(tools=[]) == "0"
+    assert text(chat_template="tool_use") == text(template="tool_use") == "0"
+    with pytest.warns(UserWarning, match="tools"):
+        assert text(tools=[{}], chat_template="default") == "one"
+    assert text(chat_template="{{ messages[0].role }}!") == "user!"
+    (tmp_path / "b").mkdir()
+    tokenizer.save_in(tmp_path / "b")
+    again = Tokenizer(tmp_path / "b" / "tokenizer.json")
+    assert again.companions == tokenizer.companions
+    assert again.chat(HELLO, tools=[{}]) == tokenizer.chat(HELLO, tools=[{}])
+
+
+def test_only_named_templates(tmp_path):
+    tokenizer, _ = named(tmp_path, rag="two")
+    with pytest.raises(ValueError, match="no chat template 'default'.*rag"):
+        tokenizer.chat(HELLO)
+    assert tokenizer.decode(tokenizer.chat(HELLO, chat_template="rag")) == "two"
+
+
+@pytest.mark.parametrize("options", [
+    {"continue_last_message": True}, {"tokenize": False}, {"chat_template": "X"},
+    {"return_tensors": "np"}, {"x": 1}, {"template": "X"}, {"role": "user"}])
+def test_what_has_no_effect_is_an_error(tmp_path, options):
+    template = TEMPLATE + "{% set x = 2 %}{{ x }}"
+    tokenizer = chatty("byte level", tmp_path, template)
+    with pytest.raises(ValueError, match="X|" + next(iter(options))) as error:
+        tokenizer.chat(HELLO, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_template_asks_for_may_be_given(tmp_path):
+    template = (
+        "{% if date is not defined %}{% set date = 'none' %}{% endif %}{{ date }}"
+        "{% if think is defined and not think %}!{% endif %}{{ bos_token }}")
+    tokenizer = chatty("byte level", tmp_path, template)
+    assert tokenizer.decode(tokenizer.chat(HELLO)) == "none"
+    assert tokenizer.decode(tokenizer.chat(HELLO, date="May", think=False)) == "May!"
+    ids = tokenizer.chat(HELLO, bos_token="")
+    assert 0 not in ids and 0 in tokenizer.chat(HELLO)
+
+
+def test_tools_that_a_template_does_not_read_are_said(tmp_path):
+    tokenizer = chatty("byte level", tmp_path)
+    with pytest.warns(UserWarning, match="does not read 'tools'"):
+        ids = tokenizer.chat(HELLO, tools=[{"name": "f"}])
+    assert ids == tokenizer.chat(HELLO)
+
+
+CONTENTS = ["The year is", " two  spaces  ", "x\n\n", [{"type": "text", "text": "The"}]]
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=str)
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_a_message_is_gone_on_with(tmp_path, content, trim):
+    template = (
+        "{% for m in messages %}<|user|>{{ m.role }}\n{% if m.content is string %}"
+        "{{ m.content TRIM }}{% else %}{% for p in m.content %}{{ p.text TRIM }}"
+        "{% endfor %}{% endif %}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+    ).replace("TRIM", trim)
+    tokenizer = chatty("byte level", tmp_path, template)
+    begun = [*HELLO, {"role": "assistant", "content": content}]
+    ids = tokenizer.chat(begun, continue_final_message=True)
+    text = content if isinstance(content, str) else "The"
+    text = text.strip() if trim else text
+    assert tokenizer.decode(ids, specials=True) == (
+        "<|user|>user\nHello world<|end|>\n<|user|>assistant\n" + text)
+    with pytest.raises(ValueError, match="or begin an answer"):
+        tokenizer.chat(begun, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(ValueError, match="no text to continue"):
+        tokenizer.chat([{"role": "assistant"}], continue_final_message=True)
+
+
+def test_no_content_is_none(tmp_path):
+    """Programs that speak to servers write null beside a call of a tool."""
+    template = ("{% for m in messages %}{% if 'content' in m %}{{ m.content | trim }}"
+                "{% endif %}{{ m.calls | default('') }};{% endfor %}")
+    tokenizer = chatty("byte level", tmp_path, template)
+    messages = [{"role": "assistant", "content": None, "calls": "f"}, *HELLO]
+    assert tokenizer.decode(tokenizer.chat(messages)) == "f;Hello world;"
+    assert messages[0]["content"] is None
+    messages[0].pop("content")
+    assert tokenizer.decode(tokenizer.chat(messages)) == "f;Hello world;"
+
+
+def test_limits_that_a_system_refuses(monkeypatch):
+    """macOS bounds no memory, and a lower limit cannot be raised."""
+    resource = pytest.importorskip("resource")
+    asked = []
+
+    def refuse(kind, limits):
+        asked.append(kind)
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    request = {"template": "{{ 1 + 1 }}", "variables": {}, "asked": []}
+    assert templates.answer(json.dumps(request)) == {"text": "2", "unread": []}
+    assert len(asked) == 2
+
+
+def test_a_lower_limit_is_kept(tmp_path):
+    pytest.importorskip("resource")
+    code = ("import resource, runpy, sys; "
+            "resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29)); "
+            "resource.setrlimit(resource.RLIMIT_CPU, (4, 4)); "
+            "runpy.run_path(sys.argv[1], run_name='__main__')")
+    request = {"template": "{{ 1 + 1 }}", "variables": {}, "asked": []}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, templates.__file__],
+        input=json.dumps(request).encode(), capture_output=True, check=True)
+    assert json.loads(done.stdout)["text"] == "2"
+
+
+# The rest of a chat is cut as ever, whatever somebody typed
+
+
+def metaspace_first(scheme):
+    """A `tokenizer.json` made from SentencePiece by today's programs."""
+    form = json.loads(data_of("byte fallback"))
+    form["normalizer"] = None
+    form["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁",
+                             "prepend_scheme": scheme, "split": False}
+    return json.dumps(form).encode()
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_what_is_typed_changes_nothing_around_it(tmp_path, scheme):
+    data = metaspace_first(scheme)
+    library = tokenizers.Tokenizer.from_str(data.decode())
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (tmp_path / "chat_template.jinja").write_text(
+        "<s>return {% for m in messages %}{{ m.content }}</s>the{% endfor %}")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    plain = library.encode("<s>return x the</s>the", add_special_tokens=False).ids
+    assert tokenizer.chat([{"role": "user", "content": "x the"}]) == plain
+    for typed in ["</s>", "a </s>b", "<s>", "</s></s> <s>x", "</s"]:
+        ids = tokenizer.chat([{"role": "user", "content": typed}])
+        # The library on a file in which the two names mean nothing.
+        form = json.loads(data)
+        names = {"<s>": "\ue000", "</s>": "\ue001"}
+        for token in form["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        vocab = form["model"]["vocab"]
+        form["model"]["vocab"] = {names.get(k, k): v for k, v in vocab.items()}
+        other = tokenizers.Tokenizer.from_str(json.dumps(form))
+        text = f"\ue000return {typed}\ue001the"
+        assert ids == other.encode(text, add_special_tokens=False).ids
+        assert ids[:2] == plain[:2] and ids[-2:] == plain[-2:]
+        assert (ids.count(1), ids.count(2)) == (1, 1)
+
+
+def test_a_forged_name_within_another(tmp_path):
+    """`<|end|>x` is a token too, and only `<|end|>` was typed."""
+    form = json.loads(data_of("byte level"))
+    token = dict(form["added_tokens"][1], id=502, content="<|end|>x", special=True)
+    form["added_tokens"].append(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<|end|>x")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    ids = tokenizer.chat([{"role": "user", "content": "a<|end|> b"}])
+    assert ids[-1] == 502 and 1 not in ids
+    assert tokenizer.decode(ids, specials=True) == "a<|end|> b<|end|>x"
+
+
+# Who says what a prompt begins with, and which tokens were added
+
+
+def in_folder(path, **files):
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (path / name.replace("__", ".")).write_bytes(data)
+    return formats.open_tokenizer(path)
+
+
+def around(tokenizer, add_bos=None):
+    """What is put before a prompt and after it."""
+    plain, ids = tokenizer.encode("the"), tokenizer.encode_prompt("the", add_bos)
+    at = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return ids[:at], ids[at + len(plain) :]
+
+
+def with_stage(single):
+    form = json.loads(data_of("byte level"))
+    stage = {"type": "TemplateProcessing", "single": [
+        {"Sequence": {"id": "A", "type_id": 0}} if s == "A"
+        else {"SpecialToken": {"id": s, "type_id": 0}} for s in single],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                 {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {s: {"id": s, "ids": [SPECIALS.index(s)], "tokens": [s]}
+                           for s in single if s != "A"}}
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+             "use_regex": True}
+    form["post_processor"] = {"type": "Sequence", "processors": [level, stage]}
+    return json.dumps(form).encode()
+
+
+PROMPTS = {
+    "BOS first": (["<|begin|>", "A"], {"bos_token": "<|begin|>"}, ([0], [])),
+    "no settings": (["<|begin|>", "A"], None, ([0], [])),
+    "BOS and EOS": (["<|begin|>", "A", "<|end|>"], {"bos_token": "<|begin|>"},
+                    ([0], [1])),
+    "a flag is not asked": (["<|begin|>", "A"],
+                            {"bos_token": "<|begin|>", "add_bos_token": False},
+                            ([0], [])),
+    "nothing": (["A"], {"bos_token": "<|begin|>", "add_bos_token": True}, ([], [])),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_last_stage_says_what_a_prompt_begins_with(name, tmp_path):
+    single, settings, expected = PROMPTS[name]
+    files = {} if settings is None else {"tokenizer_config__json": settings}
+    tokenizer = in_folder(tmp_path, tokenizer__json=with_stage(single), **files)
+    assert around(tokenizer) == expected
+    assert around(tokenizer, add_bos=True)[0] == [0]
+    assert around(tokenizer, add_bos=False)[0] == []
+    assert around(tokenizer, add_bos=False)[1] == expected[1]
+    assert tokenizer.encode("the") == made("byte level").encode("the")
+
+
+PIECES = (FIXTURES / "tokenizer.model").read_bytes()
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+BESIDE = {
+    "alone": ({}, False),
+    "Meta's": ({"params__json": {"dim": 8}}, True),
+    "a flag": ({"tokenizer_config__json": {"add_bos_token": True}}, True),
+    "a flag against": ({"tokenizer_config__json": LLAMA | {"add_bos_token": False}},
+                       False),
+    "a class": ({"tokenizer_config__json": LLAMA}, True),
+    "another class": ({"tokenizer_config__json": {"tokenizer_class": "Other"}}, False),
+    "a family": ({"config__json": {"model_type": "mixtral"}}, True),
+    "another family": ({"config__json": {"model_type": "grok"}}, False),
+    "no JSON": ({"config__json": b"{"}, False),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_sentencepiece_the_folder_says_it(name, tmp_path):
+    files, expected = BESIDE[name]
+    tokenizer = in_folder(tmp_path, tokenizer__model=PIECES, **files)
+    assert around(tokenizer) == ([1] if expected else [], [])
+    (tmp_path / "copy").mkdir()
+    tokenizer.save_in(tmp_path / "copy")
+    assert around(formats.open_tokenizer(tmp_path / "copy")) == around(tokenizer)
+
+
+def test_meta_s_own_file_begins_with_bos(tmp_path):
+    assert around(made("llama 3")) == ([265], [])
+    assert around(made("llama 4"), add_bos=False) == ([], [])
+
+
+def test_tokens_that_were_added_have_one_id(tmp_path):
+    """As `added_tokens.json` or `tokenizer_config.json` alone has them."""
+    flags = {"lstrip": False, "rstrip": False, "normalized": False,
+             "single_word": False, "special": True}
+    decoder = {"512": flags | {"content": "<|im_start|>"},
+               "513": flags | {"content": "<tool>", "special": False},
+               "517": flags | {"content": "[B]", "lstrip": True, "rstrip": True}}
+    ids = {token["content"]: int(i) for i, token in decoder.items()}
+    for n, files in enumerate([
+        {"added_tokens__json": ids},
+        {"tokenizer_config__json": {"added_tokens_decoder": decoder}},
+    ]):
+        (tmp_path / str(n)).mkdir()
+        tokenizer = in_folder(tmp_path / str(n), tokenizer__model=PIECES, **files)
+        assert tokenizer.vocab_size == 518
+        for text, i in ids.items():
+            assert tokenizer.encode(f"a{text}b", specials=True).count(i) == 1
+            assert tokenizer.decode([i], specials=True) == text
+        text = "the<|im_start|>user x<tool>y"
+        marked = tokenizer.encode(text, specials=True)
+        assert tokenizer.decode(marked, specials=True) == text
+        assert streamed(tokenizer, marked) == tokenizer.decode(marked)
+        typed = tokenizer.encode(text)              # only what has no meaning
+        assert 512 not in typed and 513 in typed
+        assert tokenizer.decode(typed) == streamed(tokenizer, typed) == text
+        assert tokenizer.decode([515]) == streamed(tokenizer, [515]) == ""
+        plain = Tokenizer(PIECES)
+        assert tokenizer.encode("def the x") == plain.encode("def the x")
+        rng = random.Random(n)
+        for _ in range(200):
+            some = rng.choices([*range(6), *range(300), *range(510, 520)], k=9)
+            assert streamed(tokenizer, some) == tokenizer.decode(some), some
+    spaced = tokenizer.encode("a  [B]  b", specials=True)
+    assert spaced == [*tokenizer.encode("a"), 517,
+                      *tokenizer.encode("[B]b", specials=True)[1:]]
+
+
+def test_settings_may_name_another_end(tmp_path):
+    settings = {"eos_token": "<|im_end|>", "bos_token": {"content": "[BOS]"},
+                "additional_special_tokens": ["<|x|>"]}
+    tokenizer = in_folder(tmp_path, tokenizer__model=PIECES,
+                          added_tokens__json={"<|im_end|>": 512},
+                          special_tokens_map__json=settings)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 512)
+    assert tokenizer.stop_ids == (512,) and tokenizer.vocab_size == 514
+    assert tokenizer.encode("<|x|>", specials=True)[-1] == 513
+
+
+def test_a_broken_list_of_tokens_is_named(tmp_path):
+    for broken in [{"x": {"content": "a"}}, {"7": "a"}, {"7": {}}, []]:
+        config = {"added_tokens_decoder": broken}
+        if broken in ([], {"7": {}}):
+            in_folder(tmp_path, tokenizer__model=PIECES, tokenizer_config__json=config)
+            continue
+        with pytest.raises(ValueError, match="added tokens beside"):
+            in_folder(tmp_path, tokenizer__model=PIECES, tokenizer_config__json=config)
+
+
+def test_a_token_that_only_the_settings_name(tmp_path):
+    """Beside a `tokenizer.json`, as `added_tokens_decoder` may be newer."""
+    token = {"content": "<|late|>", "special": True}
+    size = made("byte level").vocab_size
+    settings = {"added_tokens_decoder": {str(size): token}, "bos_token": "<|begin|>"}
+    tokenizer = in_folder(tmp_path, tokenizer__json=data_of("byte level"),
+                          tokenizer_config__json=settings)
+    assert tokenizer.encode("<|late|>", specials=True) == [size]
+    assert size not in tokenizer.encode("<|late|>")
+    assert tokenizer.decode([size], specials=True) == "<|late|>"
+
+
 UNSAFE = {
     "{{ ''.__class__.__mro__ }}": "__class__",
     "{{ ''.__class__ }}": "__class__",

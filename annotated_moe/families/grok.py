@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
 """Grok-1, and smaller models of its architecture.
 """
 
@@ -18,7 +18,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% book/chapters/08_model.md, cell 104
+# %% book/chapters/08_model.md, cell 105
 def grok_config(
     vocab_size: int = 131072,
     context: int = 8192,
@@ -58,26 +58,40 @@ def grok_config(
     )
 
 
-# %% book/chapters/14_hub.md, cell 2
-def like_grok(config: ModelConfig) -> ModelConfig:
-    """The model of Grok-1's architecture with a model's sizes."""
+# %% book/chapters/09c_layouts.md, cell 5
+def grok_sizes(config: ModelConfig) -> dict[str, Any]:
+    """What `grok_config` would have to be given for such a model."""
     layer = config.layer(0)
     attention, experts = layer.attention, layer.feed_forward
     sparse = isinstance(experts, MoESpec)
-    return grok_config(
-        config.vocab_size, config.context, config.d_model,
-        experts.width, config.num_layers, attention.q_heads,
-        attention.kv_heads, attention.head_size,
-        experts.num_experts if sparse else 1,
-        experts.top_k if sparse else 1,
-        config.embedding_multiplier, config.output_multiplier,
-        attention.multiplier, attention.softcap,
-        attention.rope.base if attention.rope else 10000.0,
-        config.pad_id, config.eos_ids, config.dtype,
-    )
+    return {
+        "vocab_size": config.vocab_size,
+        "context": config.context,
+        "d_model": config.d_model,
+        "d_ff": experts.width,
+        "num_layers": config.num_layers,
+        "q_heads": attention.q_heads,
+        "kv_heads": attention.kv_heads,
+        "head_size": attention.head_size,
+        "num_experts": experts.num_experts if sparse else 1,
+        "top_k": experts.top_k if sparse else 1,
+        "embedding_multiplier": config.embedding_multiplier,
+        "output_multiplier": config.output_multiplier,
+        "attn_multiplier": attention.multiplier,
+        "attn_softcap": attention.softcap,
+        "rope_base": attention.rope.base if attention.rope else 1.0,
+        "pad_id": config.pad_id,
+        "eos_ids": config.eos_ids,
+        "dtype": config.dtype,
+    }
 
 
-# %% book/chapters/14_hub.md, cell 4
+def like_grok(config: ModelConfig) -> ModelConfig:
+    """The model of Grok-1's architecture with a model's sizes."""
+    return grok_config(**grok_sizes(config))
+
+
+# %% book/chapters/14_hub.md, cell 3
 GROK_LAYER = (
     WeightName("pre_attn_norm.scale", "rms_norm/scale"),
     WeightName("post_attn_norm.scale", "rms_norm_1/scale"),
@@ -98,7 +112,7 @@ GROK_LAYER = (
 )
 
 
-# %% book/chapters/14_hub.md, cell 8
+# %% book/chapters/14_hub.md, cell 7
 class GrokFamily(Family):
     """The community's conversion of Grok-1.
 
@@ -106,6 +120,7 @@ class GrokFamily(Family):
     these are.
     """
 
+    model_type = "grok-1"
     ends = (
         WeightName("model.embed_tokens.weight",
                    "in_out_embed/embeddings"),
@@ -176,6 +191,8 @@ class GrokFamily(Family):
             "pad_token_id": config.pad_id,
             "eos_token_id": one_or_many(config.eos_ids),
             "torch_dtype": config.dtype,
+            "quantization_config": {
+                "quant_method": "int8-weight-scale", "bits": 8},
         }
 
 

@@ -160,6 +160,7 @@ MLP = projections("mlp.", "", GLU)
 class LlamaFamily(Family):
     """Llama, and what its relatives have in common with it."""
 
+    model_type = "llama"
     rope_base = 10000.0
     norm_eps = 1e-6
 

@@ -26,6 +26,7 @@ from annotated_moe.families.llama import (
     projections,
     write_attention,
 )
+from annotated_moe.families.vision import SeeingFamily
 from annotated_moe.formats.hub import FAMILIES, Fields, WeightName
 from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.rope import Llama3Rope, Rope
@@ -123,6 +124,7 @@ def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
 class Llama4Family(LlamaFamily):
     """Llama 4's texts."""
 
+    model_type = "llama4_text"
     rope_base = 500000.0
     norm_eps = 1e-5
 
@@ -229,3 +231,6 @@ class Llama4Family(LlamaFamily):
 
 
 FAMILIES["Llama4ForCausalLM"] = Llama4Family()
+FAMILIES["Llama4ForConditionalGeneration"] = SeeingFamily(
+    Llama4Family(), "llama4"
+)

@@ -92,6 +92,8 @@ MIXTRAL_EXPERTS = expert_names(
 class MistralFamily(LlamaFamily):
     """Llama with a window."""
 
+    model_type = "mistral"
+
     def read_attention(self, fields: Fields) -> AttentionSpec:
         spec = super().read_attention(fields)
         window = fields.get("sliding_window")
@@ -129,6 +131,7 @@ def window_of(spec: AttentionSpec) -> int | None:
 class MixtralFamily(MistralFamily):
     """Experts in each layer, and maybe a window."""
 
+    model_type = "mixtral"
     rope_base = 1e6
     norm_eps = 1e-5
 

@@ -42,6 +42,7 @@ OLMOES = {"olmoe-1b-7b": olmoe_config()}
 class OlmoeFamily(QwenFamily):
     """Experts in every layer."""
 
+    model_type = "olmoe"
     norm_eps = 1e-5
     whole_norm = True
 

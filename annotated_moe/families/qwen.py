@@ -79,6 +79,7 @@ def router_for(fields: Fields) -> str:
 class QwenFamily(LlamaFamily):
     """Qwen3-MoE: dense layers may stand among sparse ones."""
 
+    model_type = "qwen3_moe"
     whole_norm = False
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:

@@ -97,7 +97,7 @@ def ffn_size(d_model: int, widening: int | float) -> int:
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09c_layouts.md, cell 5
+# %% book/chapters/09c_layouts.md, cell 6
 def release_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -129,7 +129,7 @@ def release_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/09c_layouts.md, cell 6
+# %% book/chapters/09c_layouts.md, cell 7
 def read_release(
     folder: Path, config: ModelConfig
 ) -> dict[tuple[str, str], Any]:

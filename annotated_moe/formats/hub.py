@@ -23,7 +23,7 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.rope import Rope
 
 
-# %% book/chapters/14_hub.md, cell 3
+# %% book/chapters/14_hub.md, cell 2
 class WeightName(NamedTuple):
     """A tensor of theirs, a parameter of ours, what is between.
 
@@ -43,7 +43,7 @@ ENDS = (
 )
 
 
-# %% book/chapters/14_hub.md, cell 5
+# %% book/chapters/14_hub.md, cell 4
 # What `transformers` writes into any configuration and no model reads
 # when it computes logits.
 NAMES = """
@@ -77,7 +77,7 @@ NAMES = """
 INERT = frozenset(NAMES.split())
 
 
-# %% book/chapters/14_hub.md, cell 6
+# %% book/chapters/14_hub.md, cell 5
 REQUIRED = object()
 
 
@@ -171,13 +171,14 @@ class Fields:
                 )
 
 
-# %% book/chapters/14_hub.md, cell 7
+# %% book/chapters/14_hub.md, cell 6
 class Family:
     """An architecture in this layout: names, and a configuration.
 
     A family overrides `ends`, `layer`, `read` and `write`.
     """
 
+    model_type = ""
     prefix = "model.layers.{layer}."
     ends: tuple[WeightName, ...] = ENDS
 
@@ -200,7 +201,7 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-# %% book/chapters/14_hub.md, cell 9
+# %% book/chapters/14_hub.md, cell 8
 Found = list[tuple[tuple[int, ...], Any]]       # index, tensor
 
 
@@ -240,7 +241,7 @@ def read_hub(
     }
 
 
-# %% book/chapters/14_hub.md, cell 10
+# %% book/chapters/14_hub.md, cell 9
 def check_scheme(path: Path, raw: Mapping[str, Any]) -> None:
     """CheckpointError for quantized weights of another format."""
     for where in (raw, raw.get("text_config")):
@@ -272,7 +273,7 @@ def hub_config(folder: Path) -> ModelConfig:
     return config
 
 
-# %% book/chapters/14_hub.md, cell 12
+# %% book/chapters/14_hub.md, cell 11
 def read_dtype(fields: Fields) -> str:
     """What the weights are; a half is as precise as none of ours is."""
     older = fields.get("torch_dtype", "bfloat16")
@@ -287,7 +288,7 @@ def one_or_many(ids: tuple[int, ...]) -> Any:
     return list(ids)
 
 
-# %% book/chapters/14_hub.md, cell 13
+# %% book/chapters/14_hub.md, cell 12
 ROPES: dict[str, Callable[[Fields, float], Rope]] = {
     "default": lambda fields, base: Rope(base)
 }
@@ -339,7 +340,7 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 ROPE_FIELDS: dict[type, Callable[[Any], dict[str, Any]]] = {}
 
 
-# %% book/chapters/14_hub.md, cell 14
+# %% book/chapters/14_hub.md, cell 13
 Change = Callable[[Any, Any], Any]          # of a tensor, by its spec
 
 
@@ -364,7 +365,7 @@ TRANSFORMS = {
 }
 
 
-# %% book/chapters/14_hub.md, cell 15
+# %% book/chapters/14_hub.md, cell 14
 class Entry(NamedTuple):
     """One tensor of theirs, and where in ours it stands.
 
@@ -404,7 +405,7 @@ def end_entries(
         yield Entry(theirs, path, (i,), name.transform, config)
 
 
-# %% book/chapters/14_hub.md, cell 16
+# %% book/chapters/14_hub.md, cell 15
 def entries(family: Family, config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of theirs that a model has, in our order."""
     specs = param_specs(config)
@@ -437,7 +438,7 @@ def experts_in(theirs: str, spec: ParamSpec) -> Any:
     return range(spec.shape[spec.axes.index("experts")])
 
 
-# %% book/chapters/14_hub.md, cell 17
+# %% book/chapters/14_hub.md, cell 16
 class HubFolder:
     """The arrays of a folder, and which of them were taken."""
 
@@ -464,7 +465,7 @@ class HubFolder:
         return change(w, entry.spec)
 
 
-# %% book/chapters/14_hub.md, cell 18
+# %% book/chapters/14_hub.md, cell 17
 def check_head(folder: HubFolder, embedding: str, head: str) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     if head in folder.taken or head not in folder.arrays:
@@ -482,7 +483,7 @@ def check_head(folder: HubFolder, embedding: str, head: str) -> None:
 NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files have it
 
 
-# %% book/chapters/14_hub.md, cell 19
+# %% book/chapters/14_hub.md, cell 18
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, with the stop ids of generation_config.json."""
     raw = read_json(folder / "config.json")
@@ -509,7 +510,7 @@ def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-# %% book/chapters/14_hub.md, cell 20
+# %% book/chapters/14_hub.md, cell 19
 class HalvesFromPairs(LazyArray):
     """[D, heads * size], each head's halves from neighbouring pairs.
 
@@ -548,7 +549,7 @@ TRANSFORMS["halves"] = WeightTransform(
 )
 
 
-# %% book/chapters/14_hub.md, cell 21
+# %% book/chapters/14_hub.md, cell 20
 def halves(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first and the second half of the last axis."""
     middle = w.shape[-1] // 2

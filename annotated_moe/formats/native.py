@@ -2,6 +2,7 @@
 """Our own layout: a spec as JSON, and one safetensors file.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from annotated_moe.model import flat_specs
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.specs import from_json, to_json
 
-# %% book/chapters/09c_layouts.md, cell 7
+# %% book/chapters/09c_layouts.md, cell 8
 FORMAT = "annotated-moe-2"
 
 
-# %% book/chapters/09c_layouts.md, cell 8
-def write_config(config: ModelConfig) -> dict[str, Any]:
+# %% book/chapters/09c_layouts.md, cell 9
+def native_settings(config: ModelConfig) -> dict[str, Any]:
     """What `config.json` says of a model."""
     return {"format": FORMAT, **to_json(config)}
 
@@ -30,7 +31,7 @@ def is_native(folder: Path) -> bool:
     return str(read_json(path).get("format")).startswith("annotated-moe")
 
 
-# %% book/chapters/09c_layouts.md, cell 9
+# %% book/chapters/09c_layouts.md, cell 10
 def native_config(path: Path) -> ModelConfig:
     """The configuration that a `config.json` of ours describes."""
     raw = read_json(path)
@@ -48,14 +49,14 @@ def native_config(path: Path) -> ModelConfig:
     return config
 
 
-# %% book/chapters/09c_layouts.md, cell 19
+# %% book/chapters/09c_layouts.md, cell 20
 def flat_arrays(
-    tensors: dict[tuple[str, str], Any],
+    tensors: Mapping[tuple[str, ...], Any],
 ) -> dict[str, Any]:
     """Name -> array; the scales of a quantized tensor get their own."""
     flat = {}
-    for (module, leaf), w in tensors.items():
-        path = f"{module}/{leaf}"
+    for parts, w in tensors.items():
+        path = "/".join(parts)
         if isinstance(w, QuantizedTensor):
             flat[f"{path}.weight"] = w.weight
             flat[f"{path}.scales"] = w.scales
@@ -64,7 +65,7 @@ def flat_arrays(
     return flat
 
 
-# %% book/chapters/09c_layouts.md, cell 20
+# %% book/chapters/09c_layouts.md, cell 21
 def read_native(
     folder: Path, config: ModelConfig
 ) -> dict[tuple[str, str], Any]:

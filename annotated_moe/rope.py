@@ -1,12 +1,13 @@
 # Generated from book/chapters/03_rope.md, book/chapters/04_attention.md, book/chapters/15_llama.md by `make sync`; edit the chapters.
 """Attention compares tokens with tokens and never asks where they
-stand: *dog bites man* and *man bites dog* are to it one bag of three
-words. Rotary position embedding turns every query and key by an angle
-that grows with its position, and then two tokens score by what they are
-and how far apart they stand, and by nothing else. By the end of this
-chapter you will have that in two short functions, know the two ways in
-which the world lays out its pairs and how to get from one to the other,
-and have seen what becomes of the angles in bfloat16.
+stand: to the last word of a sentence, *dog bites man* and *man bites
+dog* are one bag of three words. Rotary position embedding turns every
+query and key by an angle that grows with its position, and then two
+tokens score by what they are and how far apart they stand, and by
+nothing else. By the end of this chapter you will have that in two short
+functions, know the two ways in which the world lays out its pairs and
+how to get from one to the other, and have seen what becomes of the
+angles in bfloat16.
 """
 
 import math

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -174,7 +175,9 @@ def test_room():
     assert empty(RingCache, 1, 7).room is None
 
 
-def test_what_does_not_fit_is_one_clear_error():
+def test_what_does_not_fit_is_one_clear_error(monkeypatch):
+    # Without the signatures' own checks, as in use.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     cache = empty(KVCache, 2, 6, layers=2)
     k, v = normal(2, 1, K, H), normal(2, 1, K, V)
     for absent in (-1, 2):

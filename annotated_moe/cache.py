@@ -120,8 +120,7 @@ class KVCache:
         """
         keys = write_cache(self.k, layer, k, positions)
         values = write_cache(self.v, layer, v, positions)
-        at = jnp.arange(self.slots)
-        at = jnp.broadcast_to(at, (k.shape[0], self.slots))
+        at = jnp.broadcast_to(jnp.arange(self.slots), keys.shape[1:3])
         new = replace(self, k=keys, v=values)
         return new, keys[layer], values[layer], at
 

@@ -30,8 +30,8 @@ def rope_angles(
     """Angle in radians of each pair of features at each position.
 
     Pair i turns by base**(-2 i / head_size) a token, or by what
-    `freq_scaling` makes of these frequencies. Computed in float32. An odd
-    `head_size` is a ValueError.
+    `freq_scaling` makes of these frequencies. Computed in float32. An
+    odd `head_size` is a ValueError.
     Source: Su et al. (2021), section 3.2.2; base as in Grok-1.
     """
     if head_size % 2:

@@ -165,7 +165,8 @@ def attend_blockwise(
         )
         seen = sees(positions[..., None], ps[:, None])[:, None, None]
         s = attention_scores(q, ks, multiplier, softcap)
-        return absorb_block(state, jnp.where(seen, s, MASK_VALUE), vs), None
+        s = jnp.where(seen, s, MASK_VALUE)
+        return absorb_block(state, s, vs), None
 
     b, t, heads, _ = q.shape
     shape = b, k.shape[2], heads // k.shape[2], t
@@ -219,7 +220,8 @@ class Causal(Spec):
         self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
         dtype: Any,
     ) -> KVCache:
-        """For keys and values [L, B, S, K, H] of rows without tokens."""
+        """For keys and values [L, B, S, K, H], of rows without tokens.
+        """
         k, v = jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)
         return KVCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
 

@@ -120,7 +120,7 @@ class KVCache:
         """
         keys = write_cache(self.k, layer, k, positions)
         values = write_cache(self.v, layer, v, positions)
-        at = jnp.broadcast_to(jnp.arange(self.slots), keys.shape[1:3])
+        at = jnp.tile(jnp.arange(self.slots), (k.shape[0], 1))
         new = replace(self, k=keys, v=values)
         return new, keys[layer], values[layer], at
 

@@ -26,5 +26,5 @@ __all__.extend(
 )
 
 
-# %% book/chapters/19_vocabularies.md, cell 31
+# %% book/chapters/19_vocabularies.md, cell 43
 chat_module.register_chat()

@@ -284,6 +284,7 @@ def decoder(
 
         repeats = jnp.arange(len(slots[0].layers))
         (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
+        h = constrain_residual(h)           # else a loop may cut it anew
         done += caches
     return h, None if cache is None else Cache(tuple(done))
 

@@ -598,7 +598,7 @@ class MoE(hk.Module):
         return walk(x, routed.gates, experts, w)
 
 
-# %% book/chapters/15_llama.md, cell 13
+# %% book/chapters/15_llama.md, cell 8
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -609,7 +609,7 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 14
+# %% book/chapters/15_llama.md, cell 9
 ACTIVATIONS["silu"] = swiglu
 
 

@@ -37,7 +37,7 @@ LOADERS["disk"] = load_from_disk
 chat_module.register_chat()
 
 
-# %% book/chapters/99_command_line.md, cell 22
+# %% book/chapters/99_command_line.md, cell 26
 def __getattr__(name: str) -> str:
     """`__version__`, from what was installed."""
     if name != "__version__":

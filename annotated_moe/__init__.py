@@ -13,7 +13,7 @@ from annotated_moe.parallel import make_mesh
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 125
+# %% book/chapters/08_model.md, cell 107
 __all__ = [
     "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
     "Tokenizer", "make_mesh",

@@ -256,6 +256,33 @@ def stream_ids(
 
 
 # %% book/chapters/08_model.md, cell 93
+def read_prompt(
+    model: "Model", prompt: Any, images: Any = None,
+    add_bos: bool | None = None,
+) -> tuple[list[int], Any]:
+    """Ids of a prompt, and what it shows, prepared, or None."""
+    if images is not None:
+        raise ValueError("this model reads text: leave out images")
+    if isinstance(prompt, str):
+        tokenizer = model.require_tokenizer()
+        ids = tokenizer.encode_prompt(prompt, add_bos)
+        tokenizer.check_ids(ids, model.config.vocab_size)
+        return ids, None
+    if isinstance(prompt, (list, tuple, np.ndarray)):
+        return list(prompt), None
+    raise TypeError(f"a prompt is a str or ids: {prompt!r:.60}")
+
+
+def no_inputs(
+    model: "Model", rows: Rows, width: int, tiles: Any
+) -> Any:
+    """What rows of `width` tokens hold besides, for `prefill`."""
+    if tiles is not None and any(t is not None for t in tiles):
+        raise ValueError("this model reads text: leave out images")
+    return None
+
+
+# %% book/chapters/08_model.md, cell 94
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
@@ -280,7 +307,7 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 94
+# %% book/chapters/08_model.md, cell 95
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -312,6 +339,7 @@ def generate(
     return texts[0] if one else texts
 
 
+# %% book/chapters/08_model.md, cell 96
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -333,7 +361,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08_model.md, cell 95
+# %% book/chapters/08_model.md, cell 97
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -386,33 +414,17 @@ class Model:
             raise ValueError("it has no tokenizer: use generate_ids")
         return self.tokenizer
 
-    def read_prompt(
-        self, prompt: Any, images: Any = None,
-        add_bos: bool | None = None,
-    ) -> tuple[list[int], Any]:
-        """Ids of a prompt, and what it shows, prepared, or None."""
-        if images is not None:
-            raise ValueError("this model reads text: leave out images")
-        if isinstance(prompt, str):
-            tokenizer = self.require_tokenizer()
-            ids = tokenizer.encode_prompt(prompt, add_bos)
-            tokenizer.check_ids(ids, self.config.vocab_size)
-            return ids, None
-        if isinstance(prompt, (list, tuple, np.ndarray)):
-            return list(prompt), None
-        raise TypeError(f"a prompt is a str or ids: {prompt!r:.60}")
-
-    def inputs(self, rows: Rows, width: int, tiles: Any) -> Any:
-        """What rows of `width` tokens hold besides, for `prefill`."""
-        if tiles is not None and any(t is not None for t in tiles):
-            raise ValueError("this model reads text: leave out images")
-        return None
-
+    read_prompt = read_prompt
+    inputs = no_inputs
     logits = logits
     generate_ids = generate_ids
     stream_ids = stream_ids
     generate = generate
     stream = stream
+
+
+# %% book/chapters/08_model.md, cell 98
+MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
 
 
 # %% book/chapters/94_requests.md, cell 4

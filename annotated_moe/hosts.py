@@ -72,12 +72,12 @@ def join(
     RUN_CHECKS.append(check_same)
 
 
-# %% book/chapters/12_hosts.md, cell 26
+# %% book/chapters/12_hosts.md, cell 23
 def identity(x: Any) -> Any:
     return x
 
 
-# %% book/chapters/12_hosts.md, cell 27
+# %% book/chapters/12_hosts.md, cell 24
 def gather(mine: np.ndarray) -> np.ndarray:
     """[processes, ...]: everyone's `mine`, all of one shape."""
     first = {d.process_index: d for d in reversed(jax.devices())}
@@ -87,12 +87,12 @@ def gather(mine: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(identity, out_shardings=whole)(rows))
 
 
-# %% book/chapters/12_hosts.md, cell 28
+# %% book/chapters/12_hosts.md, cell 25
 class MismatchError(ValueError):
     """The processes were not given the same."""
 
 
-# %% book/chapters/12_hosts.md, cell 29
+# %% book/chapters/12_hosts.md, cell 26
 def agree(call: str, **values: Any) -> None:
     """MismatchError, on every process, unless all give the same values.
 
@@ -111,7 +111,7 @@ def agree(call: str, **values: Any) -> None:
     raise MismatchError(difference(told))
 
 
-# %% book/chapters/12_hosts.md, cell 30
+# %% book/chapters/12_hosts.md, cell 27
 def difference(told: list[dict[str, Any]]) -> str:
     """In what the first two processes that disagree do so."""
     i = next(i for i, other in enumerate(told) if other != told[0])
@@ -132,7 +132,7 @@ def difference(told: list[dict[str, Any]]) -> str:
     )
 
 
-# %% book/chapters/12_hosts.md, cell 31
+# %% book/chapters/12_hosts.md, cell 28
 def quotes(a: Any, b: Any) -> tuple[str, str]:
     """Both values, from shortly before they differ."""
     a, b = json.dumps(a), json.dumps(b)
@@ -146,7 +146,7 @@ def quotes(a: Any, b: Any) -> tuple[str, str]:
     return quote(a), quote(b)
 
 
-# %% book/chapters/12_hosts.md, cell 32
+# %% book/chapters/12_hosts.md, cell 29
 def describe(value: Any) -> Any:
     """`value` in what JSON can say, equal where the values are."""
     if isinstance(value, dict):
@@ -168,7 +168,7 @@ def describe(value: Any) -> Any:
     return value if known else str(value)
 
 
-# %% book/chapters/12_hosts.md, cell 33
+# %% book/chapters/12_hosts.md, cell 30
 def named_leaves(value: Any, name: str = "") -> dict[str, Any]:
     """Nested dictionaries as one: {"config.d_model": 64, ...}."""
     if not isinstance(value, dict):
@@ -179,7 +179,7 @@ def named_leaves(value: Any, name: str = "") -> dict[str, Any]:
     return found
 
 
-# %% book/chapters/12_hosts.md, cell 34
+# %% book/chapters/12_hosts.md, cell 31
 def beginning(w: Any) -> Any:
     """Shape, dtype and first numbers, for which little is read."""
     if isinstance(w, QuantizedTensor):
@@ -190,7 +190,7 @@ def beginning(w: Any) -> Any:
     return f"{some.dtype}{list(w.shape)} from {some.ravel().tolist()}"
 
 
-# %% book/chapters/12_hosts.md, cell 35
+# %% book/chapters/12_hosts.md, cell 32
 def check_same(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
     """`agree` on a run, where it is one of all processes."""
     devices = [] if mesh is None else mesh.devices.ravel().tolist()
@@ -203,7 +203,7 @@ def check_same(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
     agree(call, mesh=dict(mesh.shape), **inputs)
 
 
-# %% book/chapters/12_hosts.md, cell 40
+# %% book/chapters/12_hosts.md, cell 37
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What a command needs to know to run on several hosts."""
     add = parser.add_argument
@@ -216,11 +216,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="with --hosts: which of them this is, 0 to N - 1")
 
 
-# %% book/chapters/12_hosts.md, cell 41
+# %% book/chapters/12_hosts.md, cell 38
 OWN_OPTIONS = {"process", "model", "image"}     # compared when loaded
 
 
-# %% book/chapters/12_hosts.md, cell 42
+# %% book/chapters/12_hosts.md, cell 39
 def join_from(args: argparse.Namespace) -> None:
     """`join` as the options say; ValueError if they do not fit.
 
@@ -250,11 +250,11 @@ def join_from(args: argparse.Namespace) -> None:
         abort(error, i)
 
 
-# %% book/chapters/12_hosts.md, cell 43
+# %% book/chapters/12_hosts.md, cell 40
 Command = Callable[[argparse.Namespace], Any]
 
 
-# %% book/chapters/12_hosts.md, cell 44
+# %% book/chapters/12_hosts.md, cell 41
 def run_multihost(run: Command) -> Command:
     """`run`, in step with other processes where --hosts is given."""
     @functools.wraps(run)
@@ -275,7 +275,7 @@ def run_multihost(run: Command) -> Command:
     return run_in_step
 
 
-# %% book/chapters/12_hosts.md, cell 52
+# %% book/chapters/12_hosts.md, cell 49
 def host_and_port(address: str) -> tuple[str, int]:
     """Of "host:port", or "[::1]:port"; ValueError for anything else."""
     place = re.fullmatch(r"\[?([^\[\]]+)\]?:(\d+)", address)
@@ -287,7 +287,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     return place[1], int(place[2])
 
 
-# %% book/chapters/12_hosts.md, cell 53
+# %% book/chapters/12_hosts.md, cell 50
 def check_join(
     address: str, processes: int, process: int, heartbeat_timeout: int
 ) -> None:
@@ -305,7 +305,7 @@ def check_join(
         )
 
 
-# %% book/chapters/12_hosts.md, cell 54
+# %% book/chapters/12_hosts.md, cell 51
 def listen(address: str) -> socket.socket:
     """Process 0's socket; OSError if nobody could reach it there."""
     _, port = host_and_port(address)
@@ -323,7 +323,7 @@ def listen(address: str) -> socket.socket:
         ) from None
 
 
-# %% book/chapters/12_hosts.md, cell 55
+# %% book/chapters/12_hosts.md, cell 52
 def connect(address: str, patience: int, hint: str) -> socket.socket:
     """A call to `address`, tried for `patience` seconds, or OSError."""
     where, start = host_and_port(address), time.monotonic()
@@ -344,7 +344,7 @@ def connect(address: str, patience: int, hint: str) -> socket.socket:
         time.sleep(0.1)
 
 
-# %% book/chapters/12_hosts.md, cell 56
+# %% book/chapters/12_hosts.md, cell 53
 def answer_roll(
     address: str, mine: dict[str, Any], timeout: int
 ) -> None:
@@ -362,7 +362,7 @@ def answer_roll(
         raise ValueError(reply)
 
 
-# %% book/chapters/12_hosts.md, cell 57
+# %% book/chapters/12_hosts.md, cell 54
 def read_line(call: socket.socket, timeout: int) -> Any:
     """One line of JSON from the other side, or None."""
     call.settimeout(timeout)
@@ -373,7 +373,7 @@ def read_line(call: socket.socket, timeout: int) -> Any:
         return None
 
 
-# %% book/chapters/12_hosts.md, cell 58
+# %% book/chapters/12_hosts.md, cell 55
 def objection(
     said: dict[str, Any], mine: dict[str, Any], present: set[int]
 ) -> str:
@@ -390,7 +390,7 @@ def objection(
     return ""
 
 
-# %% book/chapters/12_hosts.md, cell 59
+# %% book/chapters/12_hosts.md, cell 56
 def hear_roll(
     server: socket.socket, mine: dict[str, Any], timeout: int
 ) -> str:
@@ -418,7 +418,7 @@ def hear_roll(
     return wrong
 
 
-# %% book/chapters/12_hosts.md, cell 60
+# %% book/chapters/12_hosts.md, cell 57
 def call_roll(
     address: str, processes: int, process: int, timeout: int
 ) -> None:
@@ -437,7 +437,7 @@ def call_roll(
     return None
 
 
-# %% book/chapters/12_hosts.md, cell 64
+# %% book/chapters/12_hosts.md, cell 61
 def reserve_stdout(process: int) -> None:
     """Only what process 0 prints from Python reaches stdout."""
     sys.stdout.flush()
@@ -448,7 +448,7 @@ def reserve_stdout(process: int) -> None:
     sys.stdout = os.fdopen(text, "w", encoding="utf-8")
 
 
-# %% book/chapters/12_hosts.md, cell 65
+# %% book/chapters/12_hosts.md, cell 62
 GUARD = """
 import sys
 done = lost = False
@@ -468,7 +468,7 @@ if lost or not done:
 """
 
 
-# %% book/chapters/12_hosts.md, cell 66
+# %% book/chapters/12_hosts.md, cell 63
 def last_words(process: int) -> tuple[str, str]:
     """Of a process that lost another, and of one that is killed."""
     name = f"annotated-moe: process {process}: ended, "
@@ -478,7 +478,7 @@ def last_words(process: int) -> tuple[str, str]:
     return name + lost, name + killed
 
 
-# %% book/chapters/12_hosts.md, cell 67
+# %% book/chapters/12_hosts.md, cell 64
 def start_guard(process: int) -> None:
     """Have it said in a line if this process is ended; see `GUARD`."""
     mine = os.dup(2)
@@ -493,7 +493,7 @@ def start_guard(process: int) -> None:
     atexit.register(os.write, 2, b"done\n")
 
 
-# %% book/chapters/12_hosts.md, cell 68
+# %% book/chapters/12_hosts.md, cell 65
 def abort(error: BaseException, process: int) -> NoReturn:
     """Say in a line why, and end this process without waiting."""
     # A collective that fails is a ValueError, too: "UNKNOWN: Gloo ...".

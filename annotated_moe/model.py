@@ -171,7 +171,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     """
     key, own = jax.random.split(key)
     outer = hk.transform(partial(outer_parameters, config))
-    params = dict(outer.init(own))
+    params: dict[str, Any] = dict(outer.init(own))
     for slot in all_slots(config):
         layer = hk.transform(partial(layer_parameters, slot, config))
         key, own = jax.random.split(key)
@@ -301,6 +301,7 @@ def decoder(
 
         repeats = jnp.arange(len(slots[0].layers))
         (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
+        h = constrain_residual(h)           # else a loop may cut it anew
         done += caches
     return h, None if cache is None else Cache(tuple(done))
 

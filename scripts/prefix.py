@@ -43,14 +43,16 @@ def tangle(root: Path, number: int, into: Path, rest: list[str]) -> None:
             shutil.copyfile(file, copy)
 
 
-def notebook(into: Path, number: int) -> Path:
-    """The notebook of chapter `number`, alone in a new directory."""
+def notebooks(into: Path, number: int) -> Path:
+    """A new directory with the notebooks of chapter `number`: 09, 09b, ..."""
     names = into.glob("book/chapters/*.ipynb")
-    found = [path for path in names if int(path.name.split("_")[0]) == number]
-    if len(found) != 1:
-        sys.exit(f"there is no chapter {number}, or more than one")
+    found = [path for path in names if int(path.name[:2]) == number]
+    if not found:
+        sys.exit(f"there is no chapter {number}")
     (into / "run").mkdir()
-    return Path(shutil.copy(found[0], into / "run"))
+    for path in found:
+        shutil.copy(path, into / "run")
+    return into / "run"
 
 
 def main() -> int:
@@ -66,13 +68,13 @@ def main() -> int:
     pytest = ["-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600"]
     try:
         tangle(options.root, options.number, into, rest)
-        run = notebook(into, options.number)
+        run = notebooks(into, options.number)
         for command in [
             ["-P", "-c", IMPORT, str(into / "annotated_moe")],
-            ["-P", *pytest, "-c", os.devnull, "-p", "no:cacheprovider", run.name],
+            ["-P", *pytest, "-c", os.devnull, "-p", "no:cacheprovider", "."],
         ]:
             subprocess.run(
-                [sys.executable, *command], check=True, cwd=run.parent, env=environment
+                [sys.executable, *command], check=True, cwd=run, env=environment
             )
     except subprocess.CalledProcessError as error:
         return error.returncode

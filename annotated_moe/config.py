@@ -108,7 +108,7 @@ def segments(config: ModelConfig) -> tuple[tuple[Slot, ...], ...]:
         end = first + step * segment.repeats
         slots = []
         for i, spec in enumerate(segment.pattern):
-            name = f"decoder_layer_{count}" if count else "decoder_layer"
+            name = "decoder_layer" + (f"_{count}" if count else "")
             slots.append(Slot(name, spec, range(first + i, end, step)))
             count += 1
         found.append(tuple(slots))

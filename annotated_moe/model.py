@@ -250,9 +250,12 @@ class Cache:
         return self.slots[0].length
 
     def with_length(self, length: Int32[Array, " B"]) -> "Cache":
-        return Cache(tuple(replace(c, length=length) for c in self.slots))
+        slots = (replace(c, length=length) for c in self.slots)
+        return Cache(tuple(slots))
 
-    def insert(self, row: int | Int[Array, ""], other: "Cache") -> "Cache":
+    def insert(
+        self, row: int | Int[Array, ""], other: "Cache"
+    ) -> "Cache":
         """Batch row `row` becomes row 0 of `other`."""
         pairs = zip(self.slots, other.slots, strict=True)
         return Cache(tuple(a.insert(row, b) for a, b in pairs))
@@ -270,6 +273,7 @@ def constrain_residual(
     return here().constrain(h, (None, None, "embed"))
 
 
+# %% book/chapters/08_model.md, cell 38
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -301,12 +305,12 @@ def decoder(
 
         repeats = jnp.arange(len(slots[0].layers))
         (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
-        h = constrain_residual(h)           # else a loop may cut it anew
+        h = constrain_residual(h)       # else a loop may cut it anew
         done += caches
     return h, None if cache is None else Cache(tuple(done))
 
 
-# %% book/chapters/08_model.md, cell 42
+# %% book/chapters/08_model.md, cell 43
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
@@ -317,7 +321,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 44
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -326,7 +330,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 45
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -346,7 +350,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 46
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
@@ -365,7 +369,7 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 47
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -387,7 +391,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 48
+# %% book/chapters/08_model.md, cell 49
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -403,6 +407,7 @@ def positions_of(
     return positions, real
 
 
+# %% book/chapters/08_model.md, cell 50
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -424,12 +429,12 @@ def forward(
     h = h if inputs is None else config.merge(h, inputs)
     h, cache = decoder(params, h, positions, real, config, cache)
     if cache is not None:
-        grown = t if lengths is None else jnp.asarray(lengths, jnp.int32)
-        cache = cache.with_length(start + grown)
+        new = jnp.asarray(t if lengths is None else lengths, jnp.int32)
+        cache = cache.with_length(start + new)
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 51
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -440,7 +445,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 59
+# %% book/chapters/08_model.md, cell 61
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(slot: KVCache) -> KVCache:
@@ -460,7 +465,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )))
 
 
-# %% book/chapters/08_model.md, cell 60
+# %% book/chapters/08_model.md, cell 62
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for slot in cache.slots:
@@ -492,7 +497,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 61
+# %% book/chapters/08_model.md, cell 63
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -513,7 +518,7 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/95_training_stack.md, cell 4
+# %% book/chapters/95_training_stack.md, cell 5
 def decoder_to_train(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -545,7 +550,7 @@ def decoder_to_train(
     return h, means
 
 
-# %% book/chapters/95_training_stack.md, cell 5
+# %% book/chapters/95_training_stack.md, cell 6
 def forward_to_train(
     params: Params,
     tokens: Int[Array, "B T"],

@@ -103,7 +103,8 @@ def from_json(raw: Any) -> Any:
     try:
         return kind(**own)
     except TypeError as error:
-        raise ValueError(str(error).replace("__init__() ", "")) from None
+        said = str(error).replace("__init__() ", "")
+        raise ValueError(said) from None
 
 
 # %% book/chapters/92_specs.md, cell 2

@@ -259,7 +259,9 @@ COMMANDS["generate"] = add_generate
 
 
 # %% book/chapters/99_command_line.md, cell 16
-def bytes_by_dtype(tensors: dict[tuple[str, str], Any]) -> dict[str, int]:
+def bytes_by_dtype(
+    tensors: dict[tuple[str, str], Any],
+) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
     for w in flat_arrays(tensors).values():

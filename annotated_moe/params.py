@@ -53,7 +53,7 @@ def get_parameter(
         ASKED.reset(token)
 
 
-# %% book/chapters/08_model.md, cell 12
+# %% book/chapters/08_model.md, cell 20
 def record_specs(
     run: Callable[[], Any],
 ) -> dict[str, dict[str, ParamSpec]]:

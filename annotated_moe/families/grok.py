@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
 """Grok-1, and smaller models of its architecture.
 """
 
@@ -58,7 +58,7 @@ def grok_config(
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 5
+# %% book/chapters/10_convert.md, cell 19
 def grok_sizes(config: ModelConfig) -> dict[str, Any]:
     """What `grok_config` would have to be given for such a model."""
     layer = config.layer(0)

@@ -13,11 +13,10 @@ from annotated_moe.model import flat_specs
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.specs import from_json, to_json
 
-# %% book/chapters/09c_layouts.md, cell 8
+# %% book/chapters/09c_layouts.md, cell 18
 FORMAT = "annotated-moe-2"
 
 
-# %% book/chapters/09c_layouts.md, cell 9
 def native_settings(config: ModelConfig) -> dict[str, Any]:
     """What `config.json` says of a model."""
     return {"format": FORMAT, **to_json(config)}
@@ -31,7 +30,7 @@ def is_native(folder: Path) -> bool:
     return str(read_json(path).get("format")).startswith("annotated-moe")
 
 
-# %% book/chapters/09c_layouts.md, cell 10
+# %% book/chapters/09c_layouts.md, cell 19
 def native_config(path: Path) -> ModelConfig:
     """The configuration that a `config.json` of ours describes."""
     raw = read_json(path)

@@ -34,7 +34,11 @@ from annotated_moe.formats.files import (
     read_json,
 )
 from annotated_moe.formats.grok1 import read_release, release_config
-from annotated_moe.formats.hub import hub_config, read_hub
+from annotated_moe.formats.hub import (
+    fetch_from_hub,
+    hub_config,
+    read_hub,
+)
 from annotated_moe.formats.lazy import (
     as_bytes,
     first_not_finite,
@@ -589,7 +593,7 @@ def quantize_params(
     return quantized
 
 
-# %% book/chapters/14_hub.md, cell 10
+# %% book/chapters/14_hub.md, cell 31
 def find_hub(folder: Path, names: set[str]) -> Path | None:
     if "config.json" not in names:
         return None
@@ -598,3 +602,7 @@ def find_hub(folder: Path, names: set[str]) -> Path | None:
 
 
 LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
+
+
+# %% book/chapters/14_hub.md, cell 41
+FINDERS.append(fetch_from_hub)

@@ -633,7 +633,16 @@ def quantize_files(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/14_hub.md, cell 21
+# %% book/chapters/14_hub.md, cell 32
+def write_tensor(w: Any, entry: Entry) -> list[Any]:
+    """A tensor as the layout wants it, and its scales if it has any."""
+    w = slice_of(w, entry.index)
+    change = TRANSFORMS[entry.transform].write
+    if isinstance(w, QuantizedTensor):
+        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+    return [change(w, entry.spec)]
+
+
 def hub_tensors(
     family: Family, tensors: Tensors, config: ModelConfig
 ) -> Iterator[tuple[str, Any]]:
@@ -652,33 +661,7 @@ def hub_tensors(
             yield name + end, whole
 
 
-def write_tensor(w: Any, entry: Entry) -> list[Any]:
-    """A tensor as the layout wants it, and its scales if it has any."""
-    w = slice_of(w, entry.index)
-    change = TRANSFORMS[entry.transform].write
-    if isinstance(w, QuantizedTensor):
-        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
-    return [change(w, entry.spec)]
-
-
-# %% book/chapters/14_hub.md, cell 22
-def in_shards(
-    arrays: dict[str, Any], most: int
-) -> list[dict[str, Any]]:
-    """Groups of at most `most` bytes, or of a single tensor."""
-    groups: list[dict[str, Any]] = [{}]
-    room = most
-    for name, w in arrays.items():
-        size = Part(w).size
-        if size > room and groups[-1]:
-            groups.append({})
-            room = most
-        groups[-1][name] = w
-        room -= size
-    return groups
-
-
-# %% book/chapters/14_hub.md, cell 23
+# %% book/chapters/14_hub.md, cell 33
 def architecture_of(config: ModelConfig) -> str:
     """The one whose files can say all that `config` says.
 
@@ -687,8 +670,7 @@ def architecture_of(config: ModelConfig) -> str:
     for name, family in FAMILIES.items():
         with contextlib.suppress(ValueError, AttributeError):
             raw = {"architectures": [name], **family.write(config)}
-            fields = Fields(Path(name), raw)
-            if family.read(fields) == config:
+            if family.configure(Fields(Path(name), raw)) == config:
                 return name
     raise CheckpointError(
         "no architecture of the hf layout is a model like this one: "
@@ -706,7 +688,23 @@ def hub_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/14_hub.md, cell 24
+# %% book/chapters/14_hub.md, cell 34
+def in_shards(
+    arrays: dict[str, Any], most: int
+) -> list[dict[str, Any]]:
+    """Groups of at most `most` bytes, or of a single tensor."""
+    groups: list[dict[str, Any]] = [{}]
+    room = most
+    for name, w in arrays.items():
+        size = Part(w).size
+        if size > room and groups[-1]:
+            groups.append({})
+            room = most
+        groups[-1][name] = w
+        room -= size
+    return groups
+
+
 def plan_hub(
     tensors: Tensors, config: ModelConfig, most: int
 ) -> Plan:

@@ -598,7 +598,7 @@ class MoE(hk.Module):
         return walk(x, routed.gates, experts, w)
 
 
-# %% book/chapters/15_llama.md, cell 13
+# %% book/chapters/15_llama.md, cell 8
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -609,7 +609,7 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 14
+# %% book/chapters/15_llama.md, cell 9
 ACTIVATIONS["silu"] = swiglu
 
 
@@ -651,7 +651,7 @@ def route_sigmoid(
 ROUTERS["sigmoid"] = route_sigmoid
 
 
-# %% book/chapters/18_llama4.md, cell 49
+# %% book/chapters/18_llama4.md, cell 58
 @dataclass(frozen=True)
 class SharedMoESpec(MoESpec):
     """Experts of which one more, `shared`, reads every token."""
@@ -678,7 +678,7 @@ class Shared(hk.Module):
         return network(x, self.spec)
 
 
-# %% book/chapters/18_llama4.md, cell 50
+# %% book/chapters/18_llama4.md, cell 59
 class SharedMoE(MoE):
     """Experts as in Llama 4: gates may scale what an expert reads."""
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# %% book/chapters/04_attention.md, cell 55
+# %% book/chapters/04_attention.md, cell 65
 Axes = tuple[str | None, ...]
 
 
@@ -32,7 +32,7 @@ class ParamSpec:
     float32: bool = True
 
 
-# %% book/chapters/04_attention.md, cell 56
+# %% book/chapters/04_attention.md, cell 66
 ASKED: ContextVar[ParamSpec | None] = ContextVar("ASKED", default=None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Array
 
 
-# %% book/chapters/04_attention.md, cell 57
+# %% book/chapters/04_attention.md, cell 68
 class OneDevice:
     """Everything is here: a product is a product, a sum is whole."""
 
@@ -53,7 +53,7 @@ class OneDevice:
         return k, v
 
 
-# %% book/chapters/04_attention.md, cell 58
+# %% book/chapters/04_attention.md, cell 69
 PLACEMENTS: list[Callable[[], OneDevice | None]] = []
 
 

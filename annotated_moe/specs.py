@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-# %% book/chapters/04_attention.md, cell 43
+# %% book/chapters/04_attention.md, cell 74
 SPECS: dict[str, type["Spec"]] = {}
 CHECKS: list[Callable[["Spec"], None]] = []
 
@@ -35,7 +35,7 @@ class Spec:
         """ValueError where fields that are fine alone do not fit."""
 
 
-# %% book/chapters/04_attention.md, cell 45
+# %% book/chapters/04_attention.md, cell 75
 @dataclass(frozen=True)
 class Range:
     """Numbers from `least` on, or only those above it."""

@@ -14,6 +14,7 @@ from annotated_moe.formats.hub import (
     one_or_many,
     read_dtype,
     read_rope,
+    stop_ids,
 )
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
@@ -64,7 +65,9 @@ def grok_sizes(config: ModelConfig) -> dict[str, Any]:
     """What `grok_config` would have to be given for such a model."""
     layer = config.layer(0)
     attention, experts = layer.attention, layer.feed_forward
-    sparse = isinstance(experts, MoESpec)
+    count, chosen = 1, 1
+    if isinstance(experts, MoESpec):
+        count, chosen = experts.num_experts, experts.top_k
     return {
         "vocab_size": config.vocab_size,
         "context": config.context,
@@ -74,8 +77,8 @@ def grok_sizes(config: ModelConfig) -> dict[str, Any]:
         "q_heads": attention.q_heads,
         "kv_heads": attention.kv_heads,
         "head_size": attention.head_size,
-        "num_experts": experts.num_experts if sparse else 1,
-        "top_k": experts.top_k if sparse else 1,
+        "num_experts": count,
+        "top_k": chosen,
         "embedding_multiplier": config.embedding_multiplier,
         "output_multiplier": config.output_multiplier,
         "attn_multiplier": attention.multiplier,
@@ -156,7 +159,7 @@ class GrokFamily(Family):
             attn_softcap=fields.number("max_attn_value"),
             rope_base=rope.base,
             pad_id=(*fields.ids("pad_token_id"), 0)[0],
-            eos_ids=fields.ids("eos_token_id"),
+            eos_ids=stop_ids(fields),
             dtype=read_dtype(fields),
         )
 

@@ -134,7 +134,7 @@ class Fields:
 
 
 # %% book/chapters/14_hub.md, cell 7
-PARTS = """
+WORDS = """
     act adapter alibi attn attention bias bits block cap causal chunk
     conv cross depth dim embed expert factor feed ffn freq gate glu head
     hidden image intermediate interleav key kv layer local logit lora
@@ -142,7 +142,8 @@ PARTS = """
     rank ratio residual rope rotary rout scal share shared sink size
     skip softmax span sparse ssm state swi theta tie topk value vision
     weight width window
-""".split()
+"""
+PARTS = WORDS.split()
 
 
 def speaks_of_a_part(name: str) -> bool:
@@ -209,11 +210,12 @@ ROPES: dict[str, Callable[[Fields, float], Rope]] = {
     "default": lambda fields, base: Rope(base)
 }
 # Of the numbers of one type of RoPE another has no use.
-ROPE_NUMBERS = frozenset("""
+NUMBERS = """
     type factor low_freq_factor high_freq_factor attention_factor
     original_max_position_embeddings beta_fast beta_slow mscale
     mscale_all_dim truncate short_factor long_factor finetuned
-""".split())
+"""
+ROPE_NUMBERS = frozenset(NUMBERS.split())
 
 
 def read_rope(fields: Fields, base: float = 10000.0) -> Rope:
@@ -269,6 +271,12 @@ def read_dtype(fields: Fields) -> str:
     older = fields.get("torch_dtype", "bfloat16")
     name = fields.get("dtype", older)
     return "float32" if name == "float32" else "bfloat16"
+
+
+def stop_ids(fields: Fields) -> tuple[int, ...]:
+    """The ids that end a text, of those that the model has."""
+    count = fields.size("vocab_size")
+    return tuple(i for i in fields.ids("eos_token_id") if i < count)
 
 
 def one_or_many(ids: tuple[int, ...]) -> Any:
@@ -368,7 +376,7 @@ class Entry(NamedTuple):
 
     name: str
     path: tuple[str, str]
-    index: tuple[int, ...]
+    index: tuple[int, ...]          # type: ignore[assignment]
     transform: str
     spec: Any
 
@@ -496,7 +504,8 @@ def read_hub(
 ) -> dict[tuple[str, str], Any]:
     """(module, name) -> tensor of a folder, mapped from disk."""
     family = family_of(folder / "config.json", read_config(folder))
-    there, parts = HubFolder(folder), {}
+    there = HubFolder(folder)
+    parts: dict[tuple[str, str], Found] = {}
     for entry in entries(family, config):
         found = parts.setdefault(entry.path, [])
         found.append((entry.index, there.read(entry)))

@@ -50,7 +50,7 @@ def native_config(path: Path) -> ModelConfig:
 
 # %% book/chapters/09c_layouts.md, cell 20
 def flat_arrays(
-    tensors: Mapping[tuple[str, ...], Any],
+    tensors: Mapping[tuple[str, str], Any] | Mapping[tuple[str], Any],
 ) -> dict[str, Any]:
     """Name -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -70,7 +70,8 @@ def read_native(
 ) -> dict[tuple[str, str], Any]:
     """(module, name) -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
-    arrays, tensors = open_arrays(file), {}
+    arrays = open_arrays(file)
+    tensors: dict[tuple[str, str], Any] = {}
     for path in flat_specs(config):
         name = "/".join(path)
         parts = [f"{name}.weight", f"{name}.scales"]

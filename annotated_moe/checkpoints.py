@@ -598,7 +598,8 @@ def find_hub(folder: Path, names: set[str]) -> Path | None:
     if "config.json" not in names:
         return None
     raw = read_json(folder / "config.json")
-    return folder if "architectures" in raw else None
+    named = raw.keys() & {"architectures", "model_type"}
+    return folder if named else None
 
 
 LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))

@@ -168,7 +168,7 @@ class Llama4Family(LlamaFamily):
         plain = self.read_attention(fields)
         width = fields.size("intermediate_size", 8192)
         normed = fields.flag("use_qk_norm", True)
-        growing = fields.flag("attn_temperature_tuning", True)
+        growing = bool(fields.get("attn_temperature_tuning", True))
         floor = fields.size("floor_scale", 8192)
         eps = self.read_eps(fields)
         attention = UnitAttentionSpec(

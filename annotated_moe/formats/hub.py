@@ -527,16 +527,24 @@ def read_hub(
 
 # %% book/chapters/14_hub.md, cell 28
 def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
-    """The family of a configuration, by its first architecture."""
-    found = raw.get("architectures")
-    name = found[0] if isinstance(found, list) and found else None
-    if not isinstance(name, str) or name not in FAMILIES:
-        shown = repr(name[:40]) if isinstance(name, str) else "none"
-        raise CheckpointError(
-            f"{path} names the architecture {shown}; other layouts are "
-            f"not supported: known are {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[name]
+    """The family of a configuration, by its first architecture.
+
+    The case of letters does not count: early files have LLaMA.
+    """
+    found = raw.get("architectures") or raw.get("model_type")
+    name = found[0] if isinstance(found, list) else found
+    for architecture, family in FAMILIES.items():
+        if raw.get("architectures"):
+            known = architecture
+        else:
+            known = family.model_type
+        if isinstance(name, str) and name.lower() == known.lower():
+            return family
+    shown = repr(name[:40]) if isinstance(name, str) else "none"
+    raise CheckpointError(
+        f"{path} names the architecture {shown}; other layouts are "
+        f"not supported: known are {', '.join(FAMILIES)}"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,16 +1,17 @@
-# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/19_vocabularies.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/11_streaming.md, book/chapters/19_vocabularies.md by `make sync`; edit the chapters.
 """The front door: a Grok-1-class mixture-of-experts model that a book
 builds, piece by piece.
 """
 
 import annotated_moe.chat as chat_module
-from annotated_moe.checkpoints import load, save, verify
+from annotated_moe.checkpoints import LOADERS, load, save, verify
 from annotated_moe.config import ModelConfig
 from annotated_moe.families import PRESETS
 from annotated_moe.formats.files import CheckpointError
 from annotated_moe.generate import Model, Session
 from annotated_moe.parallel import make_mesh
 from annotated_moe.quantization import QuantizedTensor
+from annotated_moe.streaming import load_from_disk
 from annotated_moe.tokenizer import Tokenizer
 
 # %% book/chapters/08_model.md, cell 125
@@ -24,6 +25,10 @@ __all__ = [
 __all__.extend(
     entry.__name__ for entry in (CheckpointError, load, save, verify)
 )
+
+
+# %% book/chapters/11_streaming.md, cell 61
+LOADERS["disk"] = load_from_disk
 
 
 # %% book/chapters/19_vocabularies.md, cell 43

@@ -463,7 +463,7 @@ def norm_qk(
     return normed(q, "query_norm"), normed(k, "key_norm")
 
 
-# %% book/chapters/18_llama4.md, cell 45
+# %% book/chapters/18_llama4.md, cell 10
 @dataclass(frozen=True)
 class Chunk(Window):
     """Of the last `size` positions those of a layer's own chunk.
@@ -478,7 +478,7 @@ class Chunk(Window):
         return is_past(q, k) & (q // self.size == k // self.size)
 
 
-# %% book/chapters/18_llama4.md, cell 46
+# %% book/chapters/18_llama4.md, cell 34
 def scale_queries_by_position(
     q: Float[Array, "B T Q H"],
     positions: Int32[Array, "B T"],
@@ -495,7 +495,7 @@ def scale_queries_by_position(
     return q * growth[..., None, None]
 
 
-# %% book/chapters/18_llama4.md, cell 47
+# %% book/chapters/18_llama4.md, cell 44
 @dataclass(frozen=True)
 class UnitAttentionSpec(AttentionSpec):
     """Attention as in Llama 4: heads of unit RMS after RoPE, and where

@@ -651,7 +651,7 @@ def route_sigmoid(
 ROUTERS["sigmoid"] = route_sigmoid
 
 
-# %% book/chapters/18_llama4.md, cell 49
+# %% book/chapters/18_llama4.md, cell 58
 @dataclass(frozen=True)
 class SharedMoESpec(MoESpec):
     """Experts of which one more, `shared`, reads every token."""
@@ -678,7 +678,7 @@ class Shared(hk.Module):
         return network(x, self.spec)
 
 
-# %% book/chapters/18_llama4.md, cell 50
+# %% book/chapters/18_llama4.md, cell 59
 class SharedMoE(MoE):
     """Experts as in Llama 4: gates may scale what an expert reads."""
 

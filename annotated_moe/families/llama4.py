@@ -32,7 +32,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.rope import Llama3Rope, Rope
 
 
-# %% book/chapters/18_llama4.md, cell 51
+# %% book/chapters/18_llama4.md, cell 60
 def llama4_layers(
     num_layers: int,
     attention: UnitAttentionSpec,
@@ -59,7 +59,7 @@ def llama4_layers(
     ]
 
 
-# %% book/chapters/18_llama4.md, cell 52
+# %% book/chapters/18_llama4.md, cell 63
 def llama4_config(
     context: int, num_experts: int, moe_every: int, rope: Rope,
     qk_norm_eps: float | None,
@@ -83,7 +83,7 @@ def llama4_config(
     )
 
 
-# %% book/chapters/18_llama4.md, cell 53
+# %% book/chapters/18_llama4.md, cell 64
 SCOUT_ROPE = Llama3Rope(500000.0, 16.0, 1.0, 1.0, 8192)
 LLAMA_4S = {
     "llama-4-scout": llama4_config(10485760, 16, 1, SCOUT_ROPE, 1e-5),
@@ -92,7 +92,7 @@ LLAMA_4S = {
 }
 
 
-# %% book/chapters/18_llama4.md, cell 54
+# %% book/chapters/18_llama4.md, cell 66
 LLAMA4_ATTENTION = projections(
     "self_attn.", "multi_head_attention/", QKVO,
     {"q": "halves", "k": "halves"},
@@ -109,7 +109,7 @@ LLAMA4_EXPERTS = (
 )
 
 
-# %% book/chapters/18_llama4.md, cell 55
+# %% book/chapters/18_llama4.md, cell 67
 def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
     """A list of ints that may be absent."""
     found = fields.get(name, usual)
@@ -120,7 +120,7 @@ def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
     return found
 
 
-# %% book/chapters/18_llama4.md, cell 56
+# %% book/chapters/18_llama4.md, cell 68
 class Llama4Family(LlamaFamily):
     """Llama 4's texts."""
 

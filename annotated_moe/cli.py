@@ -1,0 +1,381 @@
+# Generated from book/chapters/99_command_line.md by `make sync`; edit the chapter.
+"""A reader without Python at hand types `annotated-moe generate
+--prompt "In the beginning"`. Text goes to standard output as it comes;
+everything else goes to standard error, and bad input is one line that
+says what to do. By the end of this page you will have that program:
+`generate`, `info`, `convert`, `quantize` and `plan`. It is plumbing,
+and none of it is needed to understand the model.
+"""
+
+import argparse
+import contextlib
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from annotated_moe import hosts
+from annotated_moe.chat import chat_ids
+from annotated_moe.checkpoints import (
+    load,
+    open_checkpoint,
+    small_model,
+    verify,
+)
+from annotated_moe.config import DTYPES
+from annotated_moe.convert import TARGETS, convert, quantize_files
+from annotated_moe.families.images import IMAGE, read_image
+from annotated_moe.formats.native import flat_arrays
+from annotated_moe.formats.writing import Part
+from annotated_moe.generate import Model
+from annotated_moe.parallel import make_mesh
+from annotated_moe.plan import add_plan, parameter_counts
+from annotated_moe.specs import to_json
+from annotated_moe.streaming import StreamedModel, with_progress
+from annotated_moe.tokenizer import split_at
+
+
+# %% book/chapters/99_command_line.md, cell 3
+def say(text: str) -> None:
+    """Status goes to stderr: stdout holds the text and nothing else."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# %% book/chapters/99_command_line.md, cell 4
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
+# %% book/chapters/99_command_line.md, cell 5
+COMMANDS: dict[str, Callable[[Any], None]] = {}
+
+
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """For one command, or for all where it is none of them."""
+    text = "Run the mixture-of-experts model that the book builds."
+    parser = Parser("annotated-moe", description=text)
+    parser.add_argument(
+        "--version", action="version",
+        version=f"annotated-moe {version('annotated-moe')}",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    names = [command] if command in COMMANDS else list(COMMANDS)
+    for name in names:
+        COMMANDS[name](commands)
+    return parser
+
+
+# %% book/chapters/99_command_line.md, cell 6
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 2 for bad input (one line says why), 130."""
+    words = sys.argv[1:] if argv is None else argv
+    args = make_parser(words[0] if words else "").parse_args(words)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output left; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        say(f"annotated-moe: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+# %% book/chapters/99_command_line.md, cell 7
+def add_sampling(sub: argparse.ArgumentParser) -> None:
+    """The options of `Model.stream`, with the same defaults."""
+    usual = inspect.signature(Model.stream).parameters
+    about: dict[str, tuple[Callable[[str], Any], str]] = {
+        "max_new_tokens": (int, "how many tokens at most"),
+        "temperature": (float, "0 is greedy"),
+        "top_p": (float, "nucleus: the share of probability to keep"),
+        "top_k": (int, "keep the k likeliest tokens; all unless given"),
+        "seed": (int, "same seed, same text"),
+    }
+    for name, (kind, text) in about.items():
+        default = usual[name].default
+        shown = "" if default is None else f" [{default}]"
+        option = f"--{name.replace('_', '-')}"
+        sub.add_argument(
+            option, type=kind, default=default, help=text + shown
+        )
+
+
+# %% book/chapters/99_command_line.md, cell 8
+def mesh_of(devices: int) -> Mesh | None:
+    """`devices` devices, simulated where there are only CPUs."""
+    if not 1 <= devices <= 512:
+        raise ValueError(f"--devices must be 1 to 512, not {devices}")
+    if devices == 1:
+        return None
+    with contextlib.suppress(RuntimeError):
+        # Only CPUs heed this, and only before a device is first used.
+        jax.config.update("jax_num_cpu_devices", devices)
+    return make_mesh(model=devices)
+
+
+# %% book/chapters/99_command_line.md, cell 9
+def open_model(
+    path: str | None, devices: int, dtype: str | None, stream: bool
+) -> tuple[Model, str]:
+    """The model, and a sentence about it."""
+    start = time.perf_counter()
+    model = load(path, mesh_of(devices), dtype, stream)
+    spent = time.perf_counter() - start
+    kind = jax.devices()[0].platform.upper()
+    total, _ = parameter_counts(model.config)
+    where = f"{devices} {kind} device{'s' if devices > 1 else ''}"
+    if stream:
+        where += ", from disk as they are needed,"
+    return model, (
+        f"Loaded {path or 'the small model'} of {total / 1e6:,.1f} "
+        f"million parameters onto {where} in {spent:.1f} s."
+    )
+
+
+# %% book/chapters/99_command_line.md, cell 10
+def message_parts(prompt: str) -> list[dict[str, str]]:
+    """A message's content, its images apart from its text."""
+    return [
+        {"type": "image"} if part == IMAGE
+        else {"type": "text", "text": part}
+        for part in split_at(prompt, [IMAGE]) if part
+    ]
+
+
+def prompt_ids(
+    model: Model, args: argparse.Namespace, images: list[Any]
+) -> tuple[list[int], Any]:
+    """Ids and tiles of the prompt, or the conversation it opens."""
+    prompt: Any = args.prompt
+    if images and IMAGE not in prompt:
+        prompt = IMAGE * len(images) + prompt
+    if args.chat:
+        content = message_parts(prompt) if images else prompt
+        message = {"role": "user", "content": content}
+        prompt = chat_ids(model.require_tokenizer(), [message])
+    return model.read_prompt(prompt, images or None, args.add_bos)
+
+
+# %% book/chapters/99_command_line.md, cell 11
+def read_on(
+    model: Model, prompt: list[int], ids: Iterator[int]
+) -> Iterator[str]:
+    """New text as it reads after the prompt."""
+    text = model.require_tokenizer().stream()
+    for token in prompt:
+        text.push(token)
+    for token in ids:
+        yield text.push(token)
+    yield text.flush()
+
+
+def show(prompt: str, pieces: Iterator[str]) -> list[float]:
+    """Print pieces as they come; when each token did."""
+    times: list[float] = []
+    for piece in pieces:
+        text = piece if times else prompt + piece
+        print(text, end="", flush=True)
+        times.append(time.perf_counter())
+    print(flush=True)
+    return times[:-1]                       # the last was no token
+
+
+def rate(times: list[float]) -> str:
+    """How many tokens came, and how fast."""
+    text = f"{len(times)} new tokens"
+    if len(times) < 3:
+        return text
+    speed = (len(times) - 2) / (times[-1] - times[1])
+    if speed < 1:
+        return f"{text}, {1 / speed:.1f} seconds each once compiled"
+    return f"{text}, {speed:,.0f} a second once compiled"
+
+
+# %% book/chapters/99_command_line.md, cell 12
+def run_generate(args: argparse.Namespace) -> None:
+    images = [read_image(path) for path in args.image]
+    model, status = open_model(
+        args.model, args.devices, args.dtype, args.stream
+    )
+    prompt, tiles = prompt_ids(model, args, images)
+    stop = model.config.eos_ids
+    if args.chat:
+        stop += model.require_tokenizer().stop_ids
+    ids = model.stream_ids(
+        prompt, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, top_p=args.top_p,
+        top_k=args.top_k, seed=args.seed, stop_ids=stop, images=tiles,
+    )
+    say(f"{status}\nCompiling, which takes some seconds ...\n")
+    if isinstance(model, StreamedModel):
+        ids = with_progress(model, ids)
+    start = "" if args.chat else args.prompt
+    say("\n" + rate(show(start, read_on(model, prompt, ids))))
+
+
+# %% book/chapters/99_command_line.md, cell 13
+FOLDER = "checkpoint folder, any layout [the small model]"
+
+
+def add_generate(commands: Any) -> None:
+    text = "stream text for a prompt"
+    sub = commands.add_parser("generate", help=text, description=text)
+    sub.set_defaults(run=hosts.run_multihost(run_generate))
+    add = sub.add_argument
+    add("--model", help=FOLDER)
+    add("--prompt", required=True, help="text to go on from")
+    add_sampling(sub)
+    add("--add-bos", action=argparse.BooleanOptionalAction,
+        help="begin with the token of a beginning [as the model does]")
+    add("--chat", action="store_true",
+        help="the prompt is a user's message to an instruct model")
+    add("--image", action="append", default=[], metavar="FILE",
+        help="show it a picture; again for more; <|image|> says where")
+    add("--devices", type=int, default=1, help="shard over so many [1]")
+    add("--dtype", choices=list(DTYPES), help="[what is fast here]")
+    add("--stream", action="store_true",
+        help="leave the weights on disk, for models larger than memory")
+    hosts.add_options(sub)
+
+
+COMMANDS["generate"] = add_generate
+
+
+# %% book/chapters/99_command_line.md, cell 14
+def bytes_by_dtype(tensors: dict[tuple[str, str], Any]) -> dict[str, int]:
+    """What the arrays of each dtype take; none of them is read."""
+    sizes: dict[str, int] = {}
+    for w in flat_arrays(tensors).values():
+        name = f"bytes of {w.dtype}"
+        sizes[name] = sizes.get(name, 0) + Part(w).size
+    return sizes
+
+
+def lines_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers of a configuration, each with where it stands."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from lines_of(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and value and type(value[0]) is dict:
+        for i, inner in enumerate(value):
+            yield from lines_of(inner, f"{name}[{i}]")
+    else:
+        yield name, value
+
+
+# %% book/chapters/99_command_line.md, cell 15
+def run_info(args: argparse.Namespace) -> None:
+    folder = Path(args.path or small_model())
+    opened = open_checkpoint(folder)
+    total, active = parameter_counts(opened.config)
+    about = {
+        "layout": opened.layout.name,
+        "parameters": f"{total:,}, {active:,} active per token",
+    }
+    sizes = bytes_by_dtype(opened.read())
+    sizes["bytes of weights"] = sum(sizes.values())
+    about |= {name: f"{size:,}" for name, size in sizes.items()}
+    if args.verify:
+        about["checksums"] = f"{verify(folder):,} tensors are as written"
+    for name, value in about.items():
+        print(f"{name:22s}{value}")
+    for name, value in lines_of(to_json(opened.config)):
+        print(f"{name:42s} {value}")
+
+
+def add_info(commands: Any) -> None:
+    text = "print a checkpoint's layout, size and configuration"
+    sub = commands.add_parser("info", help=text, description=text)
+    sub.set_defaults(run=run_info)
+    sub.add_argument("path", nargs="?", metavar="PATH", help=FOLDER)
+    sub.add_argument(
+        "--verify", action="store_true",
+        help="hold every tensor against its checksum",
+    )
+
+
+COMMANDS["info"] = add_info
+
+
+# %% book/chapters/99_command_line.md, cell 18
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def bytes_in(word: str) -> int:
+    """"5GB" as a number of bytes; ValueError for anything else."""
+    number = word.upper().rstrip("KMGTB")
+    unit = word.upper()[len(number) :]
+    if unit not in UNITS or not number.isdecimal():
+        raise ValueError(f"no size: {word!r}; write 500MB, or 5GB")
+    return int(number) * UNITS[unit]
+
+
+@contextlib.contextmanager
+def byte_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is told of (bytes done, bytes in all)."""
+    with tqdm(unit="B", unit_scale=True, file=sys.stderr) as bar:
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            yield tell
+        except KeyboardInterrupt:
+            say("\nStopped; the same command goes on from here.")
+            raise
+
+
+# %% book/chapters/99_command_line.md, cell 19
+def run_convert(args: argparse.Namespace) -> None:
+    size = args.max_shard_size
+    most = None if size is None else bytes_in(size)
+    with byte_bar() as tell:
+        convert(args.source, args.target, args.to, most, tell)
+
+
+def add_convert(commands: Any) -> None:
+    text = "write a checkpoint in another layout, a block at a time"
+    sub = commands.add_parser("convert", help=text, description=text)
+    sub.set_defaults(run=run_convert)
+    add = sub.add_argument
+    add("source", metavar="SRC", help="checkpoint folder, any layout")
+    add("target", metavar="DST", help="new folder")
+    add("--to", choices=list(TARGETS), default="native", help="[native]")
+    add("--max-shard-size", metavar="SIZE",
+        help="of a file, such as 500MB; with --to hf [5GB]")
+
+
+COMMANDS["convert"] = add_convert
+
+
+# %% book/chapters/99_command_line.md, cell 20
+def run_quantize(args: argparse.Namespace) -> None:
+    with byte_bar() as tell:
+        quantize_files(args.source, args.target, tell)
+
+
+def add_quantize(commands: Any) -> None:
+    text = "write a checkpoint with matrices of 8-bit integers"
+    sub = commands.add_parser("quantize", help=text, description=text)
+    sub.set_defaults(run=run_quantize)
+    sub.add_argument("source", metavar="SRC", help="checkpoint folder")
+    sub.add_argument("target", metavar="DST", help="new folder")
+
+
+COMMANDS["quantize"] = add_quantize
+COMMANDS["plan"] = add_plan

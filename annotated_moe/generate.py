@@ -37,19 +37,19 @@ from annotated_moe.sampling import (
 )
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 83
+# %% book/chapters/08_model.md, cell 82
 Numbers = float | Sequence[float]           # for all rows, or one a row
 Integers = int | Sequence[int]
 Rows = list[list[int]]
 
 
-# %% book/chapters/08_model.md, cell 84
+# %% book/chapters/08_model.md, cell 83
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 85
+# %% book/chapters/08_model.md, cell 84
 def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     """int32 [B, width]: the rows, filled up on the right."""
     tokens = np.full((len(rows), width), pad, np.int32)
@@ -58,7 +58,7 @@ def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 86
+# %% book/chapters/08_model.md, cell 85
 def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     """Prompt `i` as a list of ids; ValueError if it cannot be run."""
     ids = np.asarray(row)
@@ -80,7 +80,7 @@ def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
     return ids.tolist()
 
 
-# %% book/chapters/08_model.md, cell 87
+# %% book/chapters/08_model.md, cell 86
 def check_rows(prompts: Any, new: Any, c: ModelConfig) -> Rows:
     """`check_row` for all, and for the number of new tokens."""
     if type(new) is not int or new < 0:
@@ -90,7 +90,7 @@ def check_rows(prompts: Any, new: Any, c: ModelConfig) -> Rows:
     return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
 
 
-# %% book/chapters/08_model.md, cell 88
+# %% book/chapters/08_model.md, cell 87
 class Session:
     """A cache, and the steps that fill it.
 
@@ -130,7 +130,7 @@ class Session:
         return logits
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 89
 def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     """The tokens; ValueError where logits were no finite numbers."""
     if NO_TOKEN in tokens:
@@ -164,7 +164,7 @@ def token_steps(
             logits = session.step(tokens)
 
 
-# %% book/chapters/08_model.md, cell 91
+# %% book/chapters/08_model.md, cell 90
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> Rows:
@@ -180,7 +180,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 92
+# %% book/chapters/08_model.md, cell 91
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -191,7 +191,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 93
+# %% book/chapters/08_model.md, cell 92
 def check_tokens(
     tokens: Any, lengths: Any, c: ModelConfig
 ) -> tuple[Rows, int]:
@@ -209,7 +209,7 @@ def check_tokens(
     return check_rows(rows, 0, c), t
 
 
-# %% book/chapters/08_model.md, cell 94
+# %% book/chapters/08_model.md, cell 93
 def check_mask(
     tokens: np.ndarray, lengths: Any, mask: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -229,7 +229,7 @@ def check_mask(
     return first, count
 
 
-# %% book/chapters/08_model.md, cell 95
+# %% book/chapters/08_model.md, cell 94
 def masked_logits(
     model: "Model", tokens: Any, lengths: Any, mask: Any, images: Any
 ) -> Float32[Array, "B T V"]:
@@ -244,7 +244,7 @@ def masked_logits(
     return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
 
 
-# %% book/chapters/08_model.md, cell 96
+# %% book/chapters/08_model.md, cell 95
 RunCheck = Callable[[Any, str, dict[str, Any]], None]
 RUN_CHECKS: list[RunCheck] = []
 
@@ -255,7 +255,7 @@ def announce(mesh: Any, call: str, **inputs: Any) -> None:
         check(mesh, call, inputs)
 
 
-# %% book/chapters/08_model.md, cell 97
+# %% book/chapters/08_model.md, cell 96
 def logits(
     model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
     images: Any = None,
@@ -279,7 +279,7 @@ def logits(
         return model.all_logits(padded, lengths, inputs)[:, :t]
 
 
-# %% book/chapters/08_model.md, cell 98
+# %% book/chapters/08_model.md, cell 97
 def generate_ids(
     model: "Model", prompts: Sequence[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -305,7 +305,7 @@ def generate_ids(
     return collect(steps, len(rows), stop)
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 98
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -327,7 +327,7 @@ def stream_ids(
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% book/chapters/08_model.md, cell 100
+# %% book/chapters/08_model.md, cell 99
 def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
     """What each prompt shows; ValueError for another number."""
     if images is None:
@@ -342,7 +342,7 @@ def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
     return list(images)
 
 
-# %% book/chapters/08_model.md, cell 101
+# %% book/chapters/08_model.md, cell 100
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
@@ -360,7 +360,7 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 102
+# %% book/chapters/08_model.md, cell 101
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -392,7 +392,7 @@ def generate(
     return texts[0] if one else texts
 
 
-# %% book/chapters/08_model.md, cell 103
+# %% book/chapters/08_model.md, cell 102
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -414,7 +414,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08_model.md, cell 104
+# %% book/chapters/08_model.md, cell 103
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.

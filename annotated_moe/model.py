@@ -35,7 +35,7 @@ from annotated_moe.quantization import LazySlice, tile_rows
 from annotated_moe.rms_norm import RMSNorm, rms_norm
 
 
-# %% book/chapters/08_model.md, cell 14
+# %% book/chapters/08_model.md, cell 13
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -89,7 +89,7 @@ class DecoderLayer(hk.Module):
         return h + (self.norm(y, name) if self.spec.post_norm else y)
 
 
-# %% book/chapters/08_model.md, cell 15
+# %% book/chapters/08_model.md, cell 14
 Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
 
 
@@ -107,7 +107,7 @@ def layer_inputs(config: ModelConfig) -> tuple[Array, Array, Array]:
     return jnp.zeros((1, 1, config.d_model)), one, one == 0
 
 
-# %% book/chapters/08_model.md, cell 16
+# %% book/chapters/08_model.md, cell 15
 class InOutEmbed(hk.Module):
     """A table with a row of D numbers for each of V tokens."""
 
@@ -123,7 +123,7 @@ class InOutEmbed(hk.Module):
         return get_parameter("embeddings", self.shape, axes, init)
 
 
-# %% book/chapters/08_model.md, cell 17
+# %% book/chapters/08_model.md, cell 16
 def ends(config: ModelConfig) -> None:
     """Ask for the parameters before and after the layers."""
     InOutEmbed(config.vocab_size, config.d_model)()
@@ -133,7 +133,7 @@ def ends(config: ModelConfig) -> None:
     RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/08_model.md, cell 17
 @functools.cache
 def param_specs(
     config: ModelConfig,
@@ -156,7 +156,7 @@ def param_specs(
     return specs
 
 
-# %% book/chapters/08_model.md, cell 19
+# %% book/chapters/08_model.md, cell 18
 def flat_specs(
     config: ModelConfig,
 ) -> dict[tuple[str, str], ParamSpec]:
@@ -168,7 +168,7 @@ def flat_specs(
     }
 
 
-# %% book/chapters/08_model.md, cell 20
+# %% book/chapters/08_model.md, cell 19
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -188,7 +188,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return params
 
 
-# %% book/chapters/08_model.md, cell 28
+# %% book/chapters/08_model.md, cell 27
 def slot_params(params: Params, slot: Slot) -> Params:
     """The stacks of a slot's layers."""
     return {
@@ -224,7 +224,7 @@ def check_depth(params: Params, config: ModelConfig) -> None:
                     )
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 28
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -250,7 +250,7 @@ class Cache:
         return Cache(tuple(c.evict(row) for c in self.slots))
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 29
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -289,7 +289,7 @@ def decoder(
     return h, None if cache is None else Cache(tuple(done))
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 30
 def decoder_to_train(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -326,7 +326,7 @@ def decoder_to_train(
     return h, means
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 42
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
@@ -337,7 +337,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 43
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -346,7 +346,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 44
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -366,7 +366,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 45
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
@@ -385,7 +385,7 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 50
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -407,7 +407,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 51
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -423,7 +423,7 @@ def positions_of(
     return positions, real
 
 
-# %% book/chapters/08_model.md, cell 53
+# %% book/chapters/08_model.md, cell 52
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -450,7 +450,7 @@ def forward(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 54
+# %% book/chapters/08_model.md, cell 53
 def forward_to_train(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -466,7 +466,7 @@ def forward_to_train(
     return unembed(params, h, config, train=True), losses
 
 
-# %% book/chapters/08_model.md, cell 55
+# %% book/chapters/08_model.md, cell 54
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -477,7 +477,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 58
+# %% book/chapters/08_model.md, cell 57
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(slot: KVCache) -> KVCache:
@@ -497,7 +497,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )))
 
 
-# %% book/chapters/08_model.md, cell 59
+# %% book/chapters/08_model.md, cell 58
 def constrain_residual(
     h: Float32[Array, "B T D"],
 ) -> Float32[Array, "B T D"]:
@@ -505,7 +505,7 @@ def constrain_residual(
     return here().constrain(h, (None, None, "embed"))
 
 
-# %% book/chapters/08_model.md, cell 60
+# %% book/chapters/08_model.md, cell 59
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for slot in cache.slots:
@@ -537,7 +537,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 61
+# %% book/chapters/08_model.md, cell 60
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,

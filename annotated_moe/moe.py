@@ -589,7 +589,7 @@ class MoE(hk.Module):
             away = (experts < 0) | (experts >= held)
             experts = jnp.where(away, held, experts)
             y = sort_and_tile(x, gates, experts, w, self.expert)
-            return here().total(here().total(y, "mlp"), "experts")
+            return here().total(y, "mlp", "experts")
 
         axes = {name: ("experts", *axes)
                 for name, (_, axes) in self.parameters(d).items()}

@@ -347,6 +347,7 @@ class Attention(hk.Module):
         q = project(x, s.q_heads, s.head_size, "query", s.bias)
         k = project(x, s.kv_heads, s.head_size, "key", s.bias)
         v = project(x, s.kv_heads, s.value_width, "value", s.bias)
+        k, v = here().gather_heads(k, v, s.q_heads)
         q, k, v = self.prepare(q, k, v, positions)
         k, v = here().spread_heads(k, v, s.q_heads)
         q, k, v = (z.astype(x.dtype) for z in (q, k, v))

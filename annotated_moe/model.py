@@ -93,7 +93,7 @@ class DecoderLayer(hk.Module):
         return h + (self.norm(y, name) if self.spec.post_norm else y)
 
 
-# %% book/chapters/08_model.md, cell 21
+# %% book/chapters/08_model.md, cell 20
 class InOutEmbed(hk.Module):
     """A table with a row of D numbers for each of V tokens."""
 
@@ -109,7 +109,7 @@ class InOutEmbed(hk.Module):
         return get_parameter("embeddings", self.shape, axes, init)
 
 
-# %% book/chapters/08_model.md, cell 22
+# %% book/chapters/08_model.md, cell 21
 def outer_parameters(config: ModelConfig) -> None:
     """Ask for the parameters before and after the layers."""
     InOutEmbed(config.vocab_size, config.d_model)()
@@ -119,7 +119,7 @@ def outer_parameters(config: ModelConfig) -> None:
     RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
 
 
-# %% book/chapters/08_model.md, cell 23
+# %% book/chapters/08_model.md, cell 22
 def layer_parameters(slot: Slot, config: ModelConfig) -> None:
     """Ask for the parameters of a layer: run it on one token."""
     h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
@@ -127,7 +127,7 @@ def layer_parameters(slot: Slot, config: ModelConfig) -> None:
     layer(h, at, at == 0, train=True)
 
 
-# %% book/chapters/08_model.md, cell 24
+# %% book/chapters/08_model.md, cell 23
 @functools.cache
 def param_specs(
     config: ModelConfig,
@@ -147,7 +147,7 @@ def param_specs(
     return specs
 
 
-# %% book/chapters/08_model.md, cell 25
+# %% book/chapters/08_model.md, cell 24
 def flat_specs(
     config: ModelConfig,
 ) -> dict[tuple[str, str], ParamSpec]:
@@ -159,7 +159,7 @@ def flat_specs(
     }
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 28
 Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
 
 
@@ -180,7 +180,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return params
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 30
 def slot_params(params: Params, slot: Slot) -> Params:
     """The stacks of a slot's layers.
 
@@ -200,7 +200,7 @@ def slot_params(params: Params, slot: Slot) -> Params:
     return found
 
 
-# %% book/chapters/08_model.md, cell 32
+# %% book/chapters/08_model.md, cell 31
 def layer_weights(
     params: Params, slot: Slot, config: ModelConfig, index: Any
 ) -> Params:
@@ -216,7 +216,7 @@ def layer_weights(
     }
 
 
-# %% book/chapters/08_model.md, cell 33
+# %% book/chapters/08_model.md, cell 32
 def apply_layer(
     weights: Params,
     slot: Slot,
@@ -236,7 +236,7 @@ def apply_layer(
     return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/08_model.md, cell 36
+# %% book/chapters/08_model.md, cell 35
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -265,7 +265,7 @@ class Cache:
         return Cache(tuple(c.evict(row) for c in self.slots))
 
 
-# %% book/chapters/08_model.md, cell 37
+# %% book/chapters/08_model.md, cell 36
 def constrain_residual(
     h: Float32[Array, "B T D"],
 ) -> Float32[Array, "B T D"]:
@@ -273,7 +273,7 @@ def constrain_residual(
     return here().constrain(h, (None, None, "embed"))
 
 
-# %% book/chapters/08_model.md, cell 38
+# %% book/chapters/08_model.md, cell 37
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -310,7 +310,7 @@ def decoder(
     return h, None if cache is None else Cache(tuple(done))
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 42
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
@@ -321,7 +321,7 @@ def embed(
     return (h * multiplier).astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 43
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -330,7 +330,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 44
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -350,7 +350,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 45
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
@@ -369,7 +369,7 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% book/chapters/08_model.md, cell 47
+# %% book/chapters/08_model.md, cell 46
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -391,7 +391,7 @@ def unembed(
     return y.reshape(*lead, -1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 48
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -407,7 +407,7 @@ def positions_of(
     return positions, real
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 49
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -434,7 +434,7 @@ def forward(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 50
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -445,7 +445,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 61
+# %% book/chapters/08_model.md, cell 60
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(slot: KVCache) -> KVCache:
@@ -465,7 +465,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )))
 
 
-# %% book/chapters/08_model.md, cell 62
+# %% book/chapters/08_model.md, cell 61
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for slot in cache.slots:
@@ -497,7 +497,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 63
+# %% book/chapters/08_model.md, cell 62
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,

@@ -551,7 +551,7 @@ class MoE(hk.Module):
             held = next(iter(w.values())).shape[0]
             experts = number_among_held(experts, held)
             y = sort_and_tile(x, gates, experts, w, self.expert)
-            return here().total(here().total(y, "mlp"), "experts")
+            return here().total(y, "mlp", "experts")
 
         axes = {name: ("experts", *axes)
                 for name, (_, axes) in self.parameters(d).items()}

@@ -89,6 +89,11 @@ LLAMA_4S = {
     "llama-4-scout": llama4_config(10485760, 16, 1, SCOUT_ROPE, 1e-5),
     "llama-4-maverick": llama4_config(
         1048576, 128, 2, Rope(500000.0), None),
+    # Before they learned to follow instructions, and longer texts.
+    "llama-4-scout-base": llama4_config(
+        262144, 16, 1, Llama3Rope(500000.0, 8.0, 1.0, 4.0, 8192), 1e-5),
+    "llama-4-maverick-base": llama4_config(
+        262144, 128, 2, Rope(500000.0), None),
 }
 
 
@@ -127,6 +132,11 @@ class Llama4Family(LlamaFamily):
     model_type = "llama4_text"
     rope_base = 500000.0
     norm_eps = 1e-5
+    defaults = {
+        "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 131072, "eos_token_id": 2,
+        "attention_chunk_size": 8192,
+    }
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         sparse = isinstance(spec.feed_forward, MoESpec)
@@ -158,7 +168,7 @@ class Llama4Family(LlamaFamily):
         plain = self.read_attention(fields)
         width = fields.size("intermediate_size", 8192)
         normed = fields.flag("use_qk_norm", True)
-        growing = fields.flag("attn_temperature_tuning", True)
+        growing = bool(fields.get("attn_temperature_tuning", True))
         floor = fields.size("floor_scale", 8192)
         eps = self.read_eps(fields)
         attention = UnitAttentionSpec(

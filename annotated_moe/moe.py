@@ -257,8 +257,8 @@ def rows_of_block(
 # %% book/chapters/05_moe.md, cell 46
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
-    if n * a <= 2:
-        return 1
+    if n * a <= 16:
+        return max(1, min(4, n * a // 2))
     mean = -(-n * a // num_experts)
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
@@ -553,7 +553,7 @@ class MoE(hk.Module):
             held = next(iter(w.values())).shape[0]
             experts = number_among_held(experts, held)
             y = sort_and_tile(x, gates, experts, w, self.expert)
-            return here().total(here().total(y, "mlp"), "experts")
+            return here().total(y, "mlp", "experts")
 
         axes = {name: ("experts", *axes)
                 for name, (_, axes) in self.parameters(d).items()}
@@ -612,7 +612,7 @@ class FeedForward(hk.Module):
         return network(x.astype(dtype), self.spec), {}
 
 
-# %% book/chapters/15_llama.md, cell 13
+# %% book/chapters/15_llama.md, cell 8
 def swiglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -623,7 +623,7 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 14
+# %% book/chapters/15_llama.md, cell 9
 ACTIVATIONS["silu"] = swiglu
 
 
@@ -665,7 +665,7 @@ def route_sigmoid(
 ROUTERS["sigmoid"] = route_sigmoid
 
 
-# %% book/chapters/18_llama4.md, cell 49
+# %% book/chapters/18_llama4.md, cell 58
 @dataclass(frozen=True)
 class SharedMoESpec(MoESpec):
     """Experts of which one more, `shared`, reads every token."""
@@ -692,7 +692,7 @@ class Shared(hk.Module):
         return network(x, self.spec)
 
 
-# %% book/chapters/18_llama4.md, cell 50
+# %% book/chapters/18_llama4.md, cell 59
 class SharedMoE(MoE):
     """Experts as in Llama 4: gates may scale what an expert reads."""
 

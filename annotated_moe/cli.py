@@ -184,6 +184,7 @@ def read_on(
     yield text.flush()
 
 
+# %% book/chapters/99_command_line.md, cell 12
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -195,6 +196,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
+# %% book/chapters/99_command_line.md, cell 13
 def rate(times: list[float]) -> str:
     """How many tokens came, and how fast."""
     text = f"{len(times)} new tokens"
@@ -206,7 +208,7 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/99_command_line.md, cell 12
+# %% book/chapters/99_command_line.md, cell 14
 def run_generate(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.image]
     model, status = open_model(
@@ -228,7 +230,7 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(start, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/99_command_line.md, cell 13
+# %% book/chapters/99_command_line.md, cell 15
 FOLDER = "checkpoint folder, any layout [the small model]"
 
 
@@ -256,8 +258,10 @@ def add_generate(commands: Any) -> None:
 COMMANDS["generate"] = add_generate
 
 
-# %% book/chapters/99_command_line.md, cell 14
-def bytes_by_dtype(tensors: dict[tuple[str, str], Any]) -> dict[str, int]:
+# %% book/chapters/99_command_line.md, cell 16
+def bytes_by_dtype(
+    tensors: dict[tuple[str, str], Any],
+) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
     for w in flat_arrays(tensors).values():
@@ -278,7 +282,7 @@ def lines_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-# %% book/chapters/99_command_line.md, cell 15
+# %% book/chapters/99_command_line.md, cell 17
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or small_model())
     opened = open_checkpoint(folder)
@@ -298,6 +302,7 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:42s} {value}")
 
 
+# %% book/chapters/99_command_line.md, cell 18
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -309,10 +314,11 @@ def add_info(commands: Any) -> None:
     )
 
 
+# %% book/chapters/99_command_line.md, cell 19
 COMMANDS["info"] = add_info
 
 
-# %% book/chapters/99_command_line.md, cell 18
+# %% book/chapters/99_command_line.md, cell 22
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -340,7 +346,7 @@ def byte_bar() -> Iterator[Callable[[int, int], None]]:
             raise
 
 
-# %% book/chapters/99_command_line.md, cell 19
+# %% book/chapters/99_command_line.md, cell 23
 def run_convert(args: argparse.Namespace) -> None:
     size = args.max_shard_size
     most = None if size is None else bytes_in(size)
@@ -363,7 +369,7 @@ def add_convert(commands: Any) -> None:
 COMMANDS["convert"] = add_convert
 
 
-# %% book/chapters/99_command_line.md, cell 20
+# %% book/chapters/99_command_line.md, cell 24
 def run_quantize(args: argparse.Namespace) -> None:
     with byte_bar() as tell:
         quantize_files(args.source, args.target, tell)

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from annotated_moe.meta import NAMES, name_of, open_pth, pth_bytes, pth_program
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -42,7 +43,6 @@ from annotated_moe.formats.pickles import (
     read_pickled,
 )
 from annotated_moe.formats.safetensors import open_arrays, safetensors_parts
-from annotated_moe.meta import NAMES, name_of, open_pth, pth_bytes, pth_program
 from annotated_moe.quantization import QuantizedTensor
 
 SECONDS, MEMORY = 2, 2**30

@@ -20,6 +20,7 @@ from annotated_moe.attention import (
 )
 from annotated_moe.cache import RingCache
 from annotated_moe.config import LayerSpec, ModelConfig, as_segments
+from annotated_moe.convert import architecture_of
 from annotated_moe.families.llama4 import LLAMA_4S, llama4_layers
 from annotated_moe.families.vision import VisionSpec, seeing
 from annotated_moe.formats.files import CheckpointError
@@ -395,7 +396,7 @@ def fields_of(config, **changes):
 
 
 def read(config, **changes):
-    return FAMILIES["Llama4ForCausalLM"].read(fields_of(config, **changes))
+    return FAMILIES["Llama4ForCausalLM"].configure(fields_of(config, **changes))
 
 
 @pytest.mark.parametrize("name", LLAMA_4S)
@@ -457,7 +458,7 @@ def test_a_small_model_without_experts():
         "attn_temperature_tuning": False, "tie_word_embeddings": True,
     }
     fields = Fields(Path("config.json"), raw)
-    config = FAMILIES["Llama4ForCausalLM"].read(fields)
+    config = FAMILIES["Llama4ForCausalLM"].configure(fields)
     fields.finish()
     (segment,) = config.layers
     assert segment.repeats == 2
@@ -474,15 +475,14 @@ def test_growing_queries_are_spelled_in_two_ways():
 
 
 def test_attention_of_another_family_is_not_written():
-    llama = am.PRESETS["llama-3-8b"]
-    with pytest.raises(ValueError, match="Llama 4"):
-        FAMILIES["Llama4ForCausalLM"].write(llama)
+    plain = replace(ATTENTION, qk_norm_eps=1e-5, floor=None)
+    moe = replace(MOE, shared=FeedForwardSpec(12, "silu"))
+    config = replace(TINY, layers=as_segments([LayerSpec(plain, moe)] * 2))
+    assert architecture_of(config) == "Llama4ForCausalLM"
     for other in (
-        replace(ATTENTION, multiplier=0.3), replace(ATTENTION, softcap=30.0),
-        replace(ATTENTION, qk_norm_eps=1e-4), llama.layer(0).attention,
+        replace(plain, multiplier=0.3), replace(plain, softcap=30.0),
+        replace(plain, qk_norm_eps=1e-4), am.PRESETS["llama-3-8b"].layer(0).attention,
     ):
-        layers = [LayerSpec(replace(ATTENTION, qk_norm_eps=1e-5, floor=None), MOE)] * 2
-        layers[1] = replace(layers[0], attention=other)
-        with pytest.raises(ValueError, match="Llama 4"):
-            FAMILIES["Llama4ForCausalLM"].write(
-                replace(TINY, layers=as_segments(layers)))
+        layers = [LayerSpec(plain, moe), LayerSpec(other, moe)]
+        with pytest.raises(CheckpointError, match="no architecture"):
+            architecture_of(replace(TINY, layers=as_segments(layers)))

@@ -474,7 +474,7 @@ class NormedAttention(Attention):
         return super().prepare(q, k, v, positions)
 
 
-# %% book/chapters/18_llama4.md, cell 10
+# %% book/chapters/18_llama4.md, cell 12
 @dataclass(frozen=True)
 class Chunk(Window):
     """Of the last `size` positions those of a layer's own chunk.
@@ -489,7 +489,7 @@ class Chunk(Window):
         return is_past(q, k) & (q // self.size == k // self.size)
 
 
-# %% book/chapters/18_llama4.md, cell 34
+# %% book/chapters/18_llama4.md, cell 36
 def scale_queries_by_position(
     q: Float[Array, "B T Q H"],
     positions: Int32[Array, "B T"],
@@ -506,7 +506,7 @@ def scale_queries_by_position(
     return q * growth[..., None, None]
 
 
-# %% book/chapters/18_llama4.md, cell 44
+# %% book/chapters/18_llama4.md, cell 49
 @dataclass(frozen=True)
 class UnitAttentionSpec(AttentionSpec):
     """Attention as in Llama 4: heads of unit RMS after RoPE, and where

@@ -22,5 +22,5 @@ PRESETS |= LLAMAS
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
 
-# %% book/chapters/18_llama4.md, cell 65
+# %% book/chapters/18_llama4.md, cell 69
 PRESETS |= LLAMA_4S

@@ -54,7 +54,7 @@ from annotated_moe.formats.writing import (
     write_file,
     write_json,
 )
-from annotated_moe.generate import Model, announce
+from annotated_moe.generate import MODEL_CLASSES, Model, announce
 from annotated_moe.model import Params, flat_specs
 from annotated_moe.parallel import (
     fit_spec,
@@ -487,9 +487,6 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
 
 
 # %% book/chapters/09c_layouts.md, cell 35
-MODEL_CLASSES: dict[type, Callable[..., Model]] = {ModelConfig: Model}
-
-
 def load_into_memory(
     opened: Opened, mesh: Mesh | None, dtype: str
 ) -> Model:

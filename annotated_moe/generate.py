@@ -494,3 +494,6 @@ class Model:
     stream_ids = stream_ids
     generate = generate
     stream = stream
+
+
+MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}

@@ -26,6 +26,7 @@ from annotated_moe.families.llama import (
     projections,
     write_attention,
 )
+from annotated_moe.families.vision import SeeingFamily
 from annotated_moe.formats.hub import FAMILIES, Fields, WeightName
 from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.rope import Llama3Rope, Rope
@@ -230,3 +231,6 @@ class Llama4Family(LlamaFamily):
 
 
 FAMILIES["Llama4ForCausalLM"] = Llama4Family()
+FAMILIES["Llama4ForConditionalGeneration"] = SeeingFamily(
+    Llama4Family(), "llama4"
+)

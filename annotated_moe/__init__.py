@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09c_layouts.md, cell 55
+# %% book/chapters/09c_layouts.md, cell 54
 __all__.extend(
     entry.__name__ for entry in (CheckpointError, load, save, verify)
 )

@@ -1,4 +1,4 @@
-# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """A folder of weights says what model it holds in one of four ways, and
 none of them says what a program needs to know: which tensor is which
 parameter, and which bytes of it each device keeps. This chapter builds
@@ -34,6 +34,12 @@ from annotated_moe.formats.files import (
 from annotated_moe.formats.grok1 import read_release, release_config
 from annotated_moe.formats.hub import hub_config, read_hub
 from annotated_moe.formats.lazy import as_bytes, iter_blocks
+from annotated_moe.formats.meta import (
+    find_meta,
+    meta_companions,
+    meta_config,
+    read_meta,
+)
 from annotated_moe.formats.native import (
     FORMAT,
     flat_arrays,
@@ -295,17 +301,30 @@ def quantize_params(
 
 
 # %% book/chapters/09c_layouts.md, cell 25
+def find_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a folder, if there is one."""
+    try:
+        return open_tokenizer(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
 class Layout(NamedTuple):
     """A layout of folders: whose it is, and how it is read.
 
     `find` gives the folder of the weights, or None for another
-    layout. `config` reads the configuration of the folder around.
+    layout. `config` reads the configuration of the folder around,
+    `tokenizer` finds what cuts that model's texts.
     """
 
     name: str
     find: Callable[[Path, set[str]], Path | None]
     config: Callable[[Path], ModelConfig]
     read: Callable[[Path, ModelConfig], Tensors]
+    tokenizer: Callable[
+        [Path, ModelConfig], Tokenizer | None] = find_tokenizer
 
 
 # %% book/chapters/09c_layouts.md, cell 26
@@ -345,6 +364,10 @@ class Opened(NamedTuple):
         tensors = self.layout.read(self.weights, self.config)
         check_tensors(self.weights, tensors, self.config)
         return tensors
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, if there is one."""
+        return self.layout.tokenizer(self.folder, self.config)
 
 
 def open_checkpoint(folder: Path) -> Opened:
@@ -420,21 +443,12 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
 
 
 # %% book/chapters/09c_layouts.md, cell 31
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, if there is one."""
-    try:
-        return open_tokenizer(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(error)) from None
-
-
-# %% book/chapters/09c_layouts.md, cell 32
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
 
 
-# %% book/chapters/09c_layouts.md, cell 33
+# %% book/chapters/09c_layouts.md, cell 32
 def indivisible(c: ModelConfig, mesh: Any) -> str:
     """The first size that a mesh cannot cut, or the empty string."""
     for path, spec in flat_specs(c).items():
@@ -459,7 +473,7 @@ def indivisible(c: ModelConfig, mesh: Any) -> str:
     return ""
 
 
-# %% book/chapters/09c_layouts.md, cell 34
+# %% book/chapters/09c_layouts.md, cell 33
 def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = "data", "expert", "model"
@@ -486,7 +500,7 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 35
+# %% book/chapters/09c_layouts.md, cell 34
 def load_into_memory(
     opened: Opened, mesh: Mesh | None, dtype: str
 ) -> Model:
@@ -501,7 +515,7 @@ def load_into_memory(
             f"{module}/{name}", w, specs[module, name], mesh, dtype
         )
         params.setdefault(module, {})[name] = own
-    tokenizer = find_tokenizer(opened.folder)
+    tokenizer = opened.tokenizer()
     kind = MODEL_CLASSES[type(config)]
     return kind(config, params, tokenizer, mesh)
 
@@ -510,13 +524,13 @@ Loader = Callable[[Opened, Mesh | None, str], Model]
 LOADERS: dict[str, Loader] = {"memory": load_into_memory}
 
 
-# %% book/chapters/09c_layouts.md, cell 36
+# %% book/chapters/09c_layouts.md, cell 35
 def default_dtype() -> str:
     """What to compute in unless told: bfloat16 where it is fast."""
     return "bfloat16"
 
 
-# %% book/chapters/09c_layouts.md, cell 37
+# %% book/chapters/09c_layouts.md, cell 36
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -555,3 +569,20 @@ def find_hub(folder: Path, names: set[str]) -> Path | None:
 
 
 LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
+
+
+# %% book/chapters/15_meta.md, cell 68
+def meta_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer in the folder, or one folder up."""
+    found = find_tokenizer(folder) or find_tokenizer(folder / "..")
+    if found is not None and config is not None:
+        for name, data in meta_companions(config).items():
+            found.companions.setdefault(name, data)
+    return found
+
+
+LAYOUTS.append(
+    Layout("Meta", find_meta, meta_config, read_meta, meta_tokenizer)
+)

@@ -300,6 +300,7 @@ def halves_of_qkv(which: int) -> WeightTransform:
 # %% book/chapters/18_llama4.md, cell 71
 def by_expert(w: np.ndarray, spec: LayerSpec) -> np.ndarray:
     """[E * in, out] as [E, in, out]."""
+    assert isinstance(spec.feed_forward, MoESpec)
     experts = spec.feed_forward.num_experts
     if math.prod(w.shape[:-1]) % experts:
         raise CheckpointError(

@@ -40,6 +40,7 @@ from annotated_moe.formats.hub import (
     Entry,
     Family,
     Fields,
+    Found,
     WeightName,
     entries,
     stacked,
@@ -187,7 +188,7 @@ class MetaFamily(Family):
     """Llama 1 to 3, as Meta publishes them."""
 
     prefix = "layers.{layer}."
-    ends = META_ENDS
+    ends: tuple[WeightName, ...] = META_ENDS
 
     def matches(
         self, raw: Mapping[str, Any], names: Collection[str]
@@ -226,7 +227,8 @@ def read_meta(
     shares = open_shares(folder)
     check_heads(folder, config, len(next(iter(shares.values()), "x")))
     family = meta_family(read_json(folder / "params.json"), shares)
-    specs, found, used = flat_specs(config), {}, set()
+    specs, used = flat_specs(config), set()
+    found: dict[tuple[str, str], Found] = {}
     for entry in entries(family, config):
         if entry.name not in shares:
             raise CheckpointError(f"{folder} lacks {entry.name}")

@@ -1,4 +1,4 @@
-"""Tests of chapter 17 that wait for chapters 11, 14 and 91.
+"""Tests of chapter 17 that wait for chapters 11 and 91.
 
 For tests/test_vision.py, whose fixtures they use. Old names in them:
 `with_images` is `read_prompt` now, `vision.image_tiles(pixels, SMALL)`
@@ -42,17 +42,3 @@ def test_the_command_line(talker, tmp_path, monkeypatch):
                 tiles, vision.image_tiles(pixels, SMALL))
     assert cli.main(["generate", "--prompt", "ab"]) == 0
     assert asked.pop() == ([0, 1], None)
-
-
-def test_metas_layout_has_metas_settings(words, folder, tmp_path):
-    """Its files say nothing of images; elsewhere that is refused."""
-    (tmp_path / "tokenizer.json").write_bytes(words.model_bytes)
-    c = ck.find_layout(folder)[0]
-    assert not ck.find_tokenizer(tmp_path, c).beside
-    (tmp_path / "params.json").touch()
-    found = ck.find_tokenizer(tmp_path, c)
-    assert vision.image_settings(found.beside, SMALL) == vision.ImageSettings()
-    assert list(convert.unsaid(tmp_path, c)) == ["preprocessor_config.json"]
-    assert not convert.unsaid(folder, c)
-
-

@@ -24,7 +24,7 @@ from annotated_moe.tokenizer import (
 )
 
 
-# %% book/chapters/19_vocabularies.md, cell 10
+# %% book/chapters/19_vocabularies.md, cell 14
 def template_files(companions: Mapping[str, bytes]) -> dict[str, str]:
     """Name -> template, of those that are files of their own."""
     found = {}
@@ -36,6 +36,7 @@ def template_files(companions: Mapping[str, bytes]) -> dict[str, str]:
     return found
 
 
+# %% book/chapters/19_vocabularies.md, cell 15
 def named_templates(companions: Mapping[str, bytes]) -> dict[str, str]:
     """Name -> chat template; one without a name is the "default"."""
     if files := template_files(companions):
@@ -51,7 +52,7 @@ def named_templates(companions: Mapping[str, bytes]) -> dict[str, str]:
     return {str(t.get("name")): str(t.get("template")) for t in named}
 
 
-# %% book/chapters/19_vocabularies.md, cell 11
+# %% book/chapters/19_vocabularies.md, cell 16
 def pick_template(
     companions: Mapping[str, bytes], name: str | None, tools: Any
 ) -> tuple[str, str]:
@@ -71,7 +72,7 @@ def pick_template(
     )
 
 
-# %% book/chapters/19_vocabularies.md, cell 23
+# %% book/chapters/19_vocabularies.md, cell 33
 PRIVATE = range(0xF0000, 0xFFFFE)           # characters without meaning
 
 
@@ -82,6 +83,7 @@ def stand_ins(marks: Iterable[str], used: str) -> dict[str, str]:
     return dict(zip(marks, free))
 
 
+# %% book/chapters/19_vocabularies.md, cell 34
 def disarm(value: Any, hide: Callable[[str], str]) -> Any:
     """The same messages, every string in them seen by `hide`."""
     if isinstance(value, str):
@@ -94,7 +96,7 @@ def disarm(value: Any, hide: Callable[[str], str]) -> Any:
     return value
 
 
-# %% book/chapters/19_vocabularies.md, cell 24
+# %% book/chapters/19_vocabularies.md, cell 35
 def typed_text(messages: Any, given: dict[str, Any]) -> str:
     """All that was typed; ValueError for what is no conversation."""
     rows = isinstance(messages, (list, tuple)) and messages
@@ -110,14 +112,16 @@ def typed_text(messages: Any, given: dict[str, Any]) -> str:
         return text
 
     disarm([messages, given], note)
+    text = "\n".join(typed)
     try:
         json.dumps([messages, given])
+        text.encode()                       # or half a character
     except (TypeError, ValueError) as error:
         raise ValueError(f"messages must be JSON: {error}") from None
-    return "\n".join(typed)
+    return text
 
 
-# %% book/chapters/19_vocabularies.md, cell 25
+# %% book/chapters/19_vocabularies.md, cell 36
 def token_names(tokenizer: Tokenizer) -> dict[str, str]:
     """`bos_token` and its kin, which templates print."""
     names = {i: s for s, i in tokenizer.backend.specials.items()}
@@ -129,7 +133,7 @@ def token_names(tokenizer: Tokenizer) -> dict[str, str]:
                   if k.endswith("_token") and token_text(v)}
 
 
-# %% book/chapters/19_vocabularies.md, cell 26
+# %% book/chapters/19_vocabularies.md, cell 37
 def mark_end(messages: list[Any], mark: str) -> list[Any]:
     """The messages, `mark` and a space behind the last one's text."""
     *before, last = messages
@@ -144,6 +148,7 @@ def mark_end(messages: list[Any], mark: str) -> list[Any]:
     raise ValueError("the last message has no text to continue")
 
 
+# %% book/chapters/19_vocabularies.md, cell 38
 def cut_at_end(text: str, mark: str) -> str:
     """What stands before the last `mark`."""
     if mark not in text:
@@ -152,7 +157,7 @@ def cut_at_end(text: str, mark: str) -> str:
     return before if after[:1] == " " else before.rstrip()
 
 
-# %% book/chapters/19_vocabularies.md, cell 27
+# %% book/chapters/19_vocabularies.md, cell 39
 def chat_text(
     tokenizer: Tokenizer, template: str, messages: Any, goes_on: bool,
     asked: list[str], variables: dict[str, Any],
@@ -175,7 +180,7 @@ def chat_text(
     return text, {c: s for s, c in hidden.items()}, done["unread"]
 
 
-# %% book/chapters/19_vocabularies.md, cell 28
+# %% book/chapters/19_vocabularies.md, cell 40
 def refuse_unread(unread: list[str], name: str) -> None:
     """ValueError for a name that a template does not read.
 
@@ -190,7 +195,7 @@ def refuse_unread(unread: list[str], name: str) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-# %% book/chapters/19_vocabularies.md, cell 29
+# %% book/chapters/19_vocabularies.md, cell 41
 def chat_ids(
     self: Tokenizer, messages: Any,
     add_generation_prompt: bool | None = None, tools: Any = None,
@@ -220,7 +225,7 @@ def chat_ids(
     return self.backend.encode_special(text, letters)
 
 
-# %% book/chapters/19_vocabularies.md, cell 30
+# %% book/chapters/19_vocabularies.md, cell 42
 def register_chat() -> None:
     """Give every tokenizer the method `chat`, which is `chat_ids`."""
     Tokenizer.chat = chat_ids  # type: ignore[attr-defined]

@@ -189,7 +189,7 @@ def plan_release(
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 19
+# %% book/chapters/10_convert.md, cell 20
 def release_settings(config: ModelConfig) -> dict[str, Any]:
     """A `config.json` of the release. CheckpointError for a model that
     it cannot describe.
@@ -226,19 +226,19 @@ def release_settings(config: ModelConfig) -> dict[str, Any]:
     return {**flat, "widening_factor": widening}
 
 
-# %% book/chapters/10_convert.md, cell 20
+# %% book/chapters/10_convert.md, cell 21
 TARGETS: dict[str, tuple[Planner, Describer]] = {
     "native": (plan_native, native_settings),
     "grok-1": (plan_release, release_settings),
 }
 
 
-# %% book/chapters/10_convert.md, cell 21
+# %% book/chapters/10_convert.md, cell 22
 SYNC = 2**25
 JOURNAL = "journal"
 
 
-# %% book/chapters/10_convert.md, cell 22
+# %% book/chapters/10_convert.md, cell 23
 class Journal(Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
@@ -270,7 +270,7 @@ class Journal(Watcher):
         self.waiting = 0
 
 
-# %% book/chapters/10_convert.md, cell 23
+# %% book/chapters/10_convert.md, cell 24
 def replay(journal: Journal) -> str | None:
     """Take up the lines that are there; which job they belong to."""
     job, end = None, 0
@@ -289,7 +289,7 @@ def replay(journal: Journal) -> str | None:
     return job
 
 
-# %% book/chapters/10_convert.md, cell 24
+# %% book/chapters/10_convert.md, cell 25
 def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files, and what stands beside it."""
     inside = folder / "ckpt-0"
@@ -299,7 +299,7 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in names if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 25
+# %% book/chapters/10_convert.md, cell 26
 def job_of(folder: Path, to: str, most: int) -> str:
     """A name for one conversion of one state of one folder."""
     stats = [(str(p), p.stat()) for p in files_of(folder)]
@@ -308,7 +308,7 @@ def job_of(folder: Path, to: str, most: int) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-# %% book/chapters/10_convert.md, cell 26
+# %% book/chapters/10_convert.md, cell 27
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a partial folder, for one process at a time."""
@@ -326,7 +326,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# %% book/chapters/10_convert.md, cell 27
+# %% book/chapters/10_convert.md, cell 28
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -346,7 +346,7 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 28
+# %% book/chapters/10_convert.md, cell 29
 def check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -356,7 +356,7 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 29
+# %% book/chapters/10_convert.md, cell 30
 WEIGHTS = {"config.json", "checksums.json", INDEX, "ckpt-0"}
 WEIGHT_SUFFIXES = {".safetensors"}
 
@@ -369,7 +369,7 @@ def companions(folder: Path) -> list[Path]:
     return [path for path in other if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 30
+# %% book/chapters/10_convert.md, cell 31
 def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
@@ -385,7 +385,7 @@ def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
         fsync_path(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 31
+# %% book/chapters/10_convert.md, cell 32
 def finish(
     new: Path,
     target: Path,
@@ -406,7 +406,7 @@ def finish(
     fsync_path(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 33
 @contextmanager
 def cleared(new: Path) -> Iterator[None]:
     """Remove `new` when an error ends the work, not when a kill."""
@@ -420,7 +420,7 @@ def cleared(new: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 34
 def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -433,7 +433,7 @@ def begin(journal: Journal, new: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 35
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -446,12 +446,12 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 36
 def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-# %% book/chapters/10_convert.md, cell 36
+# %% book/chapters/10_convert.md, cell 37
 def check_options(to: str, most: int | None) -> int:
     """The size of a shard; ValueError for what makes no sense."""
     if to not in TARGETS:
@@ -463,7 +463,7 @@ def check_options(to: str, most: int | None) -> int:
     return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 37
+# %% book/chapters/10_convert.md, cell 38
 FileMaker = Callable[[Path, ModelConfig], Plan]
 FILE_MAKERS: list[FileMaker] = []
 
@@ -476,7 +476,7 @@ def added_files(folder: Path, config: ModelConfig) -> Plan:
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 39
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -503,7 +503,7 @@ def convert(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 39
+# %% book/chapters/10_convert.md, cell 40
 def carry_out(
     folder: Path,
     target: Path,
@@ -530,7 +530,7 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 51
+# %% book/chapters/10_convert.md, cell 52
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
@@ -557,11 +557,11 @@ class Rounded:
         return rounded(np.asarray(self.source), self)
 
 
-# %% book/chapters/10_convert.md, cell 52
+# %% book/chapters/10_convert.md, cell 53
 BFLOAT16 = DTYPE_CODES["BF16"]
 
 
-# %% book/chapters/10_convert.md, cell 53
+# %% book/chapters/10_convert.md, cell 54
 def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
@@ -576,7 +576,7 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     return out
 
 
-# %% book/chapters/10_convert.md, cell 54
+# %% book/chapters/10_convert.md, cell 55
 @partial(jax.jit, static_argnames=("groups", "what"))
 def round_block(
     w: Float[Array, "D F"], groups: int, what: str
@@ -586,7 +586,7 @@ def round_block(
     return getattr(q, what), jnp.isfinite(w).all()
 
 
-# %% book/chapters/10_convert.md, cell 55
+# %% book/chapters/10_convert.md, cell 56
 def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
@@ -596,7 +596,7 @@ def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     ])
 
 
-# %% book/chapters/10_convert.md, cell 56
+# %% book/chapters/10_convert.md, cell 57
 def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not spec.matrix:
@@ -607,7 +607,7 @@ def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     ))
 
 
-# %% book/chapters/10_convert.md, cell 57
+# %% book/chapters/10_convert.md, cell 58
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -633,7 +633,16 @@ def quantize_files(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/14_hub.md, cell 21
+# %% book/chapters/14_hub.md, cell 32
+def write_tensor(w: Any, entry: Entry) -> list[Any]:
+    """A tensor as the layout wants it, and its scales if it has any."""
+    w = slice_of(w, entry.index)
+    change = TRANSFORMS[entry.transform].write
+    if isinstance(w, QuantizedTensor):
+        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+    return [change(w, entry.spec)]
+
+
 def hub_tensors(
     family: Family, tensors: Tensors, config: ModelConfig
 ) -> Iterator[tuple[str, Any]]:
@@ -652,33 +661,7 @@ def hub_tensors(
             yield name + end, whole
 
 
-def write_tensor(w: Any, entry: Entry) -> list[Any]:
-    """A tensor as the layout wants it, and its scales if it has any."""
-    w = slice_of(w, entry.index)
-    change = TRANSFORMS[entry.transform].write
-    if isinstance(w, QuantizedTensor):
-        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
-    return [change(w, entry.spec)]
-
-
-# %% book/chapters/14_hub.md, cell 22
-def in_shards(
-    arrays: dict[str, Any], most: int
-) -> list[dict[str, Any]]:
-    """Groups of at most `most` bytes, or of a single tensor."""
-    groups: list[dict[str, Any]] = [{}]
-    room = most
-    for name, w in arrays.items():
-        size = Part(w).size
-        if size > room and groups[-1]:
-            groups.append({})
-            room = most
-        groups[-1][name] = w
-        room -= size
-    return groups
-
-
-# %% book/chapters/14_hub.md, cell 23
+# %% book/chapters/14_hub.md, cell 33
 def architecture_of(config: ModelConfig) -> str:
     """The one whose files can say all that `config` says.
 
@@ -687,8 +670,7 @@ def architecture_of(config: ModelConfig) -> str:
     for name, family in FAMILIES.items():
         with contextlib.suppress(ValueError, AttributeError):
             raw = {"architectures": [name], **family.write(config)}
-            fields = Fields(Path(name), raw)
-            if family.read(fields) == config:
+            if family.configure(Fields(Path(name), raw)) == config:
                 return name
     raise CheckpointError(
         "no architecture of the hf layout is a model like this one: "
@@ -706,7 +688,23 @@ def hub_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/14_hub.md, cell 24
+# %% book/chapters/14_hub.md, cell 34
+def in_shards(
+    arrays: dict[str, Any], most: int
+) -> list[dict[str, Any]]:
+    """Groups of at most `most` bytes, or of a single tensor."""
+    groups: list[dict[str, Any]] = [{}]
+    room = most
+    for name, w in arrays.items():
+        size = Part(w).size
+        if size > room and groups[-1]:
+            groups.append({})
+            room = most
+        groups[-1][name] = w
+        room -= size
+    return groups
+
+
 def plan_hub(
     tensors: Tensors, config: ModelConfig, most: int
 ) -> Plan:

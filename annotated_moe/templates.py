@@ -13,10 +13,11 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-# %% book/chapters/19_vocabularies.md, cell 15
+# %% book/chapters/19_vocabularies.md, cell 21
 MAX_SECONDS, MAX_BYTES, MAX_TEXT = 5, 2**30, 2**22
 
 
+# %% book/chapters/19_vocabularies.md, cell 22
 def sandbox(library: ModuleType, extension: Any) -> Any:
     """The environment that published templates are written for."""
     base: Any = library.sandbox.ImmutableSandboxedEnvironment
@@ -39,7 +40,7 @@ def sandbox(library: ModuleType, extension: Any) -> Any:
     return env
 
 
-# %% book/chapters/19_vocabularies.md, cell 16
+# %% book/chapters/19_vocabularies.md, cell 23
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None,
     separators: Any = None, sort_keys: bool = False,
@@ -49,12 +50,13 @@ def to_json(
                       separators=separators, sort_keys=sort_keys)
 
 
+# %% book/chapters/19_vocabularies.md, cell 24
 def strftime_now(form: str) -> str:
     """Today, in the form that a template asks for."""
     return datetime.now().strftime(form)
 
 
-# %% book/chapters/19_vocabularies.md, cell 17
+# %% book/chapters/19_vocabularies.md, cell 25
 def generation_tag(extension: Any) -> Any:
     """`{% generation %}` marks answers for training; prints them."""
     class Generation(extension):
@@ -68,7 +70,7 @@ def generation_tag(extension: Any) -> Any:
     return Generation
 
 
-# %% book/chapters/19_vocabularies.md, cell 18
+# %% book/chapters/19_vocabularies.md, cell 26
 def render(
     template: str, variables: dict[str, Any], asked: list[str]
 ) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def render(
     return {"text": "".join(text), "unread": unread}
 
 
-# %% book/chapters/19_vocabularies.md, cell 19
+# %% book/chapters/19_vocabularies.md, cell 27
 def limit_process() -> None:
     """Bound what this process may take, as far as the system can."""
     with suppress(ImportError):
@@ -102,6 +104,7 @@ def limit_process() -> None:
                 resource.setrlimit(kind, (most, most))
 
 
+# %% book/chapters/19_vocabularies.md, cell 28
 def answer(request: str) -> dict[str, Any]:
     """`render` of a request, or the "error" that there was."""
     limit_process()
@@ -113,7 +116,7 @@ def answer(request: str) -> dict[str, Any]:
         return {"error": str(error) or type(error).__name__}
 
 
-# %% book/chapters/19_vocabularies.md, cell 20
+# %% book/chapters/19_vocabularies.md, cell 29
 def render_apart(
     template: str, variables: dict[str, Any], asked: list[str]
 ) -> dict[str, Any]:
@@ -136,5 +139,6 @@ def render_apart(
     return reply
 
 
+# %% book/chapters/19_vocabularies.md, cell 30
 if __name__ == "__main__" and "__file__" in globals():
     sys.stdout.write(json.dumps(answer(sys.stdin.read())))

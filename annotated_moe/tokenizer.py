@@ -556,7 +556,7 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
     return None
 
 
-# %% book/chapters/19_vocabularies.md, cell 7
+# %% book/chapters/19_vocabularies.md, cell 9
 COMPANIONS += [
     "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -565,7 +565,7 @@ COMPANIONS += [
 ]
 
 
-# %% book/chapters/19_vocabularies.md, cell 8
+# %% book/chapters/19_vocabularies.md, cell 10
 def damaged(name: str, what: str, why: str) -> ValueError:
     return ValueError(
         f"{name} is not {what} or is damaged ({why[:120]}); compare "
@@ -573,6 +573,7 @@ def damaged(name: str, what: str, why: str) -> ValueError:
     )
 
 
+# %% book/chapters/19_vocabularies.md, cell 11
 def parse_json(data: bytes, name: str, what: str) -> dict[str, Any]:
     """A JSON object, or ValueError that names the file."""
     try:
@@ -584,7 +585,7 @@ def parse_json(data: bytes, name: str, what: str) -> dict[str, Any]:
     return content
 
 
-# %% book/chapters/19_vocabularies.md, cell 9
+# %% book/chapters/19_vocabularies.md, cell 12
 def read_settings(companions: Mapping[str, bytes]) -> dict[str, Any]:
     """The settings of `tokenizer_config.json` and its older kin."""
     settings: dict[str, Any] = {}
@@ -596,17 +597,19 @@ def read_settings(companions: Mapping[str, bytes]) -> dict[str, Any]:
     return settings
 
 
+# %% book/chapters/19_vocabularies.md, cell 13
 def token_text(token: Any) -> str:
-    """A token is written as a string or as a table around one."""
+    """The text of a token that is a string, or a table with one."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
 
-# %% book/chapters/19_vocabularies.md, cell 12
+# %% book/chapters/19_vocabularies.md, cell 17
 class MissingExtra(ImportError, ValueError):
     """A library that only some tokenizers need is not installed."""
 
 
+# %% book/chapters/19_vocabularies.md, cell 18
 def needed(
     module: str, what: str, extra: str = "tokenizers"
 ) -> ModuleType:
@@ -620,19 +623,20 @@ def needed(
         ) from None
 
 
-# %% book/chapters/19_vocabularies.md, cell 44
+# %% book/chapters/19_vocabularies.md, cell 59
 def is_json(file: TokenizerFile) -> bool:
     """Whether it is a `tokenizer.json`, by its first character."""
     return re.match(rb"\s*\{", file.data) is not None
 
 
+# %% book/chapters/19_vocabularies.md, cell 60
 def is_ranks(file: TokenizerFile) -> bool:
     """Whether it is Meta's: a piece in base64, a space, a number."""
     line = rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n"
     return re.match(line, file.data) is not None
 
 
-# %% book/chapters/19_vocabularies.md, cell 45
+# %% book/chapters/19_vocabularies.md, cell 61
 PLAIN_TOKEN: dict[str, Any] = {
     "id": None, "content": "", "single_word": False, "lstrip": False,
     "rstrip": False, "normalized": False, "special": False,
@@ -649,7 +653,7 @@ def named_tokens(settings: Mapping[str, Any]) -> list[str]:
     return [text for text in map(token_text, found) if text]
 
 
-# %% book/chapters/19_vocabularies.md, cell 46
+# %% book/chapters/19_vocabularies.md, cell 62
 def stated_tokens(file: TokenizerFile) -> list[dict[str, Any]]:
     """The tokens that the files beside a tokenizer add to it."""
     settings = read_settings(file.companions)
@@ -675,14 +679,14 @@ def stated_tokens(file: TokenizerFile) -> list[dict[str, Any]]:
         for text in dict.fromkeys(named) if text not in known]
 
 
-# %% book/chapters/19_vocabularies.md, cell 47
+# %% book/chapters/19_vocabularies.md, cell 63
 def is_marker(token: Mapping[str, Any]) -> bool:
     """Whether an added token has a meaning beyond its letters."""
     shape = re.fullmatch("<[|｜].+[|｜]>", token["content"])
     return bool(token["special"] or shape)
 
 
-# %% book/chapters/19_vocabularies.md, cell 48
+# %% book/chapters/19_vocabularies.md, cell 64
 def roles_of(
     settings: Mapping[str, Any], ids: Mapping[str, int]
 ) -> dict[str, int]:
@@ -691,6 +695,7 @@ def roles_of(
     return {r: ids[text] for r, text in texts.items() if text in ids}
 
 
+# %% book/chapters/19_vocabularies.md, cell 65
 def flagged_prompt(
     settings: Mapping[str, Any], roles: Mapping[str, int], bos: bool
 ) -> tuple[list[int], list[int]]:
@@ -703,7 +708,7 @@ def flagged_prompt(
     return first, last
 
 
-# %% book/chapters/19_vocabularies.md, cell 49
+# %% book/chapters/19_vocabularies.md, cell 66
 class ByteStream:
     """Bytes to text as they come, whole characters at a time."""
 
@@ -720,7 +725,7 @@ class ByteStream:
         return self.decoder.decode(b"", True)
 
 
-# %% book/chapters/19_vocabularies.md, cell 50
+# %% book/chapters/19_vocabularies.md, cell 67
 class ByteBackend:
     """Every id is a string of bytes, and a text is their sum."""
 
@@ -748,7 +753,7 @@ class ByteBackend:
         return ByteStream(self)
 
 
-# %% book/chapters/19_vocabularies.md, cell 51
+# %% book/chapters/19_vocabularies.md, cell 68
 def read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     """Piece -> rank, from lines of base64 and a number."""
     ranks: dict[bytes, int] = {}
@@ -765,7 +770,7 @@ def read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     return ranks
 
 
-# %% book/chapters/19_vocabularies.md, cell 52
+# %% book/chapters/19_vocabularies.md, cell 69
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -781,7 +786,7 @@ LLAMA4_PATTERN = "|".join([
 ])
 
 
-# %% book/chapters/19_vocabularies.md, cell 53
+# %% book/chapters/19_vocabularies.md, cell 70
 def reserved(name: str, start: int, stop: int) -> list[str]:
     """Names that Meta keeps free for later."""
     stem = f"{name}_reserved" if name else "reserved"
@@ -793,7 +798,7 @@ def marks(names: str) -> list[str]:
     return [f"<|{name}|>" for name in names.split()]
 
 
-# %% book/chapters/19_vocabularies.md, cell 54
+# %% book/chapters/19_vocabularies.md, cell 71
 LLAMA3_SPECIALS = [
     *marks("begin_of_text end_of_text"), *reserved("", 0, 2),
     *marks("finetune_right_pad_id step_id start_header_id"),
@@ -817,7 +822,7 @@ LLAMA4_SPECIALS = [
 ]
 
 
-# %% book/chapters/19_vocabularies.md, cell 55
+# %% book/chapters/19_vocabularies.md, cell 72
 @dataclass(frozen=True)
 class MetaForm:
     """What a tiktoken file does not say about itself."""
@@ -828,6 +833,7 @@ class MetaForm:
     eot: str
 
 
+# %% book/chapters/19_vocabularies.md, cell 73
 META_FORMS = {
     128_000: MetaForm(LLAMA3_PATTERN, LLAMA3_SPECIALS,
                       "<|finetune_right_pad_id|>", "<|eot_id|>"),
@@ -836,7 +842,7 @@ META_FORMS = {
 }
 
 
-# %% book/chapters/19_vocabularies.md, cell 56
+# %% book/chapters/19_vocabularies.md, cell 74
 def stretches(text: str) -> Iterator[str]:
     """`text` in parts that tiktoken can take, cut as Meta cuts it."""
     for at in range(0, len(text), 400_000):
@@ -848,7 +854,7 @@ def stretches(text: str) -> Iterator[str]:
         yield part[start:]
 
 
-# %% book/chapters/19_vocabularies.md, cell 57
+# %% book/chapters/19_vocabularies.md, cell 75
 class RankCoder:
     """Text to ids by tiktoken, which fetches nothing."""
 
@@ -880,7 +886,7 @@ class RankCoder:
             else self.encode(replace_all(part, letters)))]
 
 
-# %% book/chapters/19_vocabularies.md, cell 58
+# %% book/chapters/19_vocabularies.md, cell 76
 def open_ranks(file: TokenizerFile) -> Backend:
     """Meta's `tokenizer.model`; the special tokens follow the ranks."""
     ranks = read_ranks(file.data, file.name)
@@ -902,7 +908,7 @@ def open_ranks(file: TokenizerFile) -> Backend:
     return ByteBackend(pieces, coder)
 
 
-# %% book/chapters/19_vocabularies.md, cell 63
+# %% book/chapters/19_vocabularies.md, cell 82
 def byte_alphabet() -> dict[str, int]:
     """Character -> byte, as GPT-2 wrote bytes in its vocabulary."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -911,6 +917,7 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(c): b for c, b in zip(codes, shown + rest)}
 
 
+# %% book/chapters/19_vocabularies.md, cell 83
 def piece_bytes(piece: str, alphabet: Mapping[str, int]) -> bytes:
     """The bytes of a piece; an added token may be written as it is."""
     if all(c in alphabet for c in piece):
@@ -918,10 +925,11 @@ def piece_bytes(piece: str, alphabet: Mapping[str, int]) -> bytes:
     return piece.encode()
 
 
-# %% book/chapters/19_vocabularies.md, cell 64
+# %% book/chapters/19_vocabularies.md, cell 84
 LOCAL = {"Replace", "ByteFallback", "Fuse", "Metaspace", "WordPiece"}
 
 
+# %% book/chapters/19_vocabularies.md, cell 85
 def decodes_locally(decoder: dict[str, Any] | None) -> bool:
     """Whether a piece's text depends only on what stands before it."""
     if decoder is None or decoder.get("type") in LOCAL:
@@ -934,7 +942,7 @@ def decodes_locally(decoder: dict[str, Any] | None) -> bool:
     )
 
 
-# %% book/chapters/19_vocabularies.md, cell 65
+# %% book/chapters/19_vocabularies.md, cell 86
 class TextStream:
     """Ids to text by the library's own `decode`, as they come."""
 
@@ -959,7 +967,7 @@ class TextStream:
         return self.backend.decode(both, True)[len(before) :]
 
 
-# %% book/chapters/19_vocabularies.md, cell 66
+# %% book/chapters/19_vocabularies.md, cell 87
 class TextBackend(ByteBackend):
     """A `tokenizer.json` whose pieces are text, bytes if need be."""
 
@@ -977,7 +985,7 @@ class TextBackend(ByteBackend):
         return TextStream(self)
 
 
-# %% book/chapters/19_vocabularies.md, cell 67
+# %% book/chapters/19_vocabularies.md, cell 88
 def complete(form: dict[str, Any], file: TokenizerFile) -> set[str]:
     """Add to a `tokenizer.json` what stands beside it, and flag every
     marker as special; returns those that are to be hidden."""
@@ -994,7 +1002,7 @@ def complete(form: dict[str, Any], file: TokenizerFile) -> set[str]:
     return hidden
 
 
-# %% book/chapters/19_vocabularies.md, cell 68
+# %% book/chapters/19_vocabularies.md, cell 89
 def renamed(
     form: dict[str, Any], letters: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -1023,7 +1031,7 @@ def change_places(
     return replace_all(text, table | dict(letters))
 
 
-# %% book/chapters/19_vocabularies.md, cell 69
+# %% book/chapters/19_vocabularies.md, cell 90
 def open_library(kind: Any, form: dict[str, Any], plain: bool) -> Any:
     """The library's object; `plain` takes markers for letters."""
     library = kind.from_str(json.dumps(form))
@@ -1043,7 +1051,7 @@ def library_prompt(library: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-# %% book/chapters/19_vocabularies.md, cell 70
+# %% book/chapters/19_vocabularies.md, cell 91
 def encode_at_word(
     self: "LibraryCoder", text: str, letters: Mapping[str, str]
 ) -> list[int]:
@@ -1056,7 +1064,7 @@ def encode_at_word(
     return library.encode(text, add_special_tokens=False).ids
 
 
-# %% book/chapters/19_vocabularies.md, cell 71
+# %% book/chapters/19_vocabularies.md, cell 92
 class LibraryCoder:
     """The `tokenizers` library on one file."""
 
@@ -1084,7 +1092,7 @@ class LibraryCoder:
     encode_special = encode_at_word
 
 
-# %% book/chapters/19_vocabularies.md, cell 72
+# %% book/chapters/19_vocabularies.md, cell 93
 def open_json(file: TokenizerFile) -> Backend:
     """A `tokenizer.json`, through the library that writes them."""
     form = parse_json(file.data, file.name, "a tokenizer.json")
@@ -1112,7 +1120,7 @@ def open_json(file: TokenizerFile) -> Backend:
     return (ByteBackend if byte_level else TextBackend)(pieces, coder)
 
 
-# %% book/chapters/19_vocabularies.md, cell 74
+# %% book/chapters/19_vocabularies.md, cell 95
 def token_pattern(
     tokens: Sequence[Mapping[str, Any]]
 ) -> re.Pattern[str]:
@@ -1128,7 +1136,7 @@ def token_pattern(
     return re.compile("|".join(parts) or "(?!)")
 
 
-# %% book/chapters/19_vocabularies.md, cell 75
+# %% book/chapters/19_vocabularies.md, cell 96
 def prepend_scheme(settings: Mapping[str, Any]) -> str:
     """Whether a space goes before the "first" part of a text, before
     "always" each, or "never" any."""
@@ -1137,6 +1145,7 @@ def prepend_scheme(settings: Mapping[str, Any]) -> str:
     return "always" if settings.get("legacy") else "first"
 
 
+# %% book/chapters/19_vocabularies.md, cell 97
 def encode_part(
     self: "AddedPieces", part: str, at: int, letters: Mapping[str, str]
 ) -> list[int]:
@@ -1149,7 +1158,7 @@ def encode_part(
     return self.inner.encode(part.encode())
 
 
-# %% book/chapters/19_vocabularies.md, cell 76
+# %% book/chapters/19_vocabularies.md, cell 98
 def encode_around(
     self: "AddedPieces", text: str, letters: Mapping[str, str],
     tokens: list[dict[str, Any]] | None = None,
@@ -1165,7 +1174,7 @@ def encode_around(
     return ids + encode_part(self, text[at:], at, letters)
 
 
-# %% book/chapters/19_vocabularies.md, cell 77
+# %% book/chapters/19_vocabularies.md, cell 99
 def added_byte(self: "AddedPieces", token: int) -> bytes:
     """As `piece_byte`, for an id that may not be a piece."""
     return b"" if token in self.shown else piece_byte(self, token)
@@ -1190,7 +1199,7 @@ def with_ids(
     return sorted(tokens, key=lambda t: len(t["content"]), reverse=True)
 
 
-# %% book/chapters/19_vocabularies.md, cell 78
+# %% book/chapters/19_vocabularies.md, cell 100
 class AddedPieces(SentencePieceBackend):
     """A SentencePiece model, and tokens that were added to it."""
 
@@ -1221,7 +1230,7 @@ class AddedPieces(SentencePieceBackend):
     encode_special, byte_of = encode_around, added_byte
 
 
-# %% book/chapters/19_vocabularies.md, cell 79
+# %% book/chapters/19_vocabularies.md, cell 101
 BOS_CLASSES = {"LlamaTokenizer", "CodeLlamaTokenizer"}
 BOS_MODELS = {"llama", "mistral", "mixtral"}
 
@@ -1237,7 +1246,7 @@ def folder_bos(folder: Path | None) -> bool:
     return (folder / "params.json").is_file()
 
 
-# %% book/chapters/19_vocabularies.md, cell 80
+# %% book/chapters/19_vocabularies.md, cell 102
 def open_pieces(file: TokenizerFile) -> Backend:
     """A SentencePiece model, as the files beside it complete it."""
     backend = AddedPieces(file)
@@ -1253,7 +1262,7 @@ def open_pieces(file: TokenizerFile) -> Backend:
     return backend
 
 
-# %% book/chapters/19_vocabularies.md, cell 81
+# %% book/chapters/19_vocabularies.md, cell 103
 FORMATS[:0] = [
     TokenizerFormat("tokenizer.json", is_json, open_json),
     TokenizerFormat("tokenizer.model", is_ranks, open_ranks),

@@ -198,6 +198,9 @@ def test_special_pieces_at_their_word(ours):
     for text in ["a[EOS]b", "[BOS]a", "a [EOS] b", "[BOS][BOS]", "", " [PAD]  x[EOS] "]:
         ids = ours.encode(text, specials=True)
         assert ours.decode(ids, specials=True) == text
+        alone = module.SentencePieceBackend(ours.model_bytes)
+        assert alone.encode_special(text, {}) == ids
+        assert alone.decode(ids, True) == text
         named = {p: ids.count(i) for i, p in enumerate(["[PAD]", "[BOS]", "[EOS]"])}
         assert named == {p: text.count(p) for p in named}
 

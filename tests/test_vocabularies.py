@@ -912,7 +912,8 @@ def test_an_endless_template_is_stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("messages", [
-    [], "Hello", [("user", "x")], [{"role": "user", "content": object()}]])
+    [], "Hello", [("user", "x")], [{"role": "user", "content": object()}],
+    [{"role": "user", "content": "a\ud83e"}]])
 def test_what_is_no_conversation(messages, tmp_path):
     with pytest.raises(ValueError, match="messages must be"):
         chatty("byte level", tmp_path).chat(messages)

@@ -31,13 +31,14 @@ from annotated_moe.formats.hub import (
     one_or_many,
     read_dtype,
     read_rope,
+    stop_ids,
     write_rope,
 )
 from annotated_moe.moe import FeedForwardSpec
 from annotated_moe.rope import Llama3Rope, Rope
 
 
-# %% book/chapters/15_llama.md, cell 17
+# %% book/chapters/15_llama.md, cell 13
 def llama_config(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -63,7 +64,7 @@ def llama_config(
     )
 
 
-# %% book/chapters/15_llama.md, cell 43
+# %% book/chapters/15_llama.md, cell 44
 LLAMA_1: dict[str, Any] = {"context": 2048, "norm_eps": 1e-6}
 LLAMA_2: dict[str, Any] = {"context": 4096}
 LLAMA_3: dict[str, Any] = {
@@ -83,7 +84,7 @@ CODE_LLAMA: dict[str, Any] = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 44
+# %% book/chapters/15_llama.md, cell 45
 # Source: the params.json or config.json beside each model's weights.
 LLAMAS = {
     "llama-1-7b": llama_config(32, 32, 32, 11008, **LLAMA_1),
@@ -109,24 +110,7 @@ LLAMAS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 45
-def read_llama3_rope(fields: Fields, base: float) -> Rope:
-    return Llama3Rope(
-        base, fields.number("factor"), fields.number("low_freq_factor"),
-        fields.number("high_freq_factor"),
-        fields.size("original_max_position_embeddings"),
-    )
-
-
-ROPES["llama3"] = read_llama3_rope
-ROPE_FIELDS[Llama3Rope] = lambda rope: {
-    "rope_type": "llama3", "factor": rope.factor,
-    "low_freq_factor": rope.low, "high_freq_factor": rope.high,
-    "original_max_position_embeddings": rope.context,
-}
-
-
-# %% book/chapters/15_llama.md, cell 59
+# %% book/chapters/15_llama.md, cell 51
 NORMS = (
     WeightName("input_layernorm.weight", "rms_norm/scale"),
     WeightName("post_attention_layernorm.weight", "rms_norm_2/scale"),
@@ -156,13 +140,14 @@ ATTENTION = projections("self_attn.", "multi_head_attention/", QKVO)
 MLP = projections("mlp.", "", GLU)
 
 
-# %% book/chapters/15_llama.md, cell 60
+# %% book/chapters/15_llama.md, cell 52
 class LlamaFamily(Family):
     """Llama, and what its relatives have in common with it."""
 
     model_type = "llama"
     rope_base = 10000.0
     norm_eps = 1e-6
+    defaults = {"eos_token_id": 2}
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         return NORMS + ATTENTION + MLP
@@ -206,7 +191,7 @@ class LlamaFamily(Family):
             norm_eps=self.read_eps(fields),
             tied=fields.flag("tie_word_embeddings"),
             pad_id=0 if pad == -1 else pad,
-            eos_ids=fields.ids("eos_token_id"),
+            eos_ids=stop_ids(fields),
             dtype=read_dtype(fields),
         )
 
@@ -239,7 +224,7 @@ class LlamaFamily(Family):
 FAMILIES["LlamaForCausalLM"] = LlamaFamily()
 
 
-# %% book/chapters/15_llama.md, cell 61
+# %% book/chapters/15_llama.md, cell 53
 def check_layer_types(fields: Fields, name: str) -> None:
     """CheckpointError unless all layers, if any are named, are so."""
     types = fields.get("layer_types", [])
@@ -258,3 +243,20 @@ def write_attention(spec: AttentionSpec) -> dict[str, Any]:
         "attention_bias": spec.bias,
         **(write_rope(spec.rope) if spec.rope else {}),
     }
+
+
+# %% book/chapters/15_llama.md, cell 55
+def read_llama3_rope(fields: Fields, base: float) -> Rope:
+    return Llama3Rope(
+        base, fields.number("factor"), fields.number("low_freq_factor"),
+        fields.number("high_freq_factor"),
+        fields.size("original_max_position_embeddings"),
+    )
+
+
+ROPES["llama3"] = read_llama3_rope
+ROPE_FIELDS[Llama3Rope] = lambda rope: {
+    "rope_type": "llama3", "factor": rope.factor,
+    "low_freq_factor": rope.low, "high_freq_factor": rope.high,
+    "original_max_position_embeddings": rope.context,
+}

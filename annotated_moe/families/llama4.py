@@ -64,7 +64,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.rope import Llama3Rope, Rope
 
 
-# %% book/chapters/18_llama4.md, cell 51
+# %% book/chapters/18_llama4.md, cell 60
 def llama4_layers(
     num_layers: int,
     attention: UnitAttentionSpec,
@@ -91,7 +91,7 @@ def llama4_layers(
     ]
 
 
-# %% book/chapters/18_llama4.md, cell 52
+# %% book/chapters/18_llama4.md, cell 63
 def llama4_config(
     context: int, num_experts: int, moe_every: int, rope: Rope,
     qk_norm_eps: float | None,
@@ -115,16 +115,21 @@ def llama4_config(
     )
 
 
-# %% book/chapters/18_llama4.md, cell 53
+# %% book/chapters/18_llama4.md, cell 64
 SCOUT_ROPE = Llama3Rope(500000.0, 16.0, 1.0, 1.0, 8192)
 LLAMA_4S = {
     "llama-4-scout": llama4_config(10485760, 16, 1, SCOUT_ROPE, 1e-5),
     "llama-4-maverick": llama4_config(
         1048576, 128, 2, Rope(500000.0), None),
+    # Before they learned to follow instructions, and longer texts.
+    "llama-4-scout-base": llama4_config(
+        262144, 16, 1, Llama3Rope(500000.0, 8.0, 1.0, 4.0, 8192), 1e-5),
+    "llama-4-maverick-base": llama4_config(
+        262144, 128, 2, Rope(500000.0), None),
 }
 
 
-# %% book/chapters/18_llama4.md, cell 54
+# %% book/chapters/18_llama4.md, cell 66
 LLAMA4_ATTENTION = projections(
     "self_attn.", "multi_head_attention/", QKVO,
     {"q": "halves", "k": "halves"},
@@ -141,7 +146,7 @@ LLAMA4_EXPERTS = (
 )
 
 
-# %% book/chapters/18_llama4.md, cell 55
+# %% book/chapters/18_llama4.md, cell 67
 def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
     """A list of ints that may be absent."""
     found = fields.get(name, usual)
@@ -152,13 +157,18 @@ def int_list(fields: Fields, name: str, usual: list[int]) -> list[int]:
     return found
 
 
-# %% book/chapters/18_llama4.md, cell 56
+# %% book/chapters/18_llama4.md, cell 68
 class Llama4Family(LlamaFamily):
     """Llama 4's texts."""
 
     model_type = "llama4_text"
     rope_base = 500000.0
     norm_eps = 1e-5
+    defaults = {
+        "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 131072, "eos_token_id": 2,
+        "attention_chunk_size": 8192,
+    }
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         sparse = isinstance(spec.feed_forward, MoESpec)
@@ -190,7 +200,7 @@ class Llama4Family(LlamaFamily):
         plain = self.read_attention(fields)
         width = fields.size("intermediate_size", 8192)
         normed = fields.flag("use_qk_norm", True)
-        growing = fields.flag("attn_temperature_tuning", True)
+        growing = bool(fields.get("attn_temperature_tuning", True))
         floor = fields.size("floor_scale", 8192)
         eps = self.read_eps(fields)
         attention = UnitAttentionSpec(

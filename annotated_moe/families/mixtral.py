@@ -93,6 +93,10 @@ class MistralFamily(LlamaFamily):
     """Llama with a window."""
 
     model_type = "mistral"
+    defaults = {
+        "num_key_value_heads": 8, "sliding_window": 4096,
+        "max_position_embeddings": 131072, "eos_token_id": 2,
+    }
 
     def read_attention(self, fields: Fields) -> AttentionSpec:
         spec = super().read_attention(fields)
@@ -132,6 +136,10 @@ class MixtralFamily(MistralFamily):
     """Experts in each layer, and maybe a window."""
 
     model_type = "mixtral"
+    defaults = {
+        "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "eos_token_id": 2,
+    }
     rope_base = 1e6
     norm_eps = 1e-5
 

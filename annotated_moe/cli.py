@@ -1,29 +1,11 @@
----
-jupytext:
-  formats: md:myst,ipynb
-  text_representation:
-    extension: .md
-    format_name: myst
-kernelspec:
-  display_name: Python 3
-  name: python3
-annotated_moe:
-  module: cli
----
-
-(command-line)=
-# The command line
-
-A reader without Python at hand types `annotated-moe generate --prompt "In the
-beginning"`. Text goes to standard output as it comes; everything else goes to standard
-error, and bad input is one line that says what to do. By the end of this page you will
-have that program: `generate`, `info`, `convert`, `quantize` and `plan`. It is plumbing,
+# Generated from book/chapters/99_command_line.md by `make sync`; edit the chapter.
+"""A reader without Python at hand types `annotated-moe generate
+--prompt "In the beginning"`. Text goes to standard output as it comes;
+everything else goes to standard error, and bad input is one line that
+says what to do. By the end of this page you will have that program:
+`generate`, `info`, `convert`, `quantize` and `plan`. It is plumbing,
 and none of it is needed to understand the model.
-
-**You need:** {ref}`load <layouts>`. **You get:** `annotated_moe.cli`.
-
-```{code-cell} ipython3
-:tags: [export, hide-cell]
+"""
 
 import argparse
 import contextlib
@@ -59,44 +41,23 @@ from annotated_moe.plan import add_plan, parameter_counts
 from annotated_moe.specs import to_json
 from annotated_moe.streaming import StreamedModel, with_progress
 from annotated_moe.tokenizer import split_at
-```
 
-```{code-cell} ipython3
-:tags: [hide-cell]
 
-import io
-import tempfile
-```
-
-## What it feels like
-
-```{code-cell} ipython3
-:tags: [export]
-
+# %% book/chapters/99_command_line.md, cell 3
 def say(text: str) -> None:
     """Status goes to stderr: stdout holds the text and nothing else."""
     print(text, file=sys.stderr, flush=True)
-```
 
-A parser of the standard library prints half a page of usage around an error. Ours says
-the error.
 
-```{code-cell} ipython3
-:tags: [export]
-
+# %% book/chapters/99_command_line.md, cell 4
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage around it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help says more\n")
-```
 
-A command is a function that adds its options to the parser, and says there what runs.
-The table is open: a later version of this book, or your own program, may add to it.
 
-```{code-cell} ipython3
-:tags: [export]
-
+# %% book/chapters/99_command_line.md, cell 5
 COMMANDS: dict[str, Callable[[Any], None]] = {}
 
 
@@ -113,11 +74,9 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     for name in names:
         COMMANDS[name](commands)
     return parser
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 6
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 2 for bad input (one line says why), 130."""
     words = sys.argv[1:] if argv is None else argv
@@ -134,16 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-```
 
-## `generate`
 
-The options of sampling are those of `Model.stream`, and so are their defaults: they are
-read from its signature, and can therefore not differ.
-
-```{code-cell} ipython3
-:tags: [export]
-
+# %% book/chapters/99_command_line.md, cell 7
 def add_sampling(sub: argparse.ArgumentParser) -> None:
     """The options of `Model.stream`, with the same defaults."""
     usual = inspect.signature(Model.stream).parameters
@@ -161,11 +113,9 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             option, type=kind, default=default, help=text + shown
         )
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 8
 def mesh_of(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
@@ -176,11 +126,9 @@ def mesh_of(devices: int) -> Mesh | None:
         # Only CPUs heed this, and only before a device is first used.
         jax.config.update("jax_num_cpu_devices", devices)
     return make_mesh(model=devices)
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 9
 def open_model(
     path: str | None, devices: int, dtype: str | None, stream: bool
 ) -> tuple[Model, str]:
@@ -197,13 +145,9 @@ def open_model(
         f"Loaded {path or 'the small model'} of {total / 1e6:,.1f} "
         f"million parameters onto {where} in {spent:.1f} s."
     )
-```
 
-A prompt may be a user's message to an instruct model, and may hold pictures.
 
-```{code-cell} ipython3
-:tags: [export]
-
+# %% book/chapters/99_command_line.md, cell 10
 def message_parts(prompt: str) -> list[dict[str, str]]:
     """A message's content, its images apart from its text."""
     return [
@@ -225,14 +169,9 @@ def prompt_ids(
         message = {"role": "user", "content": content}
         prompt = chat_ids(model.require_tokenizer(), [message])
     return model.read_prompt(prompt, images or None, args.add_bos)
-```
 
-Text is shown as it reads after the prompt, first space included, and timed: the first
-two tokens waited for a compiler and do not count.
 
-```{code-cell} ipython3
-:tags: [export]
-
+# %% book/chapters/99_command_line.md, cell 11
 def read_on(
     model: Model, prompt: list[int], ids: Iterator[int]
 ) -> Iterator[str]:
@@ -245,6 +184,7 @@ def read_on(
     yield text.flush()
 
 
+# %% book/chapters/99_command_line.md, cell 12
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -256,6 +196,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
+# %% book/chapters/99_command_line.md, cell 13
 def rate(times: list[float]) -> str:
     """How many tokens came, and how fast."""
     text = f"{len(times)} new tokens"
@@ -265,11 +206,9 @@ def rate(times: list[float]) -> str:
     if speed < 1:
         return f"{text}, {1 / speed:.1f} seconds each once compiled"
     return f"{text}, {speed:,.0f} a second once compiled"
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 14
 def run_generate(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.image]
     model, status = open_model(
@@ -289,11 +228,9 @@ def run_generate(args: argparse.Namespace) -> None:
         ids = with_progress(model, ids)
     start = "" if args.chat else args.prompt
     say("\n" + rate(show(start, read_on(model, prompt, ids))))
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 15
 FOLDER = "checkpoint folder, any layout [the small model]"
 
 
@@ -319,14 +256,12 @@ def add_generate(commands: Any) -> None:
 
 
 COMMANDS["generate"] = add_generate
-```
 
-## `info`
 
-```{code-cell} ipython3
-:tags: [export]
-
-def bytes_by_dtype(tensors: dict[tuple[str, str], Any]) -> dict[str, int]:
+# %% book/chapters/99_command_line.md, cell 16
+def bytes_by_dtype(
+    tensors: dict[tuple[str, str], Any],
+) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
     for w in flat_arrays(tensors).values():
@@ -345,11 +280,9 @@ def lines_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from lines_of(inner, f"{name}[{i}]")
     else:
         yield name, value
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 17
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or small_model())
     opened = open_checkpoint(folder)
@@ -369,6 +302,7 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:42s} {value}")
 
 
+# %% book/chapters/99_command_line.md, cell 18
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -380,29 +314,11 @@ def add_info(commands: Any) -> None:
     )
 
 
+# %% book/chapters/99_command_line.md, cell 19
 COMMANDS["info"] = add_info
-```
 
-```{code-cell} ipython3
-main(["info"]);
-```
 
-```{code-cell} ipython3
-:tags: [check]
-
-with contextlib.redirect_stderr(io.StringIO()) as said:
-    assert main(["info", "no/such"]) == 2
-assert said.getvalue().count("\n") == 1
-```
-
-## `convert`, `quantize` and `plan`
-
-Both writers show how far they are, and go on where they were stopped when the same
-command is given again.
-
-```{code-cell} ipython3
-:tags: [export]
-
+# %% book/chapters/99_command_line.md, cell 22
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -428,11 +344,9 @@ def byte_bar() -> Iterator[Callable[[int, int], None]]:
         except KeyboardInterrupt:
             say("\nStopped; the same command goes on from here.")
             raise
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 23
 def run_convert(args: argparse.Namespace) -> None:
     size = args.max_shard_size
     most = None if size is None else bytes_in(size)
@@ -453,11 +367,9 @@ def add_convert(commands: Any) -> None:
 
 
 COMMANDS["convert"] = add_convert
-```
 
-```{code-cell} ipython3
-:tags: [export]
 
+# %% book/chapters/99_command_line.md, cell 24
 def run_quantize(args: argparse.Namespace) -> None:
     with byte_bar() as tell:
         quantize_files(args.source, args.target, tell)
@@ -473,36 +385,3 @@ def add_quantize(commands: Any) -> None:
 
 COMMANDS["quantize"] = add_quantize
 COMMANDS["plan"] = add_plan
-```
-
-```{code-cell} ipython3
-:tags: [check]
-
-with tempfile.TemporaryDirectory() as folder:
-    source, target = str(small_model()), f"{folder}/copy"
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert main(["convert", source, target]) == 0
-        assert main(["convert", source, target]) == 2
-    assert "exists already" in said.getvalue()
-```
-
-## Exercises
-
-```{exercise-start}
-:label: ex-command-line
-```
-Add a command `compare A B` that prints for each tensor of two checkpoints how far they
-lie apart at most. Which functions of this book do you need, and what is the most memory
-that it takes?
-```{exercise-end}
-```
-
-```{solution-start} ex-command-line
-:class: dropdown
-```
-`open_checkpoint(Path(a)).read()` gives lazy tensors by module and name, and `iter_blocks`
-goes through one of them a block of 16 MiB at a time; `zip` the blocks of both, take the
-largest difference, and register `add_compare` in `COMMANDS`. Two blocks and their
-difference are all that is ever in memory.
-```{solution-end}
-```

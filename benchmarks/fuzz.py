@@ -28,7 +28,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from annotated_moe.meta import NAMES, name_of, open_pth, pth_bytes, pth_program
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 

@@ -1,4 +1,4 @@
-# Generated from book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/10_convert.md, book/chapters/14_hub.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """Grok-1 takes 318 GB on disk, so a program that loads it to write it
 down again in another layout needs a machine with 318 GB of memory, and
 some hours in which nothing may happen. This chapter holds a block of 16
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 from annotated_moe.checkpoints import (
     Tensors,
     groups_for,
+    meta_tokenizer,
     open_checkpoint,
 )
 from annotated_moe.config import ModelConfig
@@ -49,6 +50,7 @@ from annotated_moe.formats.hub import (
     entries,
 )
 from annotated_moe.formats.lazy import ConcatenatedArray, StackedArray
+from annotated_moe.formats.meta import find_meta, meta_companions
 from annotated_moe.formats.native import flat_arrays, native_settings
 from annotated_moe.formats.safetensors import (
     DTYPE_CODES,
@@ -355,17 +357,15 @@ def check_room(target: Path, needed: int) -> None:
 
 
 # %% book/chapters/10_convert.md, cell 30
-WEIGHTS = {
-    "config.json", "checksums.json", INDEX, "ckpt-0",
-    "params.json", "checklist.chk",             # Meta's
-}
+WEIGHTS = {"config.json", "checksums.json", INDEX, "ckpt-0"}
+WEIGHT_SUFFIXES = {".safetensors"}
+
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
     names = list_folder(folder) - WEIGHTS
     files = [folder / n for n in sorted(names) if n[0] != "."]
-    weights = {".safetensors", ".pth"}
-    other = [p for p in files if p.suffix not in weights]
+    other = [p for p in files if p.suffix not in WEIGHT_SUFFIXES]
     return [path for path in other if path.is_file()]
 
 
@@ -729,3 +729,28 @@ def plan_hub(
 
 
 TARGETS["hf"] = plan_hub, hub_settings
+
+
+# %% book/chapters/15_meta.md, cell 32
+WEIGHTS |= {
+    "params.json", "checklist.chk", "pytorch_model.bin.index.json"
+}
+WEIGHT_SUFFIXES |= {".pth", ".bin"}
+
+
+# %% book/chapters/15_meta.md, cell 69
+def meta_files(folder: Path, config: ModelConfig) -> Plan:
+    """What stands beside the weights elsewhere, and not here."""
+    names = list_folder(folder)
+    if find_meta(folder, names) is None:
+        return {}
+    files = meta_companions(config)
+    if tokenizer := meta_tokenizer(folder, config):
+        files[tokenizer.format.file_name] = tokenizer.model_bytes
+    return {
+        name: [Part(np.frombuffer(data, np.uint8))]
+        for name, data in files.items() if name not in names
+    }
+
+
+FILE_MAKERS.append(meta_files)

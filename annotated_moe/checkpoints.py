@@ -80,7 +80,11 @@ from annotated_moe.parallel import (
     weight_spec,
 )
 from annotated_moe.params import ParamSpec
-from annotated_moe.quantization import QuantizedTensor, quantize
+from annotated_moe.quantization import (
+    QuantizedTensor,
+    cpu_has_bfloat16,
+    quantize,
+)
 from annotated_moe.tokenizer import (
     COMPANIONS,
     FORMATS,
@@ -239,7 +243,9 @@ def place(
         return place_quantized(name, w, cut, mesh)
     if mesh is not None:
         cut = fit_spec(cut, w.shape, mesh)
-    own = "float32" if spec.float32 else dtype
+    own = jnp.dtype(dtype)
+    if spec.float32:                        # unless the file has less
+        own = jnp.promote_types(w.dtype, own)
     return on_devices(w, cut, mesh, own, name)
 
 
@@ -445,7 +451,9 @@ LOADERS["memory"] = load_into_memory
 # %% book/chapters/09c_layouts.md, cell 48
 def default_dtype() -> str:
     """What to compute in unless told: bfloat16 where it is fast."""
-    return "bfloat16"
+    if jax.default_backend() != "cpu" or cpu_has_bfloat16():
+        return "bfloat16"
+    return "float32"
 
 
 # %% book/chapters/09c_layouts.md, cell 49

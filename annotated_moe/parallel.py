@@ -236,18 +236,24 @@ class OneOfMany(OneDevice):
         y = product(x, w)
         return self.total(y, axes[0] or "") if summed else y
 
+    def along(self, *axes: str) -> tuple[str, ...]:
+        """The mesh axes that cut these."""
+        found = [self.cut.get(axis) or () for axis in axes]
+        each = [(f,) if isinstance(f, str) else f for f in found]
+        return sum(each, ())
+
     def total(self, y: Array, *axes: str) -> Array:
-        along = [self.cut[a] for a in axes if self.cut.get(a)]
-        return jax.lax.psum(y, tuple(along)) if along else y
+        along = self.along(*axes)
+        return jax.lax.psum(y, along) if along else y
 
     def once(self, y: Array, axis: str) -> Array:
-        along = self.cut.get(axis)
+        along = self.along(axis)
         if not along:
             return y
         return jnp.where(jax.lax.axis_index(along) == 0, y, 0)
 
     def first(self, count: int, axis: str) -> Any:
-        along = self.cut.get(axis)
+        along = self.along(axis)
         return jax.lax.axis_index(along) * count if along else 0
 
 

@@ -82,25 +82,30 @@ class StackedArray(LazyArray):
 
 
 # %% book/chapters/09_checkpoints.md, cell 58
+def describe_tensor(w: Any) -> str:
+    """A tensor's dtype and shape, and those of its scales."""
+    if isinstance(w, QuantizedTensor):
+        scales = describe_tensor(w.scales)
+        return f"{describe_tensor(w.weight)} with scales {scales}"
+    return f"{w.dtype} {tuple(w.shape)}"
+
+
 def stack_tensors(where: Path, path: str, parts: list) -> Any:
-    """One lazily stacked tensor from those of all layers.
+    """One lazily stacked tensor from those of all layers or experts.
 
     CheckpointError, naming `where` and `path`, if they are not alike.
     """
-    pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
-    if not pairs:
-        if len({getattr(w, "dtype", None) for w in parts}) > 1:
+    first = describe_tensor(parts[0])
+    for i, w in enumerate(parts):
+        if (other := describe_tensor(w)) != first:
             raise CheckpointError(
-                f"{where}: the layers of {path} have several dtypes"
+                f"{where}: the tensors of {path} are not alike: number 0"
+                f" is {first}, number {i} is {other}"
             )
+    if not isinstance(parts[0], QuantizedTensor):
         return StackedArray(parts)
-    shapes = {w.scales.shape for w in pairs}
-    if len(pairs) < len(parts) or len(shapes) > 1:
-        raise CheckpointError(
-            f"{where}: the layers of {path} are not all quantized alike"
-        )
-    weights = StackedArray([w.weight for w in pairs])
-    scales = StackedArray([w.scales for w in pairs])
+    weights = StackedArray([w.weight for w in parts])
+    scales = StackedArray([w.scales for w in parts])
     return QuantizedTensor(weights, scales)
 
 

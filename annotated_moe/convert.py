@@ -147,8 +147,8 @@ def pickle_parts(w: Any, name: str) -> list[Part]:
 
 
 # %% book/chapters/10_convert.md, cell 15
-Plan = dict[str, list[Part]]                # file -> what it holds
-Planner = Callable[[Tensors, ModelConfig, int], Plan]
+FilePlan = dict[str, list[Part]]                # file -> what it holds
+Planner = Callable[[Tensors, ModelConfig, int], FilePlan]
 Describer = Callable[[ModelConfig], dict[str, Any]]
 
 
@@ -167,7 +167,7 @@ def slice_of(w: Any, index: tuple[int, ...]) -> Any:
 # %% book/chapters/10_convert.md, cell 17
 def plan_native(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """One file in our own layout."""
     return {ONE_FILE: safetensors_parts(flat_arrays(tensors))}
 
@@ -175,7 +175,7 @@ def plan_native(
 # %% book/chapters/10_convert.md, cell 18
 def plan_release(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """A pickle for each tensor of each layer, as Grok-1's release."""
     paths = {"/".join(path): path for path in tensors}
     plan = {}
@@ -347,7 +347,7 @@ def check_target(source: Path, target: Path) -> None:
 
 
 # %% book/chapters/10_convert.md, cell 29
-def check_room(target: Path, needed: int) -> None:
+def check_disk_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise CheckpointError(
@@ -370,7 +370,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 # %% book/chapters/10_convert.md, cell 31
-def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
+def write_plan(new: Path, plan: FilePlan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
         path = new / name
@@ -464,13 +464,13 @@ def check_options(to: str, most: int | None) -> int:
 
 
 # %% book/chapters/10_convert.md, cell 38
-FileMaker = Callable[[Path, ModelConfig], Plan]
+FileMaker = Callable[[Path, ModelConfig], FilePlan]
 FILE_MAKERS: list[FileMaker] = []
 
 
-def added_files(folder: Path, config: ModelConfig) -> Plan:
+def added_files(folder: Path, config: ModelConfig) -> FilePlan:
     """Files that a folder's layout has not and a copy should have."""
-    plan: Plan = {}
+    plan: FilePlan = {}
     for make in FILE_MAKERS:
         plan |= make(folder, config)
     return plan
@@ -507,7 +507,7 @@ def convert(
 def carry_out(
     folder: Path,
     target: Path,
-    plan: Plan,
+    plan: FilePlan,
     settings: dict[str, Any],
     job: Callable[[], str],
     tell: Callable[[int, int], None],
@@ -516,7 +516,7 @@ def carry_out(
     new = target.parent / f".{target.name}.partial"
     total = sum(part.size for parts in plan.values() for part in parts)
     if not new.is_dir():
-        check_room(target, total)
+        check_disk_space(target, total)
     with locked(new) as file:
         journal, before = Journal(file, counter(total, tell)), job()
         begin(journal, new, before)
@@ -551,14 +551,14 @@ class Rounded:
     @property
     def dtype(self) -> np.dtype:
         eight = np.dtype(np.int8)
-        return eight if self.what == "weight" else BFLOAT16
+        return eight if self.what == "weight" else BF16
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return rounded(np.asarray(self.source), self)
 
 
 # %% book/chapters/10_convert.md, cell 53
-BFLOAT16 = DTYPE_CODES["BF16"]
+BF16 = DTYPE_CODES["BF16"]
 
 
 # %% book/chapters/10_convert.md, cell 54
@@ -707,7 +707,7 @@ def in_shards(
 
 def plan_hub(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """One file, or shards and their index."""
     family = FAMILIES[architecture_of(config)]
     arrays = dict(hub_tensors(family, tensors, config))
@@ -715,7 +715,7 @@ def plan_hub(
     about = {"format": "pt"}                # as transformers writes it
     if len(groups) == 1:
         return {ONE_FILE: safetensors_parts(groups[0], about)}
-    plan: Plan = {}
+    plan: FilePlan = {}
     index: dict[str, str] = {}
     total = sum(Part(w).size for w in arrays.values())
     for i, group in enumerate(groups, 1):
@@ -739,7 +739,7 @@ WEIGHT_SUFFIXES |= {".pth", ".bin"}
 
 
 # %% book/chapters/15_meta.md, cell 69
-def meta_files(folder: Path, config: ModelConfig) -> Plan:
+def meta_files(folder: Path, config: ModelConfig) -> FilePlan:
     """What stands beside the weights elsewhere, and not here."""
     names = list_folder(folder)
     if find_meta(folder, names) is None:

@@ -403,7 +403,7 @@ TRAINED_DENSE = ATTENTION_OF_THREE + (
 
 
 # %% book/chapters/18_llama4.md, cell 83
-def expert_names(
+def meta_expert_names(
     router: str, experts: dict[str, str], shared: dict[str, str]
 ) -> tuple[WeightName, ...]:
     """Names of a router, of experts and of the shared expert."""
@@ -424,7 +424,7 @@ def expert_names(
 
 TRAINED_EXPERTS = ATTENTION_OF_THREE + (
     WeightName("feed_forward.norm.weight", "rms_norm_2/scale"),
-) + expert_names(
+) + meta_expert_names(
     "router_DE",
     {"linear": "experts.moe_w_in_eD_F",
      "linear_v": "experts.moe_w_swiglu_eD_F",
@@ -435,7 +435,7 @@ TRAINED_EXPERTS = ATTENTION_OF_THREE + (
 SAVED_EXPERTS = tuple(
     name for name in META_LAYER
     if not name.theirs.startswith("feed_forward.")
-) + expert_names(
+) + meta_expert_names(
     "router_DE",
     {"linear": "experts.w1", "linear_v": "experts.w3",
      "linear_1": "experts.w2"},

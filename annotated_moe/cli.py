@@ -295,7 +295,8 @@ def run_info(args: argparse.Namespace) -> None:
     sizes["bytes of weights"] = sum(sizes.values())
     about |= {name: f"{size:,}" for name, size in sizes.items()}
     if args.verify:
-        about["checksums"] = f"{verify(folder):,} tensors are as written"
+        count = verify(folder)
+        about["checksums"] = f"{count:,} tensors are as written"
     for name, value in about.items():
         print(f"{name:22s}{value}")
     for name, value in lines_of(to_json(opened.config)):
@@ -319,7 +320,9 @@ COMMANDS["info"] = add_info
 
 
 # %% book/chapters/99_command_line.md, cell 22
-BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTE_UNITS = {
+    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}
 
 
 def bytes_in(word: str) -> int:
@@ -361,7 +364,8 @@ def add_convert(commands: Any) -> None:
     add = sub.add_argument
     add("source", metavar="SRC", help="checkpoint folder, any layout")
     add("target", metavar="DST", help="new folder")
-    add("--to", choices=list(TARGETS), default="native", help="[native]")
+    add("--to", choices=list(TARGETS), default="native",
+        help="[native]")
     add("--max-shard-size", metavar="SIZE",
         help="of a file, such as 500MB; with --to hf [5GB]")
 

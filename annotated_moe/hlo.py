@@ -153,7 +153,9 @@ WIDTHS = {
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
     "f64": 8,
 }
-ARRAY_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+ARRAY_SHAPE = re.compile(
+    r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?"
+)
 
 
 def integers(text: str) -> list[int]:
@@ -180,7 +182,8 @@ def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
 
 def value_bytes(shape: str) -> int:
     """Bytes of a printed shape, which may be a tuple of arrays."""
-    return sum(array_bytes(*found) for found in ARRAY_SHAPE.findall(shape))
+    found = ARRAY_SHAPE.findall(shape)
+    return sum(array_bytes(*parts) for parts in found)
 
 
 def plain_bytes(shape: str) -> int:

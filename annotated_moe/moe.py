@@ -135,7 +135,7 @@ def every_expert(
     def chosen(xs: Array, name: str, axes: Axes) -> Array:
         every = jnp.stack(
             [matmul(xs, w[name][e], axes) for e in range(count)]
-        ).astype(xs.dtype)                                  # [E, N*A, F]
+        ).astype(xs.dtype)                                # [E, N*A, F]
         return jnp.einsum("end,ne->nd", every, pick)
 
     xs = jnp.repeat(x, a, axis=0)                           # [N*A, D]

@@ -99,7 +99,7 @@ def stack_tensors(where: Path, path: str, parts: list) -> Any:
     for i, w in enumerate(parts):
         if (other := describe_tensor(w)) != first:
             raise CheckpointError(
-                f"{where}: the tensors of {path} are not alike: number 0"
+                f"{where}: tensors of {path} are not alike: number 0"
                 f" is {first}, number {i} is {other}"
             )
     if not isinstance(parts[0], QuantizedTensor):

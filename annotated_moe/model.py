@@ -31,7 +31,7 @@ from annotated_moe.config import (
 from annotated_moe.moe import Losses
 from annotated_moe.params import ParamSpec, get_parameter, record_specs
 from annotated_moe.placement import here
-from annotated_moe.quantization import LazySlice, tile_rows
+from annotated_moe.quantization import LazySlice, read_slice, tile_rows
 from annotated_moe.rms_norm import RMSNorm, rms_norm
 
 
@@ -73,7 +73,7 @@ class DecoderLayer(hk.Module):
         layer: int | Int32[Array, ""],
     ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
         """h after attention, and the longer cache."""
-        x = self.norm(h, "rms_norm").astype(self.dtype)
+        x = self.norm(h, "rms_norm")
         attention = self.spec.attention.build()
         y, cache = attention(x, positions, cache, layer)
         return self.add(h, y, "rms_norm_1"), cache
@@ -106,7 +106,9 @@ class InOutEmbed(hk.Module):
     def __call__(self) -> Any:
         init = hk.initializers.RandomNormal(self.shape[1] ** -0.5)
         axes = "vocab", "table"
-        return get_parameter("embeddings", self.shape, axes, init)
+        return get_parameter(
+            "embeddings", self.shape, axes, init, float32=True
+        )
 
 
 # %% book/chapters/08_model.md, cell 21
@@ -315,10 +317,9 @@ def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
 ) -> Float32[Array, "B T D"]:
-    """Rows of the table times the multiplier, rounded as in Grok-1."""
-    h = table[tokens].astype(config.dtype)
-    multiplier = jnp.asarray(config.embedding_multiplier, config.dtype)
-    return (h * multiplier).astype(jnp.float32)
+    """Rows of the table times the multiplier, in float32."""
+    h = table[tokens].astype(jnp.float32)
+    return h * config.embedding_multiplier
 
 
 # %% book/chapters/08_model.md, cell 43
@@ -334,16 +335,23 @@ def tied_logits(
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
-    """`tied_logits` without a second copy of the table."""
+    """`tied_logits` without a second copy of the table.
+
+    Few rows are multiplied one by one, in float32.
+    """
     n, v = h.shape[0], table.shape[0]
-    if n <= 8:
-        rows = [tied_logits(row, table) for row in jnp.split(h, n)]
-        return jnp.concatenate(rows)
     tile = tile_rows(v, 512)
+    tiles = table.reshape(v // tile, tile, -1)
 
     def add_tile(t: Array, y: Array) -> Array:
-        words = jax.lax.dynamic_slice_in_dim(table, t * tile, tile)
-        part = tied_logits(h, words)                        # [N, tile]
+        words = read_slice(LazySlice(tiles, (t,)))          # [tile, D]
+        if n > 8:
+            part = tied_logits(h, words)                    # [N, tile]
+        else:
+            rows = jnp.split(h.astype(jnp.float32), n)
+            words = words.astype(jnp.float32)
+            part = jnp.concatenate(
+                [tied_logits(row, words) for row in rows])
         return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
 
     y = jnp.zeros((n, v), jnp.float32)
@@ -385,10 +393,10 @@ def unembed(
     """Logits: the last norm, the output matrix, the multiplier."""
     *lead, d = h.shape
     h = rms_norm(h, params["rms_norm"]["scale"], config.norm_eps)
-    h = h.reshape(-1, d).astype(config.dtype)               # [N, D]
+    h = h.reshape(-1, d)                                    # [N, D]
+    h = h.astype(config.dtype) if train else h
     y = all_tied_logits(h, head_table(params, config), train)
-    scale = jnp.asarray(config.output_multiplier, config.dtype)
-    return y.reshape(*lead, -1) * scale.astype(jnp.float32)
+    return y.reshape(*lead, -1) * config.output_multiplier
 
 
 # %% book/chapters/08_model.md, cell 48

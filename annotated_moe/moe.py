@@ -133,8 +133,10 @@ def every_expert(
     pick = jax.nn.one_hot(experts.reshape(-1), count)       # [N*A, E]
 
     def chosen(xs: Array, name: str, axes: Axes) -> Array:
-        every = jax.vmap(lambda m: matmul(xs, m, axes))(w[name])
-        return jnp.einsum("end,ne->nd", every.astype(xs.dtype), pick)
+        every = jnp.stack(
+            [matmul(xs, w[name][e], axes) for e in range(count)]
+        ).astype(xs.dtype)                                  # [E, N*A, F]
+        return jnp.einsum("end,ne->nd", every, pick)
 
     xs = jnp.repeat(x, a, axis=0)                           # [N*A, D]
     gate = chosen(xs, "linear", ("embed", "mlp"))           # float32
@@ -255,8 +257,8 @@ def rows_of_block(
 # %% book/chapters/05_moe.md, cell 46
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
-    if n * a <= 2:
-        return 1
+    if n * a <= 16:
+        return max(1, min(4, n * a // 2))
     mean = -(-n * a // num_experts)
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
@@ -645,7 +647,7 @@ def route_renormalised(
 ROUTERS["top_k_softmax"] = route_renormalised
 
 
-# %% book/chapters/18_llama4.md, cell 48
+# %% book/chapters/18_llama4.md, cell 52
 def route_sigmoid(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -663,7 +665,7 @@ def route_sigmoid(
 ROUTERS["sigmoid"] = route_sigmoid
 
 
-# %% book/chapters/18_llama4.md, cell 58
+# %% book/chapters/18_llama4.md, cell 62
 @dataclass(frozen=True)
 class SharedMoESpec(MoESpec):
     """Experts of which one more, `shared`, reads every token."""
@@ -690,7 +692,7 @@ class Shared(hk.Module):
         return network(x, self.spec)
 
 
-# %% book/chapters/18_llama4.md, cell 59
+# %% book/chapters/18_llama4.md, cell 63
 class SharedMoE(MoE):
     """Experts as in Llama 4: gates may scale what an expert reads."""
 

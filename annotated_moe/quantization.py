@@ -9,7 +9,10 @@ at a time and never writes the matrix out in a wider type, so that what
 was saved on disk stays saved while the model runs.
 """
 
+import functools
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -192,12 +195,27 @@ def tile_rows(group: int, target: int) -> int:
 
 
 # %% book/chapters/06_quantization.md, cell 55
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (Linux, x86).
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text("ascii", "ignore")
+    except OSError:
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    words = set(flags[1].split()) if flags else set()
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+# %% book/chapters/06_quantization.md, cell 56
 def tiled_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
     """`whole_matmul` a tile of rows at a time; one tile is ever wide.
 
-    One row is multiplied in float32, more rows in `x.dtype`; sums are
+    Up to eight rows are multiplied in float32, and any number on a
+    processor without bfloat16 units; else in `x.dtype`. Sums are
     float32 in both cases.
     """
     (n, d), f = x.shape, q.shape[-1]
@@ -205,7 +223,8 @@ def tiled_matmul(
     few_and_narrow = n < 32 and f < 1024
     target = 128 if few_and_narrow else max(128, 2**20 // f)
     rows = tile_rows(group, target)
-    dtype = jnp.float32 if n == 1 else x.dtype
+    wide = n <= 8 or not cpu_has_bfloat16()
+    dtype = jnp.float32 if wide else x.dtype
 
     def add_tile(t, total):
         start = t * rows
@@ -220,7 +239,7 @@ def tiled_matmul(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/06_quantization.md, cell 61
+# %% book/chapters/06_quantization.md, cell 62
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LazySlice:
@@ -249,7 +268,7 @@ class LazySlice:
         return LazySlice(self.stack, (*self.index, index))
 
 
-# %% book/chapters/06_quantization.md, cell 63
+# %% book/chapters/06_quantization.md, cell 64
 def cut_as_bits(
     w: Float[Array, "*L D F"], index: Index
 ) -> Float[Array, "D F"]:
@@ -259,7 +278,7 @@ def cut_as_bits(
     return jax.lax.bitcast_convert_type(bits[index], w.dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 64
+# %% book/chapters/06_quantization.md, cell 65
 def read_slice(w: LazySlice) -> Float[Array, "..."]:
     """The matrix, of which a CPU does not widen more than that."""
     stack = jnp.asarray(w.stack)
@@ -271,7 +290,7 @@ def read_slice(w: LazySlice) -> Float[Array, "..."]:
     )
 
 
-# %% book/chapters/06_quantization.md, cell 65
+# %% book/chapters/06_quantization.md, cell 66
 def quantized_matmul(
     x: Float[Array, "N D"], w: QuantizedTensor, index: Index = ()
 ) -> Float32[Array, "N F"]:
@@ -285,7 +304,7 @@ def quantized_matmul(
     )
 
 
-# %% book/chapters/06_quantization.md, cell 66
+# %% book/chapters/06_quantization.md, cell 67
 def slice_matmul(
     x: Float[Array, "N D"], w: LazySlice
 ) -> Float32[Array, "N F"]:
@@ -299,7 +318,7 @@ PRODUCTS[QuantizedTensor] = quantized_matmul
 PRODUCTS[LazySlice] = slice_matmul
 
 
-# %% book/chapters/06_quantization.md, cell 67
+# %% book/chapters/06_quantization.md, cell 68
 def as_float(w: Any) -> Float[Array, "..."]:
     """A weight of any type as an array; quantized ones as float32."""
     if isinstance(w, LazySlice):

@@ -1,7 +1,9 @@
-# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/11_streaming.md, book/chapters/19_vocabularies.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/11_streaming.md, book/chapters/19_vocabularies.md, book/chapters/99_command_line.md by `make sync`; edit the chapters.
 """The front door: a Grok-1-class mixture-of-experts model that a book
 builds, piece by piece.
 """
+
+from importlib.metadata import version
 
 import annotated_moe.chat as chat_module
 from annotated_moe.checkpoints import LOADERS, load, save, verify
@@ -14,22 +16,30 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.streaming import load_from_disk
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 125
+# %% book/chapters/08_model.md, cell 111
 __all__ = [
     "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
     "Tokenizer", "make_mesh",
 ]
 
 
-# %% book/chapters/09c_layouts.md, cell 55
+# %% book/chapters/09c_layouts.md, cell 69
 __all__.extend(
     entry.__name__ for entry in (CheckpointError, load, save, verify)
 )
 
 
-# %% book/chapters/11_streaming.md, cell 61
+# %% book/chapters/11_streaming.md, cell 66
 LOADERS["disk"] = load_from_disk
 
 
 # %% book/chapters/19_vocabularies.md, cell 43
 chat_module.register_chat()
+
+
+# %% book/chapters/99_command_line.md, cell 26
+def __getattr__(name: str) -> str:
+    """`__version__`, from what was installed."""
+    if name != "__version__":
+        raise AttributeError(f"annotated_moe has no {name!r}")
+    return version("annotated-moe")

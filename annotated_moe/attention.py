@@ -3,9 +3,10 @@
 it. What it looks at are keys and values, computed once a token and
 kept; if each head of Grok-1 kept its own, one conversation of 8,192
 tokens would hold 12 GiB of them. This chapter builds attention that
-fits: query heads that share keys and values, a cache in which rows of
-different length decode together, and a running softmax that reads the
-longest prompt in memory that does not grow with its square.
+fits. By its end you will have query heads that share keys and values, a
+cache in which batch rows of different length decode together and
+conversations come and go, a softmax that reads the longest prompt
+without ever holding all its scores, and one module that does the three.
 """
 
 from collections.abc import Callable
@@ -51,22 +52,29 @@ def attention_scores(
     return softcap * jnp.tanh(s / softcap) if softcap else s
 
 
-# %% book/chapters/04_attention.md, cell 20
+# %% book/chapters/04_attention.md, cell 14
+def is_past(
+    q: Int32[Array, "B T 1"], k: Int32[Array, "#B 1 S"]
+) -> Bool[Array, "B T S"]:
+    """True where a key is there and does not follow its query.
+
+    `q` and `k` are positions, counted from 0. A negative one says
+    that there is no key.
+    """
+    return (k >= 0) & (k <= q)
+
+
 def causal_mask(
     positions: Int32[Array, "B T"], slots: int
 ) -> Bool[Array, "B T {slots}"]:
-    """True where a token may read a slot: slot <= position.
-
-    Positions count from 0. One at or past `slots` sees every slot.
-    """
-    return jnp.arange(slots) <= positions[..., None]        # [B, T, S]
+    """`is_past` for keys at positions 0, 1, ..., slots - 1."""
+    return is_past(positions[..., None], jnp.arange(slots)[None, None])
 
 
-# %% book/chapters/04_attention.md, cell 21
+# %% book/chapters/04_attention.md, cell 17
 MASK_VALUE = -1e30
 
 
-# %% book/chapters/04_attention.md, cell 24
 def attend(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -79,7 +87,7 @@ def attend(
 
     Scores and softmax in float32, weights in `v.dtype`, sums in
     float32; returns `q.dtype`. K must divide Q, else ValueError.
-    Source: Vaswani et al. (2017), section 3.2; casts as in Grok-1.
+    Source: Vaswani et al. (2017), section 3.2.
     """
     s = attention_scores(q, k, multiplier, softcap)
     s = jnp.where(mask[:, None, None], s, MASK_VALUE)  # [B, K, R, T, S]
@@ -90,7 +98,7 @@ def attend(
     return y.reshape(*q.shape[:3], -1).astype(q.dtype)
 
 
-# %% book/chapters/04_attention.md, cell 25
+# %% book/chapters/04_attention.md, cell 55
 SoftmaxState = tuple[
     Float32[Array, "B K R T"],
     Float32[Array, "B K R T"],
@@ -98,7 +106,6 @@ SoftmaxState = tuple[
 ]
 
 
-# %% book/chapters/04_attention.md, cell 40
 def absorb_block(
     state: SoftmaxState,
     s: Float32[Array, "B K R T S"],
@@ -122,18 +129,10 @@ def absorb_block(
     return higher, fade * total + p.sum(-1), fade[..., None] * y + part
 
 
-# %% book/chapters/04_attention.md, cell 41
+# %% book/chapters/04_attention.md, cell 56
 Sees = Callable[[Array, Array], Bool[Array, "B T S"]]
 
 
-def is_past(
-    q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
-) -> Bool[Array, "B T S"]:
-    """True where a key is there and does not follow its query."""
-    return (k >= 0) & (k <= q)
-
-
-# %% book/chapters/04_attention.md, cell 42
 def attend_blockwise(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -166,12 +165,14 @@ def attend_blockwise(
         )
         seen = sees(positions[..., None], ps[:, None])[:, None, None]
         s = attention_scores(q, ks, multiplier, softcap)
-        return absorb_block(state, jnp.where(seen, s, MASK_VALUE), vs), None
+        s = jnp.where(seen, s, MASK_VALUE)
+        return absorb_block(state, s, vs), None
 
     b, t, heads, _ = q.shape
     shape = b, k.shape[2], heads // k.shape[2], t
     top = jnp.full(shape, MASK_VALUE, jnp.float32)
     empty = top, jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
+    # Backward computes a block's scores again instead of keeping them.
     body = jax.checkpoint(body, prevent_cse=False)
     starts = jnp.arange(0, k.shape[1], block)
     _, total, y = jax.lax.scan(body, empty, starts)[0]
@@ -179,7 +180,30 @@ def attend_blockwise(
     return y.reshape(b, t, heads, -1).astype(q.dtype)
 
 
-# %% book/chapters/04_attention.md, cell 44
+# %% book/chapters/04_attention.md, cell 64
+BLOCKWISE_ABOVE = 1024                                      # slots
+
+
+def attend_any(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    multiplier: float,
+    softcap: float | None = None,
+    sees: Sees = is_past,
+) -> Float[Array, "B T Q V"]:
+    """`attend`, or in blocks where the scores would be many."""
+    if q.shape[1] > 1 and k.shape[1] > BLOCKWISE_ABOVE:
+        return attend_blockwise(
+            q, k, v, positions, key_positions, multiplier, softcap, sees
+        )
+    mask = sees(positions[..., None], key_positions[:, None])
+    return attend(q, k, v, mask, multiplier, softcap)
+
+
+# %% book/chapters/04_attention.md, cell 77
 @dataclass(frozen=True)
 class Causal(Spec):
     """Which positions a layer sees: all up to its own.
@@ -188,7 +212,7 @@ class Causal(Spec):
     """
 
     def sees(
-        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "#B 1 S"]
     ) -> Bool[Array, "B T S"]:
         return is_past(q, k)
 
@@ -196,12 +220,13 @@ class Causal(Spec):
         self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
         dtype: Any,
     ) -> KVCache:
-        """For keys and values [L, B, S, K, H] of rows without tokens."""
+        """For keys and values [L, B, S, K, H], of rows without tokens.
+        """
         k, v = jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)
         return KVCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
 
 
-# %% book/chapters/04_attention.md, cell 47
+# %% book/chapters/04_attention.md, cell 78
 @dataclass(frozen=True)
 class AttentionSpec(Spec):
     """Grouped-query attention, as a layer of it is described."""
@@ -246,17 +271,60 @@ class AttentionSpec(Spec):
         )
 
 
-# %% book/chapters/04_attention.md, cell 63
-BLOCKWISE_ABOVE = 1024                                      # slots
+# %% book/chapters/04_attention.md, cell 81
+def project(
+    x: Float[Array, "B T D"], heads: int, size: int, name: str,
+    bias: bool,
+) -> Float32[Array, "B T {heads} {size}"]:
+    """`x` through the Linear `name`, cut into heads."""
+    axes = "embed", "heads" if name == "query" else "kv_heads"
+    y = Linear(heads * size, axes, name, bias)(x)
+    return y.reshape(*x.shape[:2], heads, size)
 
 
-# %% book/chapters/04_attention.md, cell 64
-class Attention(hk.Module):
-    """Grouped-query attention with RoPE, soft cap, maybe a cache.
+# %% book/chapters/04_attention.md, cell 82
+def look_back(
+    attend: Callable[..., Array],
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    positions: Int32[Array, "B T"],
+    cache: KVCache | None,
+    layer: int | Int32[Array, ""],
+    per_head: dict[str, Array],
+) -> tuple[Float[Array, "B T Q V"], KVCache | None]:
+    """`attend` to the cache, extended first, or to k and v alone.
 
-    A family's own attention overrides `prepare`, for what is done to
-    queries and keys, or `attend`.
+    `per_head` are further arguments of `attend`; the first axis of
+    each counts heads. ValueError where the cache has other heads.
     """
+    if cache is not None and cache.k.shape[3] != k.shape[2]:
+        raise ValueError(
+            f"a cache of {cache.k.shape[3]} heads, where {k.shape[2]} "
+            "come in: make it on the same devices"
+        )
+
+    def run(
+        q: Array, k: Array, v: Array, positions: Array, cache: Any,
+        layer: Any, per_head: dict[str, Array],
+    ) -> Any:
+        at = positions
+        if cache is not None:
+            cache, k, v, at = cache.update(layer, k, v, positions)
+        return attend(q, k, v, positions, at, **per_head), cache
+
+    heads, rows = ("batch", None, "heads", None), ("batch", None)
+    kept = None if cache is None else cache.axes
+    own = {name: ("heads",) + (None,) * (w.ndim - 1)
+           for name, w in per_head.items()}
+    axes = heads, heads, heads, rows, kept, (), own
+    run = here().split(run, axes, (heads, kept))
+    return run(q, k, v, positions, cache, jnp.asarray(layer), per_head)
+
+
+# %% book/chapters/04_attention.md, cell 83
+class Attention(hk.Module):
+    """Grouped-query attention with RoPE, soft cap, maybe a cache."""
 
     def __init__(
         self, spec: AttentionSpec, name: str = "multi_head_attention"
@@ -276,100 +344,43 @@ class Attention(hk.Module):
         Heads are rounded to `x.dtype`; the result is float32.
         """
         s = self.spec
-        q = self.project(x, s.q_heads, s.head_size, "query")
-        k = self.project(x, s.kv_heads, s.head_size, "key")
-        v = self.project(x, s.kv_heads, s.value_width, "value")
+        q = project(x, s.q_heads, s.head_size, "query", s.bias)
+        k = project(x, s.kv_heads, s.head_size, "key", s.bias)
+        v = project(x, s.kv_heads, s.value_width, "value", s.bias)
+        k, v = here().gather_heads(k, v, s.q_heads)
         q, k, v = self.prepare(q, k, v, positions)
         k, v = here().spread_heads(k, v, s.q_heads)
         q, k, v = (z.astype(x.dtype) for z in (q, k, v))
-        y, cache = self.look(q, k, v, positions, cache, layer)
+        y, cache = look_back(
+            self.attend, q, k, v, positions, cache, layer,
+            self.per_head(),
+        )
         y = y.reshape(*x.shape[:2], -1)                     # [B, T, QV]
         axes = "heads", "embed"
         return Linear(x.shape[-1], axes, "linear", s.bias)(y), cache
 
     @hk.transparent
-    def project(
-        self, x: Float[Array, "B T D"], heads: int, size: int, name: str
-    ) -> Float32[Array, "B T {heads} {size}"]:
-        """`x` through the Linear `name`, cut into heads."""
-        axes = "embed", "heads" if name == "query" else "kv_heads"
-        y = Linear(heads * size, axes, name, self.spec.bias)(x)
-        return y.reshape(*x.shape[:2], heads, size)
-
-    @hk.transparent
     def prepare(
-        self,
-        q: Float[Array, "B T Q H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K V"],
-        positions: Int32[Array, "B T"],
+        self, q: Array, k: Array, v: Array, positions: Array
     ) -> tuple[Array, Array, Array]:
-        """Queries, keys and values as they will be compared."""
-        rope = self.spec.rope
-        if rope is None:
+        """Heads [B, T, Q or K, H] as they will be compared."""
+        if (turn := self.spec.rope) is None:
             return q, k, v
-        return rope.turn(q, positions), rope.turn(k, positions), v
+        return turn.turn(q, positions), turn.turn(k, positions), v
 
     @hk.transparent
     def per_head(self) -> dict[str, Array]:
-        """Parameters of `attend`; the first axis of each counts heads.
-        """
+        """More for `attend`; the first axis of each counts heads."""
         return {}
 
-    @hk.transparent
-    def look(
-        self,
-        q: Float[Array, "B T Q H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K V"],
-        positions: Int32[Array, "B T"],
-        cache: KVCache | None,
-        layer: int | Int32[Array, ""],
-    ) -> tuple[Float[Array, "B T Q V"], KVCache | None]:
-        """`attend` to the cache, extended first, or to k and v alone.
-        """
-        def run(
-            q: Array, k: Array, v: Array, positions: Array, cache: Any,
-            layer: Any, own: dict[str, Array],
-        ) -> Any:
-            at = positions
-            if cache is not None:
-                cache, k, v, at = cache.update(layer, k, v, positions)
-            return self.attend(q, k, v, positions, at, **own), cache
-
-        if cache is not None and cache.k.shape[3] != k.shape[2]:
-            raise ValueError(
-                f"a cache of {cache.k.shape[3]} heads, where "
-                f"{k.shape[2]} come in: make it on the same devices"
-            )
-        own = self.per_head()
-        heads, rows = ("batch", None, "heads", None), ("batch", None)
-        kept = None if cache is None else cache.axes
-        each = {name: ("heads",) + (None,) * (w.ndim - 1)
-                for name, w in own.items()}
-        run = here().split(
-            run, (heads, heads, heads, rows, kept, (), each),
-            (heads, kept),
-        )
-        return run(q, k, v, positions, cache, jnp.asarray(layer), own)
-
     def attend(
-        self,
-        q: Float[Array, "B T Q H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K V"],
-        positions: Int32[Array, "B T"],
-        key_positions: Int32[Array, "B S"],
-    ) -> Float[Array, "B T Q V"]:
-        """In blocks where the scores would be many."""
+        self, q: Array, k: Array, v: Array, positions: Array,
+        key_positions: Array,
+    ) -> Array:
+        """What `attend_any` does."""
         s = self.spec
-        if q.shape[1] > 1 and k.shape[1] > BLOCKWISE_ABOVE:
-            return attend_blockwise(
-                q, k, v, positions, key_positions, s.multiplier,
-                s.softcap, s.mask.sees,
-            )
-        mask = s.mask.sees(positions[..., None], key_positions[:, None])
-        return attend(q, k, v, mask, s.multiplier, s.softcap)
+        return attend_any(q, k, v, positions, key_positions,
+                          s.multiplier, s.softcap, s.mask.sees)
 
 
 # %% book/chapters/16_mixtral.md, cell 7
@@ -463,7 +474,7 @@ class NormedAttention(Attention):
         return super().prepare(q, k, v, positions)
 
 
-# %% book/chapters/18_llama4.md, cell 10
+# %% book/chapters/18_llama4.md, cell 12
 @dataclass(frozen=True)
 class Chunk(Window):
     """Of the last `size` positions those of a layer's own chunk.
@@ -478,7 +489,7 @@ class Chunk(Window):
         return is_past(q, k) & (q // self.size == k // self.size)
 
 
-# %% book/chapters/18_llama4.md, cell 34
+# %% book/chapters/18_llama4.md, cell 36
 def scale_queries_by_position(
     q: Float[Array, "B T Q H"],
     positions: Int32[Array, "B T"],
@@ -495,7 +506,7 @@ def scale_queries_by_position(
     return q * growth[..., None, None]
 
 
-# %% book/chapters/18_llama4.md, cell 44
+# %% book/chapters/18_llama4.md, cell 49
 @dataclass(frozen=True)
 class UnitAttentionSpec(AttentionSpec):
     """Attention as in Llama 4: heads of unit RMS after RoPE, and where

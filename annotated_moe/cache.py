@@ -9,7 +9,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-# %% book/chapters/04_attention.md, cell 34
+
+# %% book/chapters/04_attention.md, cell 35
+def write_cache(
+    stack: Float[Array, "L B S K H"],
+    layer: int | Int32[Array, ""],
+    x: Float[Array, "B T K H"],
+    slots: Int32[Array, "B T"],
+) -> Float[Array, "L B S K H"]:
+    """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
+
+    A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
+    A `layer` that is not there, or other axes, are a ValueError.
+    """
+    if isinstance(layer, int) and not 0 <= layer < len(stack):
+        raise ValueError(f"no layer {layer} in a cache of {len(stack)}")
+    if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
+        raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
+    rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
+    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
+    # Heads as one axis: with two, XLA copies the stack on a TPU.
+    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
+    flat = flat.at[layer, rows, slots].set(
+        x, mode="drop", wrap_negative_indices=False
+    )
+    return flat.reshape(stack.shape)
+
+
+# %% book/chapters/04_attention.md, cell 41
+PAD_POSITION = 2**30
+
 Update = tuple[
     "KVCache",
     Float[Array, "B S K H"],
@@ -18,14 +47,44 @@ Update = tuple[
 ]
 
 
+# %% book/chapters/04_attention.md, cell 42
+def put_row(
+    stack: Float[Array, "L B S K H"],
+    row: int | Int[Array, ""],
+    x: Float[Array, "L _ K H"],
+) -> Float[Array, "L B S K H"]:
+    """Put `x` into the first slots of batch row `row`."""
+    used, slots = x.shape[1], stack.shape[2]
+    if used > slots:
+        raise ValueError(f"{used} slots do not fit into {slots}")
+    return stack.at[:, row, :used].set(
+        x, mode="drop", wrap_negative_indices=False
+    )
+
+
+def set_length(
+    length: Int32[Array, " B"], row: int | Int[Array, ""],
+    n: int | Int32[Array, ""],
+) -> Int32[Array, " B"]:
+    """`length` with `n` at batch row `row`, which must be there.
+
+    A traced `row` that is not there is dropped.
+    """
+    if isinstance(row, int) and not 0 <= row < len(length):
+        raise ValueError(f"no row {row} in a batch of {len(length)}")
+    return length.at[row].set(
+        n, mode="drop", wrap_negative_indices=False
+    )
+
+
+# %% book/chapters/04_attention.md, cell 43
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of L layers, and how many tokens each row has.
 
     `k` is [L, B, S, K, H], `v` [L, B, S, K, V], in the compute dtype,
-    `length` int32 [B]. A pytree: `scan`, `jit` and `donate` see three
-    arrays, and shapes or shardings may stand in their place.
+    `length` int32 [B]. A pytree: shapes or axes may stand for arrays.
     """
 
     k: Any
@@ -55,74 +114,31 @@ class KVCache:
         v: Float[Array, "B T K V"],
         positions: Int32[Array, "B T"],
     ) -> Update:
-        """With these keys and values; and what a layer then looks at.
-
-        The keys, values and positions of all slots. `length` is the
-        caller's to change, after the last layer.
+        """With these keys and values; and what a layer then looks at:
+        all slots' keys, values and positions. `length` is the caller's
+        to change, after the last layer.
         """
-        new = replace(
-            self,
-            k=write_cache(self.k, layer, k, positions),
-            v=write_cache(self.v, layer, v, positions),
-        )
-        slots = jnp.broadcast_to(
-            jnp.arange(self.slots), (k.shape[0], self.slots)
-        )
-        return new, new.k[layer], new.v[layer], slots
+        keys = write_cache(self.k, layer, k, positions)
+        values = write_cache(self.v, layer, v, positions)
+        at = jnp.tile(jnp.arange(self.slots), (k.shape[0], 1))
+        new = replace(self, k=keys, v=values)
+        return new, keys[layer], values[layer], at
 
-    def insert(self, row: int | Int[Array, ""], other: "KVCache") -> "KVCache":
-        """Batch row `row` becomes row 0 of `other`, a cache like it.
+    def insert(
+        self, row: int | Int[Array, ""], other: "KVCache"
+    ) -> "KVCache":
+        """Batch row `row` becomes row 0 of `other`.
 
-        ValueError unless `other` has at most as many slots.
+        ValueError if that has more slots, or there is no such row.
         """
-        if other.slots > self.slots:
-            raise ValueError(
-                f"{other.slots} slots do not fit into {self.slots}"
-            )
-
-        def put(a: Array, b: Array) -> Array:
-            at = (0, row) + (0,) * (a.ndim - 2)
-            return jax.lax.dynamic_update_slice(a, b[:, :1], at)
-
-        length = self.length.at[row].set(other.length[0])
-        return replace(
-            self, k=put(self.k, other.k), v=put(self.v, other.v),
-            length=length,
-        )
+        length = set_length(self.length, row, other.length[0])
+        k = put_row(self.k, row, other.k[:, 0])
+        v = put_row(self.v, row, other.v[:, 0])
+        return replace(self, k=k, v=v, length=length)
 
     def evict(self, row: int | Int[Array, ""]) -> "KVCache":
         """Batch row `row` is empty; its slots will be written over."""
-        return replace(self, length=self.length.at[row].set(0))
-
-
-# %% book/chapters/04_attention.md, cell 35
-def write_cache(
-    stack: Float[Array, "L B S K H"],
-    layer: int | Int32[Array, ""],
-    x: Float[Array, "B T K H"],
-    slots: Int32[Array, "B T"],
-) -> Float[Array, "L B S K H"]:
-    """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
-
-    A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
-    A `layer` that is not there, or other axes, are a ValueError.
-    """
-    if isinstance(layer, int) and not 0 <= layer < len(stack):
-        raise ValueError(f"no layer {layer} in a cache of {len(stack)}")
-    if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
-        raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
-    rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
-    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
-    # Heads as one axis: with two, XLA copies the stack on a TPU.
-    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
-    flat = flat.at[layer, rows, slots].set(
-        x, mode="drop", wrap_negative_indices=False
-    )
-    return flat.reshape(stack.shape)
-
-
-# %% book/chapters/04_attention.md, cell 62
-PAD_POSITION = 2**30
+        return replace(self, length=set_length(self.length, row, 0))
 
 
 # %% book/chapters/16_mixtral.md, cell 27

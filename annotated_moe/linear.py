@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32
 from annotated_moe.params import Axes, get_parameter
 from annotated_moe.placement import here
 
-# %% book/chapters/04_attention.md, cell 59
+# %% book/chapters/04_attention.md, cell 67
 Product = Callable[[Array, Any], Array]
 PRODUCTS: dict[type, Product] = {}
 
@@ -37,7 +37,7 @@ def product(
     return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/04_attention.md, cell 60
+# %% book/chapters/04_attention.md, cell 70
 def matmul(
     x: Float[Array, "*B D"], w: Any, axes: Axes, summed: bool = True
 ) -> Float32[Array, "*B F"]:
@@ -51,7 +51,7 @@ def matmul(
     return y.reshape(*lead, -1)
 
 
-# %% book/chapters/04_attention.md, cell 61
+# %% book/chapters/04_attention.md, cell 71
 class Linear(hk.Module):
     """x times `w` [D, F], plus maybe `b` [F]; in float32.
 

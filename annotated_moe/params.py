@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/08_model.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/07_sharding.md by `make sync`; edit the chapters.
 """What a parameter is, said once, where a module asks for it.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# %% book/chapters/04_attention.md, cell 55
+# %% book/chapters/04_attention.md, cell 65
 Axes = tuple[str | None, ...]
 
 
@@ -32,7 +32,7 @@ class ParamSpec:
     float32: bool = True
 
 
-# %% book/chapters/04_attention.md, cell 56
+# %% book/chapters/04_attention.md, cell 66
 ASKED: ContextVar[ParamSpec | None] = ContextVar("ASKED", default=None)
 
 
@@ -53,7 +53,7 @@ def get_parameter(
         ASKED.reset(token)
 
 
-# %% book/chapters/08_model.md, cell 12
+# %% book/chapters/07_sharding.md, cell 11
 def record_specs(
     run: Callable[[], Any],
 ) -> dict[str, dict[str, ParamSpec]]:

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Array
 
 
-# %% book/chapters/04_attention.md, cell 57
+# %% book/chapters/04_attention.md, cell 68
 class OneDevice:
     """Everything is here: a product is a product, a sum is whole."""
 
@@ -30,8 +30,8 @@ class OneDevice:
         """`x`, held where its axes say."""
         return x
 
-    def total(self, y: Array, axis: str) -> Array:
-        """The sum of what the devices along `axis` have."""
+    def total(self, y: Array, *axes: str) -> Array:
+        """The sum of what the devices along `axes` have."""
         return y
 
     def once(self, y: Array, axis: str) -> Array:
@@ -46,6 +46,12 @@ class OneDevice:
         """How often each key head is held."""
         return 1
 
+    def gather_heads(
+        self, k: Array, v: Array, q_heads: int
+    ) -> tuple[Array, Array]:
+        """Keys and values, all whole if a device has half a head."""
+        return k, v
+
     def spread_heads(
         self, k: Array, v: Array, q_heads: int
     ) -> tuple[Array, Array]:
@@ -53,7 +59,7 @@ class OneDevice:
         return k, v
 
 
-# %% book/chapters/04_attention.md, cell 58
+# %% book/chapters/04_attention.md, cell 69
 PLACEMENTS: list[Callable[[], OneDevice | None]] = []
 
 

@@ -1,11 +1,10 @@
 # Generated from book/chapters/02_rms_norm.md by `make sync`; edit the chapter.
-"""Multiply sixty-four random matrices together and the product
-overflows, or vanishes, long before the last one. A transformer is
-sixty-four layers deep and does neither, because every layer first
-rescales what it reads to a fixed length. This chapter builds that
-rescaling. By its end you will have a ten-line module, know which of its
-three dtype casts you may not remove, and have seen what breaks when you
-do.
+"""Send a vector through sixty-four random matrices and it comes out a
+million times too long, or too short. Grok-1 sends every token through
+64 layers, and neither happens, because every layer first rescales what
+it reads to a fixed length. This chapter builds that rescaling. By its
+end you will have a ten-line module, know which of its three dtype casts
+you may not remove, and have seen what breaks when you do.
 """
 
 import haiku as hk
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-# %% book/chapters/02_rms_norm.md, cell 5
+# %% book/chapters/02_rms_norm.md, cell 6
 def rms_norm(
     x: Float[Array, "*B D"],
     scale: Float[Array, " D"],
@@ -30,7 +29,7 @@ def rms_norm(
     return (scale * y).astype(x.dtype)
 
 
-# %% book/chapters/02_rms_norm.md, cell 25
+# %% book/chapters/02_rms_norm.md, cell 27
 class RMSNorm(hk.Module):
     """`rms_norm` with a learned float32 `scale` of shape [D]."""
 

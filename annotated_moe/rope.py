@@ -1,12 +1,13 @@
 # Generated from book/chapters/03_rope.md, book/chapters/04_attention.md, book/chapters/15_llama.md by `make sync`; edit the chapters.
 """Attention compares tokens with tokens and never asks where they
-stand: *dog bites man* and *man bites dog* are to it one bag of three
-words. Rotary position embedding turns every query and key by an angle
-that grows with its position, and then two tokens score by what they are
-and how far apart they stand, and by nothing else. By the end of this
-chapter you will have that in two short functions, know the two ways in
-which the world lays out its pairs and how to get from one to the other,
-and have seen what becomes of the angles in bfloat16.
+stand: to the last word of a sentence, *dog bites man* and *man bites
+dog* are one bag of three words. Rotary position embedding turns every
+query and key by an angle that grows with its position, and then two
+tokens score by what they are and how far apart they stand, and by
+nothing else. By the end of this chapter you will have that in two short
+functions, know the two ways in which the world lays out its pairs and
+how to get from one to the other, and have seen what becomes of the
+angles in bfloat16.
 """
 
 import math
@@ -29,8 +30,8 @@ def rope_angles(
     """Angle in radians of each pair of features at each position.
 
     Pair i turns by base**(-2 i / head_size) a token, or by what
-    `freq_scaling` makes of these frequencies. Computed in float32. An odd
-    `head_size` is a ValueError.
+    `freq_scaling` makes of these frequencies. Computed in float32. An
+    odd `head_size` is a ValueError.
     Source: Su et al. (2021), section 3.2.2; base as in Grok-1.
     """
     if head_size % 2:
@@ -64,7 +65,7 @@ def rope(
     return jnp.concatenate(y, axis=-1).astype(x.dtype)
 
 
-# %% book/chapters/04_attention.md, cell 46
+# %% book/chapters/04_attention.md, cell 76
 @dataclass(frozen=True)
 class Rope(Spec):
     """How a layer turns its queries and keys."""

@@ -44,7 +44,7 @@ from numpy.lib.stride_tricks import as_strided
 from tqdm import tqdm
 
 from annotated_moe.cache import KVCache
-from annotated_moe.checkpoints import Opened, find_tokenizer
+from annotated_moe.checkpoints import Opened
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
@@ -367,7 +367,7 @@ def mapped(weight: np.ndarray, scales: Any = None) -> Mapped:
     return Mapped(raw, skip, small, (d, f), dtype, pitch, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 32
+# %% book/chapters/11_streaming.md, cell 34
 @dataclass
 class ReadCounts:
     """What has been read so far; grows as the model runs.
@@ -383,7 +383,7 @@ class ReadCounts:
         self.weights[key] += 1
 
 
-# %% book/chapters/11_streaming.md, cell 33
+# %% book/chapters/11_streaming.md, cell 35
 def arrays_of(w: Any) -> Iterator[Any]:
     """The arrays that a weight is made of: of layers, of experts."""
     w = getattr(w, "weight", w)
@@ -395,7 +395,7 @@ def arrays_of(w: Any) -> Iterator[Any]:
         yield from arrays_of(part)
 
 
-# %% book/chapters/11_streaming.md, cell 34
+# %% book/chapters/11_streaming.md, cell 36
 def weight_files(params: Params) -> set[str]:
     """The names of all files that hold a weight."""
     leaves = [w for module in params.values() for w in module.values()]
@@ -403,7 +403,7 @@ def weight_files(params: Params) -> set[str]:
     return {name for view in views if (name := file_of(view)[1])}
 
 
-# %% book/chapters/11_streaming.md, cell 35
+# %% book/chapters/11_streaming.md, cell 37
 def state_of(name: str) -> tuple[int, int, int]:
     """A file's size, time of change and inode.
 
@@ -418,7 +418,7 @@ def state_of(name: str) -> tuple[int, int, int]:
     return s.st_size, s.st_mtime_ns, s.st_ino
 
 
-# %% book/chapters/11_streaming.md, cell 36
+# %% book/chapters/11_streaming.md, cell 38
 def check_unchanged(w: Any, opened: dict) -> None:
     """ValueError if a file that `w` is in is no longer what it was.
 
@@ -434,7 +434,7 @@ def check_unchanged(w: Any, opened: dict) -> None:
             )
 
 
-# %% book/chapters/11_streaming.md, cell 37
+# %% book/chapters/11_streaming.md, cell 39
 def read_ahead(views: list[Any]) -> None:
     """Ask the system to read what is not in its page cache yet."""
     for view in (part for w in views for part in arrays_of(w)):
@@ -447,7 +447,7 @@ def read_ahead(views: list[Any]) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, start, last - start)
 
 
-# %% book/chapters/11_streaming.md, cell 38
+# %% book/chapters/11_streaming.md, cell 40
 Key = tuple[Any, ...]           # module, name, index into the stacks
 
 
@@ -499,7 +499,7 @@ class WeightStore:
         self.reader.submit(read_ahead, views)
 
 
-# %% book/chapters/11_streaming.md, cell 39
+# %% book/chapters/11_streaming.md, cell 41
 @dataclass(frozen=True)
 class Location:
     """Where a parameter is stored; stands in for its value."""
@@ -514,7 +514,7 @@ def without_slot(module: str, slot: Slot) -> str:
     return module.removeprefix(f"{slot.name}/")
 
 
-# %% book/chapters/11_streaming.md, cell 40
+# %% book/chapters/11_streaming.md, cell 42
 @functools.cache
 def expert_locations(
     config: ModelConfig, slot: Slot
@@ -542,7 +542,7 @@ def expert_locations(
     return hk.transform(ask).apply(stand_ins, None)
 
 
-# %% book/chapters/11_streaming.md, cell 43
+# %% book/chapters/11_streaming.md, cell 45
 @functools.cache
 def layer_keys(config: ModelConfig, slot: Slot) -> tuple[Key, ...]:
     """Module and name of what every token needs of a layer."""
@@ -566,7 +566,7 @@ def fetch_layer(store: WeightStore, slot: Slot, index: int) -> Params:
     return found
 
 
-# %% book/chapters/11_streaming.md, cell 44
+# %% book/chapters/11_streaming.md, cell 46
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
@@ -594,7 +594,7 @@ def attend_and_route(
     return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/11_streaming.md, cell 45
+# %% book/chapters/11_streaming.md, cell 47
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
@@ -618,7 +618,7 @@ def dense_layer(
     return h, cache
 
 
-# %% book/chapters/11_streaming.md, cell 46
+# %% book/chapters/11_streaming.md, cell 48
 @partial(jax.jit, static_argnames="spec", donate_argnames="y")
 def add_expert(
     y: Float32[Array, "N D"],
@@ -644,7 +644,7 @@ def add_expert(
     return y.at[token].add(out, mode="drop")
 
 
-# %% book/chapters/11_streaming.md, cell 47
+# %% book/chapters/11_streaming.md, cell 49
 MOST_CHOICES = 1024
 
 
@@ -661,7 +661,7 @@ def in_batches(
         yield full
 
 
-# %% book/chapters/11_streaming.md, cell 48
+# %% book/chapters/11_streaming.md, cell 50
 def stream_experts(
     store: WeightStore,
     slot: Slot,
@@ -686,7 +686,7 @@ def stream_experts(
     return y
 
 
-# %% book/chapters/11_streaming.md, cell 49
+# %% book/chapters/11_streaming.md, cell 51
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="h"
 )
@@ -707,7 +707,7 @@ def add_to_residual(
     return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/11_streaming.md, cell 50
+# %% book/chapters/11_streaming.md, cell 52
 def stream_layer(
     store: WeightStore,
     slot: Slot,
@@ -732,7 +732,7 @@ def stream_layer(
     return add_to_residual(weights, h, y, beside, spec, dtype), cache
 
 
-# %% book/chapters/11_streaming.md, cell 51
+# %% book/chapters/11_streaming.md, cell 53
 def table_rows(table: Any, tokens: np.ndarray) -> np.ndarray:
     """Some rows of a table that is an array, or something like it."""
     if isinstance(table, np.ndarray):
@@ -759,7 +759,7 @@ def stream_embed(
     return h if inputs is None else store.config.merge(h, inputs)
 
 
-# %% book/chapters/11_streaming.md, cell 52
+# %% book/chapters/11_streaming.md, cell 54
 @jax.jit
 def word_logits(
     h: Float[Array, "N D"], table: Mapped
@@ -770,7 +770,7 @@ def word_logits(
     return float_transposed(h, turned)
 
 
-# %% book/chapters/11_streaming.md, cell 53
+# %% book/chapters/11_streaming.md, cell 55
 def table_pieces(table: Any) -> Iterator[np.ndarray]:
     """The table in equal runs of words of at most 256 MiB each."""
     words, width = table.shape
@@ -781,7 +781,7 @@ def table_pieces(table: Any) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(table[start : start + run])
 
 
-# %% book/chapters/11_streaming.md, cell 54
+# %% book/chapters/11_streaming.md, cell 56
 def stream_unembed(
     store: WeightStore, h: Float32[Array, "N D"]
 ) -> Float32[Array, "N V"]:
@@ -799,7 +799,7 @@ def stream_unembed(
     return jnp.concatenate(y, axis=1) * scale.astype(jnp.float32)
 
 
-# %% book/chapters/11_streaming.md, cell 55
+# %% book/chapters/11_streaming.md, cell 57
 def own_lengths(cache: Cache | None) -> dict[int, Any]:
     """The slots' caches by number, each with a `length` of its own.
 
@@ -810,7 +810,7 @@ def own_lengths(cache: Cache | None) -> dict[int, Any]:
             for i, slot in enumerate(slots)}
 
 
-# %% book/chapters/11_streaming.md, cell 56
+# %% book/chapters/11_streaming.md, cell 58
 def stream_decoder(
     store: WeightStore,
     h: Float32[Array, "B T D"],
@@ -838,11 +838,11 @@ def stream_decoder(
     return h, Cache(tuple(kept[i] for i in range(len(slots))))
 
 
-# %% book/chapters/11_streaming.md, cell 57
+# %% book/chapters/11_streaming.md, cell 59
 MOST_TOKENS = 4096                              # a run of all rows
 
 
-# %% book/chapters/11_streaming.md, cell 58
+# %% book/chapters/11_streaming.md, cell 60
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -854,7 +854,77 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% book/chapters/11_streaming.md, cell 61
+def stream_all_logits(
+    store: WeightStore, tokens: Any, lengths: Any, inputs: Any = None
+) -> Any:
+    """Logits of whole texts, so many batch rows a time as fit."""
+    (b, t), parts = tokens.shape, []
+    h = stream_embed(store, np.asarray(tokens), inputs)
+    start = jnp.zeros(b, jnp.int32)
+    positions, real = positions_of(start, t, lengths)
+    rows = max(1, MOST_TOKENS // t)
+    for i in range(0, b, rows):
+        some = slice(i, i + rows)
+        y, _ = stream_decoder(
+            store, h[some], positions[some], real[some]
+        )
+        y = stream_unembed(store, y.reshape(-1, y.shape[-1]))
+        parts.append(y.reshape(-1, t, y.shape[-1]))
+    return jnp.concatenate(parts)
+
+
+# %% book/chapters/11_streaming.md, cell 62
+def stream_prefill(
+    store: WeightStore, tokens: Any, lengths: Any, cache: Cache,
+    inputs: Any = None,
+) -> Any:
+    """Each prompt's last logits, and the longer cache.
+
+    In runs of tokens if they are many. ValueError if they are
+    more than the cache's slots.
+    """
+    check_room(cache, tokens.shape[1])
+    b, t = tokens.shape
+    before, lengths = np.array(cache.length), np.asarray(lengths)
+    h = stream_embed(store, np.asarray(tokens), inputs)
+    positions, real = positions_of(jnp.asarray(before), t, lengths)
+    last = jnp.zeros((b, h.shape[-1]))
+    run = max(1, MOST_TOKENS // b)
+    for i in range(0, int(lengths.max()), run):
+        some = slice(i, i + run)
+        y, grown = stream_decoder(
+            store, h[:, some], positions[:, some],
+            real[:, some], cache,
+        )
+        assert grown is not None
+        last = keep_last(last, y, lengths - 1 - i)
+        done = before + np.minimum(lengths, i + run)
+        cache = grown.with_length(jnp.asarray(done, jnp.int32))
+    return stream_unembed(store, last), cache
+
+
+# %% book/chapters/11_streaming.md, cell 63
+def stream_decode_step(
+    store: WeightStore, tokens: Any, cache: Cache, active: Any = None
+) -> Any:
+    """One more token a batch row that is active: its logits."""
+    start = jnp.array(cache.length)
+    lengths = None
+    if active is not None:
+        lengths = np.asarray(active).astype(np.int32)
+    positions, real = positions_of(start, 1, lengths)
+    h = stream_embed(store, np.asarray(tokens)[:, None])
+    h, grown = stream_decoder(
+        store, h, positions, real, cache
+    )
+    assert grown is not None
+    length = start + (1 if lengths is None else lengths)
+    logits = stream_unembed(store, h[:, 0])
+    return logits, grown.with_length(length)
+
+
+# %% book/chapters/11_streaming.md, cell 64
 @dataclass(frozen=True, eq=False, repr=False)
 class StreamedModel(Model):
     """A model that runs from its files; `params` are arrays in them.
@@ -877,69 +947,23 @@ class StreamedModel(Model):
     def all_logits(
         self, tokens: Any, lengths: Any, inputs: Any = None
     ) -> Any:
-        """Logits of whole texts, so many batch rows a time as fit."""
-        (b, t), parts = tokens.shape, []
-        h = stream_embed(self.store, np.asarray(tokens), inputs)
-        start = jnp.zeros(b, jnp.int32)
-        positions, real = positions_of(start, t, lengths)
-        rows = max(1, MOST_TOKENS // t)
-        for i in range(0, b, rows):
-            some = slice(i, i + rows)
-            y, _ = stream_decoder(
-                self.store, h[some], positions[some], real[some]
-            )
-            y = stream_unembed(self.store, y.reshape(-1, y.shape[-1]))
-            parts.append(y.reshape(-1, t, y.shape[-1]))
-        return jnp.concatenate(parts)
+        return stream_all_logits(self.store, tokens, lengths, inputs)
 
     def prefill(
         self, tokens: Any, lengths: Any, cache: Cache,
         inputs: Any = None,
     ) -> Any:
-        """Each prompt's last logits, and the longer cache.
-
-        In runs of tokens if they are many. ValueError if they are
-        more than the cache's slots.
-        """
-        check_room(cache, tokens.shape[1])
-        b, t = tokens.shape
-        before, lengths = np.array(cache.length), np.asarray(lengths)
-        h = stream_embed(self.store, np.asarray(tokens), inputs)
-        positions, real = positions_of(jnp.asarray(before), t, lengths)
-        last = jnp.zeros((b, h.shape[-1]))
-        run = max(1, MOST_TOKENS // b)
-        for i in range(0, int(lengths.max()), run):
-            some = slice(i, i + run)
-            y, grown = stream_decoder(
-                self.store, h[:, some], positions[:, some],
-                real[:, some], cache,
-            )
-            assert grown is not None
-            last = keep_last(last, y, lengths - 1 - i)
-            done = before + np.minimum(lengths, i + run)
-            cache = grown.with_length(jnp.asarray(done, jnp.int32))
-        return stream_unembed(self.store, last), cache
+        return stream_prefill(
+            self.store, tokens, lengths, cache, inputs
+        )
 
     def decode_step(
         self, tokens: Any, cache: Cache, active: Any = None
     ) -> Any:
-        """One more token a batch row that is active: its logits."""
-        start = jnp.array(cache.length)
-        lengths = None
-        if active is not None:
-            lengths = np.asarray(active).astype(np.int32)
-        positions, real = positions_of(start, 1, lengths)
-        h = stream_embed(self.store, np.asarray(tokens)[:, None])
-        h, grown = stream_decoder(
-            self.store, h, positions, real, cache
-        )
-        assert grown is not None
-        length = start + (1 if lengths is None else lengths)
-        logits = stream_unembed(self.store, h[:, 0])
-        return logits, grown.with_length(length)
+        return stream_decode_step(self.store, tokens, cache, active)
 
 
-# %% book/chapters/11_streaming.md, cell 60
+# %% book/chapters/11_streaming.md, cell 65
 STREAMED_CLASSES: dict[type, Callable[..., StreamedModel]] = {
     ModelConfig: StreamedModel
 }
@@ -953,12 +977,12 @@ def load_from_disk(
     params: dict[str, dict[str, Any]] = {}
     for (module, name), w in opened.read().items():
         params.setdefault(module, {})[name] = w
-    tokenizer = find_tokenizer(opened.folder)
+    tokenizer = opened.tokenizer()
     kind = STREAMED_CLASSES[type(config)]
     return kind(config, params, tokenizer, mesh)
 
 
-# %% book/chapters/11_streaming.md, cell 74
+# %% book/chapters/11_streaming.md, cell 82
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -980,7 +1004,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 75
+# %% book/chapters/11_streaming.md, cell 83
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

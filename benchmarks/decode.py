@@ -16,62 +16,75 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from annotated_moe.model import (
-    ModelConfig,
-    decode_step,
-    greedy,
-    init_cache,
-    init_params,
-    prefill,
-)
+from annotated_moe.checkpoints import groups_for
+from annotated_moe.config import ModelConfig
+from annotated_moe.families.grok import grok_config
+from annotated_moe.model import decode_step, init_cache, param_specs, prefill
+from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.rope import rope
+from annotated_moe.sampling import greedy
 
-CONFIG = ModelConfig(
-    vocab_size=8192,
-    context=256,
-    d_model=512,
-    d_ff=1792,
-    num_layers=8,
-    q_heads=8,
-    kv_heads=2,
-    head_size=64,
-    num_experts=8,
-    top_k=2,
-    embedding_multiplier=512**0.5,
-    attn_multiplier=64**-0.5,
-)
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the published formulation asks of a model."""
+
+    vocab_size: int = 8192
+    context: int = 256
+    d_model: int = 512
+    d_ff: int = 1792
+    num_layers: int = 8
+    q_heads: int = 8
+    kv_heads: int = 2
+    head_size: int = 64
+    num_experts: int = 8
+    top_k: int = 2
+    embedding_multiplier: float = 512**0.5
+    output_multiplier: float = 3**-0.5
+    attn_multiplier: float = 64**-0.5
+    rope_base: float = 10000.0
+    dtype: str = "bfloat16"
+
+
+SIZES = Sizes()
+
+
+def config_of(sizes: Sizes) -> ModelConfig:
+    return grok_config(**asdict(sizes))
+
+
+CONFIG = config_of(SIZES)
 PROMPT = 128
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Quantized like the release: eight groups where its shards split the input."""
     rng = np.random.default_rng(seed)
-    init = functools.partial(init_params, config=config)
-    shapes = jax.eval_shape(init, jax.random.key(seed))
 
-    def draw(path: str, shape: tuple[int, ...]) -> Any:
-        if path.endswith("scale"):
-            return jnp.ones(shape)
-        if "embed" in path or "router" in path:
-            x = rng.standard_normal(shape, np.float32) / config.d_model**0.5
-            return jnp.asarray(x, config.dtype if "embed" in path else jnp.float32)
-        groups = 8 if path.endswith(("attention/linear/w", "linear_1/w")) else 1
-        weight = rng.integers(-127, 128, shape, np.int8)
-        scale = 3**0.5 / 127 / shape[-2] ** 0.5
-        scales = jnp.full((*shape[:-2], groups, shape[-1]), scale, jnp.bfloat16)
-        return QuantizedTensor(jnp.asarray(weight), scales)
+    def draw(spec: ParamSpec) -> Any:
+        if spec.matrix:
+            weight = rng.integers(-127, 128, spec.shape, np.int8)
+            scale = 3**0.5 / 127 / spec.shape[-2] ** 0.5
+            shape = (*spec.shape[:-2], groups_for(spec), spec.shape[-1])
+            return QuantizedTensor(
+                jnp.asarray(weight), jnp.full(shape, scale, jnp.bfloat16)
+            )
+        if spec.axes[-1] is None and "embed" not in spec.axes:
+            return jnp.ones(spec.shape)                 # a norm's gain
+        x = rng.standard_normal(spec.shape, np.float32) / config.d_model**0.5
+        return jnp.asarray(x, jnp.float32 if spec.float32 else config.dtype)
 
     return {
-        module: {name: draw(f"{module}/{name}", w.shape) for name, w in leaves.items()}
-        for module, leaves in shapes.items()
+        module: {name: draw(spec) for name, spec in leaves.items()}
+        for module, leaves in param_specs(config).items()
     }
 
 
@@ -107,7 +120,7 @@ def whole(q: QuantizedTensor, dtype: Any) -> jax.Array:
 
 
 def published_attention(
-    w: dict[str, Any], x: jax.Array, memory: Any, step: jax.Array, c: ModelConfig
+    w: dict[str, Any], x: jax.Array, memory: Any, step: jax.Array, c: Sizes
 ) -> tuple[jax.Array, Any]:
     b, t, _ = x.shape
     dtype = x.dtype
@@ -132,7 +145,7 @@ def published_attention(
     return y @ whole(w["multi_head_attention/linear/w"], dtype), (k, v)
 
 
-def published_moe(w: dict[str, Any], x: jax.Array, c: ModelConfig) -> jax.Array:
+def published_moe(w: dict[str, Any], x: jax.Array, c: Sizes) -> jax.Array:
     flat = x.reshape(-1, x.shape[-1])
     probs = jax.nn.softmax(flat.astype(jnp.float32) @ w["router/w"])
     gates, index = jax.lax.top_k(probs, c.top_k)
@@ -153,7 +166,7 @@ def published_moe(w: dict[str, Any], x: jax.Array, c: ModelConfig) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="c", donate_argnames="memory")
 def published(
-    params: Any, tokens: jax.Array, memory: Any, step: jax.Array, c: ModelConfig
+    params: Any, tokens: jax.Array, memory: Any, step: jax.Array, c: Sizes
 ) -> tuple[jax.Array, Any]:
     """Tokens [B, T] at `step` -> logits of the last one [B, V], the new memory."""
     dtype = jnp.dtype(c.dtype)
@@ -172,7 +185,7 @@ def published(
     return (logits * jnp.asarray(c.output_multiplier, dtype)).astype(jnp.float32), new
 
 
-def empty_memory(c: ModelConfig, batch: int) -> Any:
+def empty_memory(c: Sizes, batch: int) -> Any:
     shape = (batch, c.context, c.kv_heads, c.head_size)
     return [
         (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
@@ -183,8 +196,8 @@ def empty_memory(c: ModelConfig, batch: int) -> Any:
 class Ours:
     """The package's own functions, as `Model.generate_ids` calls them."""
 
-    def __init__(self, params: Any, config: ModelConfig):
-        self.params, self.config = params, config
+    def __init__(self, params: Any, sizes: Sizes):
+        self.params, self.config = params, config_of(sizes)
 
     def start(self, tokens: jax.Array) -> jax.Array:
         b, t = tokens.shape
@@ -201,8 +214,8 @@ class Ours:
 class Published:
     """The same two steps in the published formulation."""
 
-    def __init__(self, params: Any, config: ModelConfig):
-        self.params, self.config = unstack(params, config), config
+    def __init__(self, params: Any, sizes: Sizes):
+        self.params, self.config = unstack(params, config_of(sizes)), sizes
 
     def start(self, tokens: jax.Array) -> jax.Array:
         b, self.at = tokens.shape
@@ -232,12 +245,12 @@ def check_agreement(params: Any, prompt: jax.Array) -> None:
     Random routers are often undecided and change their choice at the smallest
     rounding, so in bfloat16 the bound is loose; unrelated logits differ by 1.1.
     """
-    exact_config, gaps = replace(CONFIG, dtype="float32"), []
-    exact = logits_of(Published(params, exact_config), prompt)
+    exact_sizes, gaps = replace(SIZES, dtype="float32"), []
+    exact = logits_of(Published(params, exact_sizes), prompt)
     for side in (
-        Ours(params, exact_config),
-        Ours(params, CONFIG),
-        Published(params, CONFIG),
+        Ours(params, exact_sizes),
+        Ours(params, SIZES),
+        Published(params, SIZES),
     ):
         gap = jnp.abs(logits_of(side, prompt) - exact).mean() / exact.std()
         gaps.append(float(gap))
@@ -294,7 +307,7 @@ def main() -> None:
     print(f"JAX {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores")
     check_agreement(params, prompt[:1])
 
-    sides = Ours(params, CONFIG), Published(params, CONFIG)
+    sides = Ours(params, SIZES), Published(params, SIZES)
     print(f"\n{'tokens/s':24}{'ours':>8} {'(min-max)':16}", end="")
     print(f"{'published':>10} {'(min-max)':16}{'ratio':>6}")
     for name, what, batch in (

@@ -31,9 +31,12 @@ from unittest.mock import patch
 import ml_dtypes
 import numpy as np
 
-from annotated_moe.checkpoints import expected, grok_paths, may_be_quantized
-from annotated_moe.formats.grok1 import our_path
-from annotated_moe.model import PRESETS, ModelConfig
+from annotated_moe.checkpoints import groups_for
+from annotated_moe.config import ModelConfig
+from annotated_moe.families import PRESETS
+from annotated_moe.formats.grok1 import our_path, release_names
+from annotated_moe.model import flat_specs
+from annotated_moe.params import ParamSpec
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PIECE = 2**24                                               # numbers at a time
@@ -98,19 +101,15 @@ def write_pickle(path: Path, tensor: Any, arrays: list[Later], rng: Any) -> None
         file.write(parts[-1])
 
 
-def groups_of(path: str) -> int:
-    return 8 if path.endswith(("linear_1/w", "multi_head_attention/linear/w")) else 1
-
-
-def write_tensor(file: Path, path: str, shape: tuple[int, ...], rng: Any) -> None:
+def write_tensor(file: Path, spec: ParamSpec, shape: tuple[int, ...], rng: Any) -> None:
     """Weights of a size that keeps activations near 1."""
     spread = shape[-2] ** -0.5 if len(shape) > 1 else 1.0
-    if not may_be_quantized(path):
-        if path.endswith("/scale"):
+    if not spec.matrix:
+        if len(shape) == 1:
             array = 1 + 0.1 * rng.standard_normal(shape, np.float32)
             file.write_bytes(pickle.dumps(array, protocol=4))
             return
-        if path.endswith("embeddings"):
+        if "vocab" in spec.axes:
             spread = shape[-1] ** -0.5
         fill = lambda r, n: r.standard_normal(n, np.float32) * spread  # noqa: E731
         later = Later(shape, np.dtype("f4"), fill)
@@ -120,7 +119,7 @@ def write_tensor(file: Path, path: str, shape: tuple[int, ...], rng: Any) -> Non
         shape, np.dtype("i1"), lambda r, n: r.integers(-127, 128, n, np.int8)
     )
     scale = spread / 73.3                                   # of uniform int8
-    shape = (*shape[:-2], groups_of(path), shape[-1])
+    shape = (*shape[:-2], groups_for(spec), shape[-1])
     scales = np.asarray(scale * (0.5 + rng.random(shape)), BFLOAT16)
     if scales.nbytes < 2**16:
         write_pickle(file, QuantizedWeight8bit(weight, scales), [weight], rng)
@@ -129,19 +128,23 @@ def write_tensor(file: Path, path: str, shape: tuple[int, ...], rng: Any) -> Non
     write_pickle(file, QuantizedWeight8bit(weight, late), [weight, late], rng)
 
 
+def specs_of(config: ModelConfig) -> dict[str, ParamSpec]:
+    return {"/".join(path): spec for path, spec in flat_specs(config).items()}
+
+
 def make(folder: Path, config: ModelConfig) -> None:
     inside = folder / "ckpt-0"
     inside.mkdir(parents=True)
-    rng, shapes = np.random.default_rng(0), expected(config)
+    rng, specs = np.random.default_rng(0), specs_of(config)
     first: dict[str, Path] = {}
-    for i, name in enumerate(grok_paths(config)):
+    for i, name in enumerate(release_names(specs, config.num_layers)):
         path, layer = our_path(name)
         file = inside / f"tensor{i:05d}_000"
         if path in first:
             os.link(first[path], file)
             continue
-        shape = shapes[path] if layer is None else shapes[path][1:]
-        write_tensor(file, path, shape, rng)
+        shape = specs[path].shape[0 if layer is None else 1 :]
+        write_tensor(file, specs[path], shape, rng)
         first[path] = file
 
 
@@ -186,12 +189,13 @@ def run(*words: str) -> tuple[str, float, dict[str, int]]:
 
 def token_bytes(folder: Path, config: ModelConfig) -> list[tuple[Path, int]]:
     """Files, and how much of each a token needs: two experts of eight."""
-    needed = []
-    for i, name in enumerate(grok_paths(config)):
+    needed, specs = [], specs_of(config)
+    experts = config.layer(0).feed_forward
+    for i, name in enumerate(release_names(specs, config.num_layers)):
         file = folder / f"ckpt-0/tensor{i:05d}_000"
         size = file.stat().st_size
-        if "/moe/" in name:
-            size = size * config.top_k // config.num_experts
+        if "experts" in specs[our_path(name)[0]].axes:
+            size = size * experts.top_k // experts.num_experts
         needed.append((file, size))
     return needed
 

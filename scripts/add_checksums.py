@@ -13,13 +13,13 @@ from pathlib import Path
 from annotated_moe import checkpoints
 from annotated_moe.formats.writing import write_json
 
-where = checkpoints.find_layout(Path(sys.argv[1]))[2]
+opened = checkpoints.open_checkpoint(Path(sys.argv[1]))
 sums = {
     name: hashlib.sha256(array.tobytes()).hexdigest()
-    for name, array in checkpoints.stored(where).items()
+    for name, array in checkpoints.stored(opened).items()
 }
-path = checkpoints.beside(where) / "checksums.json"
+path = opened.folder / "checksums.json"
 if path.exists():
     sys.exit(f"{path} exists already")
 write_json(path, {"sha256": sums})
-print(f"{len(sums)} tensors, {checkpoints.verify(where)} verified")
+print(f"{len(sums)} tensors, {checkpoints.verify(opened.folder)} verified")

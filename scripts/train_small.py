@@ -24,10 +24,12 @@ import numpy as np
 import optax
 
 from annotated_moe.checkpoints import quantize_params, save
-from annotated_moe.model import Model, ModelConfig, forward, init_params, unembed
+from annotated_moe.families.grok import grok_config
+from annotated_moe.generate import Model
+from annotated_moe.model import forward_to_train, init_params
 from annotated_moe.tokenizer import Tokenizer
 
-CONFIG = ModelConfig(
+CONFIG = grok_config(
     vocab_size=2048,
     context=256,
     d_model=192,
@@ -106,8 +108,7 @@ def batches(streams: list[np.ndarray], seed: int) -> Iterator[Any]:
 
 
 def loss_fn(params: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
-    h, _, aux = forward(params, tokens[:, :-1], CONFIG, train=True)
-    logits = unembed(params, h, CONFIG, train=True)
+    logits, aux = forward_to_train(params, tokens[:, :-1], CONFIG)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     total = nll.mean() + BALANCE * aux["balance"] + ROUTER_Z * aux["z"]
     return total, {"nll": nll.mean(), **aux}
@@ -182,7 +183,7 @@ def main() -> None:
 
     params, log = train(args.steps, streams)
     whole = Model(CONFIG, params, tokenizer)
-    small = Model(CONFIG, quantize_params(params, GROUPS), tokenizer)
+    small = Model(CONFIG, quantize_params(params, CONFIG, GROUPS), tokenizer)
     for name, stream in held.items():
         log[f"loss_{name}"] = round(evaluate(whole, stream), 4)
         log[f"loss_{name}_int8"] = round(evaluate(small, stream), 4)

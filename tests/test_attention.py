@@ -1,7 +1,6 @@
 """Attention against the release's recordings, float64, and its own claims."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import haiku as hk
@@ -10,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from annotated_moe import attention, sharding
+from annotated_moe import attention, parallel
 from annotated_moe.attention import (
-    KVCache,
-    Linear,
-    MultiHeadAttention,
+    MASK_VALUE,
+    Attention,
+    AttentionSpec,
+    absorb_block,
     attend,
+    attend_any,
     attend_blockwise,
     attention_scores,
     causal_mask,
-    write_cache,
+    is_past,
 )
+from annotated_moe.cache import PAD_POSITION, KVCache
+from annotated_moe.params import get_parameter
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.rope import rope
 
@@ -29,9 +32,14 @@ DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 NAMES = ("query", "key", "value", "linear")
 
 # The recorded module: 4 query heads over 2 keys of 8, multiplier 0.35.
-layer = hk.without_apply_rng(
-    hk.transform(lambda *inputs: MultiHeadAttention(4, 2, 8, 0.35)(*inputs))
-)
+SPEC = AttentionSpec(4, 2, 8, 0.35, softcap=30.0)
+
+
+def transformed(module):
+    return hk.without_apply_rng(hk.transform(lambda *inputs: module()(*inputs)))
+
+
+layer = transformed(SPEC.build)
 run = jax.jit(layer.apply)
 
 PLAIN = {
@@ -211,7 +219,7 @@ def test_quantized_attention_takes_any_batch():
 def attend_in_float64(q, k, v, positions, multiplier, softcap):
     """One token of one head at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    y = np.zeros(q.shape)
+    y = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, t, head in np.ndindex(q.shape[:3]):
         kv = head // (q.shape[2] // k.shape[2])
         until = min(positions[b][t] + 1, k.shape[1])
@@ -284,43 +292,6 @@ def test_the_future_has_no_influence():
     assert np.abs(whole[:, 5] - changed[:, 5]).max() > 0.1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_writes_only_where_told(compiled):
-    write = jax.jit(write_cache) if compiled else write_cache
-    stack = normal(3, 2, 5, 1, 4)
-    x = normal(2, 2, 1, 4, seed=1)
-    expected = np.array(stack)
-    expected[1, 0, 3:5] = x[0]
-    expected[1, 1, 0:2] = x[1]
-    at = jnp.array([[3, 4], [0, 1]])
-    np.testing.assert_array_equal(write(stack, jnp.int32(1), x, at), expected)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("first", [-7, -1, 4, 5, 6, 2**31 - 2])
-def test_a_write_outside_is_dropped(first, dtype):
-    stack = normal(1, 1, 5, 1, 4, dtype=dtype)
-    x = normal(1, 2, 1, 4, seed=1)
-    at = jnp.array([[first, first + 1]], jnp.int32)
-    after = write_cache(stack, 0, x, at)
-    expected = np.array(stack)
-    for i, slot in enumerate([first, first + 1]):
-        if 0 <= slot < 5:
-            expected[0, 0, slot] = x[0, i].astype(dtype)
-    assert after.dtype == dtype
-    np.testing.assert_array_equal(after, expected)
-
-
-def test_a_write_needs_no_copy_of_the_cache():
-    shape = jax.ShapeDtypeStruct((8, 4, 512, 2, 64), jnp.float32)
-    x = jax.ShapeDtypeStruct((4, 1, 2, 64), jnp.float32)
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    at = jax.ShapeDtypeStruct((4, 1), jnp.int32)
-    write = jax.jit(write_cache, donate_argnums=0)
-    memory = write.lower(shape, index, x, at).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 100_000 < memory.output_size_in_bytes
-
-
 @pytest.mark.parametrize("dtype, atol", [("float32", 5e-6), ("bfloat16", 0.05)])
 @pytest.mark.parametrize("chunk", [1, 3, 12])
 def test_cached_is_uncached(chunk, dtype, atol):
@@ -344,9 +315,11 @@ def test_rows_of_different_length_decode_together():
         programs.append(inputs[0].shape)
         return layer.apply(PLAIN, *inputs)
 
-    junk = 1000.0 * (np.arange(8) >= lengths[:, None])[..., None]
-    cache = empty_cache(4, 12)
-    _, cache = step(x[:, :8] + junk, counted(4, 8), cache)
+    real = np.arange(8) < lengths[:, None]
+    at = jnp.where(real, counted(4, 8), PAD_POSITION)
+    junk = np.where(real, 0.0, 1000.0)[..., None]
+    _, cache = step(x[:, :8] + junk, at, empty_cache(4, 12))
+    assert np.abs(cache.v).max() < 100
     for i in range(4):
         token = np.take_along_axis(x, (lengths + i)[:, None, None], axis=1)
         y, cache = step(jnp.asarray(token), counted(4, 1, lengths + i), cache)
@@ -368,20 +341,25 @@ def test_layers_of_one_cache_do_not_touch():
     np.testing.assert_allclose(traced.k[2], cache.k[1], rtol=0, atol=1e-5)
 
 
+def blockwise(q, k, v, positions, softcap, **options):
+    at = counted(len(k), k.shape[1])
+    return attend_blockwise(q, k, v, positions, at, 0.7, softcap, **options)
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("block", [1, 7, 16, 64])
 def test_blockwise_is_plain(block, softcap):
     q, k, v = qkv(9, 40, 6, 2, rows=3)
     positions = counted(3, 9, [0, 13, 31])
     plain = attend(q, k, v, causal_mask(positions, 40), 0.7, softcap)
-    blocks = attend_blockwise(q, k, v, positions, 0.7, softcap, block)
+    blocks = blockwise(q, k, v, positions, softcap, block=block)
     np.testing.assert_allclose(blocks, plain, rtol=0, atol=3e-6)
 
 
 def test_blockwise_is_plain_in_bfloat16():
     q, k, v = qkv(9, 40, 6, 2, rows=3, dtype=jnp.bfloat16)
     positions = counted(3, 9, [0, 13, 31])
-    blocks = attend_blockwise(q, k, v, positions, 0.7, 30.0, 16)
+    blocks = blockwise(q, k, v, positions, 30.0, block=16)
     assert blocks.dtype == jnp.bfloat16
     exact = attend_in_float64(q, k, v, positions, 0.7, 30.0)
     off = np.abs(np.asarray(blocks, np.float64) - exact)
@@ -393,7 +371,7 @@ def test_blockwise_never_sees_its_own_padding():
     q, k, v = qkv(3, 10, 2, 1)
     positions = counted(2, 3, [9, 40])
     plain = attend(q, k, v, causal_mask(positions, 10), 0.7, 30.0)
-    blocks = attend_blockwise(q, k, v, positions, 0.7, 30.0, 16)
+    blocks = blockwise(q, k, v, positions, 30.0, block=16)
     np.testing.assert_allclose(blocks, plain, rtol=0, atol=3e-6)
 
 
@@ -405,7 +383,7 @@ def test_blockwise_has_the_same_gradient():
         return jax.grad(lambda *x: jnp.sum(attention(*x) ** 2), argnums=(0, 1, 2))
 
     plain = energy(lambda *x: attend(*x, causal_mask(positions, 40), 0.7, 30.0))
-    blocks = energy(lambda *x: attend_blockwise(*x, positions, 0.7, 30.0, 16))
+    blocks = energy(lambda *x: blockwise(*x, positions, 30.0, block=16))
     for a, b in zip(plain(q, k, v), blocks(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-5)
 
@@ -423,7 +401,9 @@ def test_memory_grows_with_the_tokens_not_their_square():
     def plain(q, k, v, at):
         return attend(q, k, v, causal_mask(at, k.shape[1]), 0.2, 30.0)
 
-    blocks = partial(attend_blockwise, multiplier=0.2, softcap=30.0)
+    def blocks(q, k, v, at):
+        return attend_blockwise(q, k, v, at, at, 0.2, 30.0)
+
     assert scratch(plain, 8192) > 3.5 * scratch(plain, 4096)
     assert scratch(blocks, 8192) < 2.2 * scratch(blocks, 4096)
     assert scratch(blocks, 8192) < scratch(plain, 8192) / 8
@@ -461,18 +441,6 @@ def test_parameters_carry_the_checkpoint_s_names():
     assert shapes == {path: w["w"].shape for path, w in PLAIN.items()}
 
 
-def test_linear_keeps_leading_axes_and_returns_float32():
-    linear = hk.without_apply_rng(
-        hk.transform(lambda x: Linear(6, ("data", "model"), "out")(x))
-    )
-    x = normal(2, 3, 4, 8, dtype=jnp.bfloat16)
-    params = linear.init(jax.random.key(0), x)
-    y = linear.apply(params, x)
-    assert y.shape == (2, 3, 4, 6) and y.dtype == jnp.float32
-    w = params["out"]["w"].astype(jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_allclose(y, x.astype(jnp.float32) @ w, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("data, model", [(1, 2), (2, 4)])
 def test_a_mesh_changes_nothing(data, model):
     x = jnp.asarray(RECORDED["mha.x"])
@@ -481,42 +449,136 @@ def test_a_mesh_changes_nothing(data, model):
     copies = max(1, model // 2)                 # of each of two key heads
     held = replace(cache, k=jnp.repeat(cache.k, copies, 3),
                    v=jnp.repeat(cache.v, copies, 3))
-    with jax.set_mesh(sharding.make_mesh(data, model)):
+    with jax.set_mesh(parallel.make_mesh(data=data, model=model)):
+        assert SPEC.empty_cache(1, 2, 12, x.dtype).k.shape == held.k.shape
         split, new = jax.jit(layer.apply)(PLAIN, x, counted(2, 9), held)
         if copies > 1:
-            with pytest.raises(ValueError, match="a cache of 2 heads, .* holds 4"):
+            with pytest.raises(ValueError, match="cache of 2 heads, where 4 come"):
                 layer.apply(PLAIN, x, counted(2, 9), cache)
     np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)
     for i in range(copies):
         np.testing.assert_allclose(new.k[:, :, :, i::copies], kept.k, atol=1e-5)
 
 
-def test_shapes_may_stand_in_a_cache():
-    shapes = jax.eval_shape(lambda: empty_cache(2, 12))
-    assert isinstance(shapes, KVCache) and shapes.k.shape == (1, 2, 12, 2, 8)
-    assert jax.tree.map(lambda x: x.ndim, shapes) == KVCache(5, 5, 1)
+def test_a_layer_without_rope_and_with_wide_values():
+    """Values of a size of their own, as the projections' shapes say."""
+    spec = replace(SPEC, rope=None, value_size=5, bias=True)
+    odd = transformed(spec.build)
+    x = normal(2, 6, 32)
+    params = odd.init(jax.random.key(0), x, counted(2, 6))
+    shapes = {path: {n: w.shape for n, w in of.items()} for path, of in params.items()}
+    assert shapes == {
+        "multi_head_attention/query": {"w": (32, 32), "b": (32,)},
+        "multi_head_attention/key": {"w": (32, 16), "b": (16,)},
+        "multi_head_attention/value": {"w": (32, 10), "b": (10,)},
+        "multi_head_attention/linear": {"w": (20, 32), "b": (32,)},
+    }
+    params = jax.tree.map(lambda w: w + 0.1, params)
+    cache = spec.empty_cache(1, 2, 6, jnp.float32)
+    assert cache.k.shape[-1] == 8 and cache.v.shape[-1] == 5
+    y, cache = odd.apply(params, x, counted(2, 6), cache)
+
+    def project(name):
+        of = params[f"multi_head_attention/{name}"]
+        return np.float64(x) @ np.float64(of["w"]) + np.float64(of["b"])
+
+    q = project("query").reshape(2, 6, 4, 8)
+    k = project("key").reshape(2, 6, 2, 8)
+    v = project("value").reshape(2, 6, 2, 5)
+    expected = attend_in_float64(q, k, v, counted(2, 6), 0.35, 30.0)
+    of = params["multi_head_attention/linear"]
+    expected = expected.reshape(2, 6, -1) @ np.float64(of["w"]) + np.float64(of["b"])
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(cache.v[0], v, rtol=0, atol=1e-5)
 
 
-def build(q_heads=4, kv_heads=2, head_size=8, softcap=30.0):
-    def module(x, at):
-        return MultiHeadAttention(q_heads, kv_heads, head_size, 0.3, softcap)(x, at)
+class Sinks(Attention):
+    """One more score a query head, which takes weight and gives nothing."""
 
-    return hk.transform(module).init(None, normal(1, 1, 32), counted(1, 1))
+    @hk.transparent
+    def per_head(self):
+        heads = self.spec.q_heads
+        return {"sink": get_parameter("sink", (heads,), ("heads",), jnp.ones)}
+
+    def attend(self, q, k, v, positions, key_positions, sink):
+        s = attention_scores(q, k, self.spec.multiplier, self.spec.softcap)
+        mask = self.spec.mask.sees(positions[..., None], key_positions[:, None])
+        s = jnp.where(mask[:, None, None], s, MASK_VALUE)
+        sink = sink.reshape(1, k.shape[2], -1, 1, 1)
+        top = jnp.maximum(s.max(-1, keepdims=True), sink)
+        p = jnp.exp(s - top)
+        p /= p.sum(-1, keepdims=True) + jnp.exp(sink - top)
+        return jnp.einsum("bkrts,bskh->btkrh", p, v).reshape(q.shape)
+
+
+def test_a_family_may_add_parameters_of_heads_and_attend_its_own_way():
+    """What a mesh cuts by heads is cut for them too."""
+    x, at = jnp.asarray(RECORDED["mha.x"]), counted(2, 9)
+    odd = transformed(lambda: Sinks(SPEC))
+    params = odd.init(jax.random.key(0), x, at)
+    assert params["multi_head_attention"]["sink"].shape == (4,)
+    gone = {**PLAIN, "multi_head_attention": {"sink": jnp.full(4, -1e9)}}
+    plain, _ = run(PLAIN, x, at)
+    np.testing.assert_allclose(odd.apply(gone, x, at)[0], plain, rtol=0, atol=1e-5)
+    each = {**PLAIN, "multi_head_attention": {"sink": jnp.arange(4.0)}}
+    whole, _ = odd.apply(each, x, at)
+    assert np.abs(whole - plain).max() > 0.1
+    with jax.set_mesh(parallel.make_mesh(data=1, model=2)):
+        split, _ = jax.jit(odd.apply)(each, x, at)
+    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [64, 1500])
+def test_any_mask_is_the_same_in_blocks(slots):
+    """A mask of one's own, over keys that lie in any order."""
+
+    def near(q, k):
+        return is_past(q, k) & (k > q - 5)
+
+    q, k, v = qkv(6, slots, 6, 2)
+    order = np.random.default_rng(7).permuted(np.tile(np.arange(slots), (2, 1)), axis=1)
+    order[:, :3] = -1                                   # nothing written there
+    at, positions = jnp.asarray(order, jnp.int32), counted(2, 6, [10, 40])
+    mask = near(positions[..., None], at[:, None])
+    assert (mask.sum(-1) <= 5).all() and mask.any(-1).all()
+    y = attend_any(q, k, v, positions, at, 0.7, 30.0, near)
+    plain = attend(q, k, v, mask, 0.7, 30.0)
+    np.testing.assert_allclose(y, plain, rtol=0, atol=3e-6)
+
+
+def test_a_hidden_block_leaves_nothing_behind():
+    """Before any score was seen, and after."""
+    v = normal(1, 4, 1, 2)
+    s = normal(1, 1, 1, 3, 4, seed=5)
+    hidden = jnp.full_like(s, MASK_VALUE)
+    state = jnp.full((1, 1, 1, 3), MASK_VALUE), jnp.zeros((1, 1, 1, 3))
+    state = (*state, jnp.zeros((1, 1, 1, 3, 2)))
+    for scores, values in ((hidden, v + 9), (s, v), (hidden, v - 9)):
+        state = absorb_block(state, scores, values)
+    _, total, y = state
+    expected = jax.nn.softmax(s) @ v[:, :, 0]
+    np.testing.assert_allclose(y / total[..., None], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "sizes, message",
     [
         ({"q_heads": 5}, "5 query heads cannot share 2 key heads"),
-        ({"kv_heads": 0}, "4 query heads cannot share 0 key heads"),
-        ({"head_size": 7}, "even heads, not 7"),
-        ({"softcap": 0.0}, "positive or None"),
-        ({"softcap": -30.0}, "positive or None"),
+        ({"kv_heads": 0}, "kv_heads must be an int of 1 or more: 0"),
+        ({"head_size": 7}, "even head_size, not 7"),
+        ({"softcap": 0.0}, "softcap must be a number above 0 or None: 0.0"),
+        ({"softcap": -30.0}, "softcap must be a number above 0 or None: -30.0"),
+        ({"rope": "yes"}, "rope must be Rope or None: 'yes'"),
+        ({"bias": 1}, "bias must be true or false: 1"),
     ],
 )
 def test_impossible_sizes_are_one_clear_error(sizes, message):
     with pytest.raises(ValueError, match=message):
-        build(**sizes)
+        replace(SPEC, **sizes)
+
+
+def test_an_odd_head_is_fine_without_rope():
+    assert replace(SPEC, head_size=7, rope=None).value_width == 7
 
 
 def test_bad_arguments_are_one_clear_error():
@@ -525,10 +587,8 @@ def test_bad_arguments_are_one_clear_error():
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
         attend(q, k, v, mask, 0.7)
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
-        attend_blockwise(q, k, v, counted(2, 3), 0.7)
+        blockwise(q, k, v, counted(2, 3), None)
     with pytest.raises(ValueError, match="at least 1 slot, got 0"):
-        attend_blockwise(q[:, :, :2], k, v, counted(2, 3), 0.7, block=0)
-    stack = jnp.zeros([2, 2, 10, 2, 16])
-    for absent in (-1, 2):
-        with pytest.raises(ValueError, match=f"no layer {absent} in a cache of 2"):
-            write_cache(stack, absent, k[:, :1], counted(2, 1))
+        blockwise(q[:, :, :2], k, v, counted(2, 3), None, block=0)
+    with pytest.raises(ValueError, match="a cache of 3 heads, where 2 come in"):
+        layer.apply(PLAIN, normal(2, 1, 32), counted(2, 1), empty_cache(2, 4, kv=3))

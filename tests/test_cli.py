@@ -1,5 +1,6 @@
 """The command line, as a stranger types it."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def refusal(capsys, *words):
 def greedy():
     """What the small model says, straight from the package."""
     model = am.load(dtype="float32")
-    return PROMPT + model.generate([PROMPT], max_new_tokens=6)[0] + "\n"
+    return PROMPT + model.generate(PROMPT, max_new_tokens=6) + "\n"
 
 
 def test_text_on_stdout_and_the_rest_on_stderr(capsys, greedy):
@@ -80,12 +81,12 @@ def test_any_text_comes_back_as_it_went_in(capsys):
     assert code == 0 and out.startswith(prompt)
 
 
-def test_without_a_number_it_stops_where_the_context_ends():
-    model = am.load()
-    assert cli.room(model, model.text_ids(PROMPT)) == 128
-    many = model.text_ids("a b " * 100)
-    assert cli.room(model, many) == 256 - len(many) + 1
-    assert cli.room(model, many * 5) == 1
+def test_defaults_are_those_of_the_library():
+    args = cli.make_parser("generate").parse_args(["generate", "--prompt", "x"])
+    for method in (am.Model.stream, am.Model.generate):
+        usual = inspect.signature(method).parameters
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed"):
+            assert getattr(args, name) == usual[name].default, name
 
 
 MISTAKES = {
@@ -96,7 +97,7 @@ MISTAKES = {
     "no number": (["generate", "--prompt", "x", "--seed", "one"], "one"),
     "dtype": (["generate", "--prompt", "x", "--dtype", "float64"], "float64"),
     "no model": (["generate", "--prompt", "x", "--model", "no/such"], "no/such"),
-    "no model to tell of": (["info", "--model", "no/such"], "no/such"),
+    "no model to tell of": (["info", "no/such"], "no/such"),
     "no devices": (["generate", "--prompt", "x", "--devices", "0"], "--devices"),
     "too many devices": (["generate", "--prompt", "x", "--devices", "9"], "9 devices"),
     "far too many": (["generate", "--prompt", "x", "--devices", "99999"], "--devices"),
@@ -133,10 +134,10 @@ def test_info_tells_what_is_in_the_folder(capsys):
     said = capsys.readouterr()
     config = json.loads((Path(am.__file__).parent / "small/config.json").read_text())
     lines = dict(line.split(None, 1) for line in said.out.splitlines())
-    assert said.err == "" and lines["layout"] == "annotated-moe"
-    for name, value in config.items():
-        if name != "format":
-            assert lines[name] == str(value)
+    assert said.err == "" and lines["layout"] == config["format"]
+    assert lines["vocab_size"] == str(config["vocab_size"])
+    heads = config["layers"][0]["pattern"][0]["attention"]["q_heads"]
+    assert lines["layers[0].pattern[0].attention.q_heads"] == str(heads)
 
 
 def test_version(capsys):
@@ -150,7 +151,7 @@ def test_help_lists_what_there_is():
     code, out, err = run("--help")
     assert code == 0 and err == ""
     rows = [line.split() for line in out.splitlines() if line.startswith("    ")]
-    want = ["generate", "convert", "quantize", "info", "plan"]
+    want = ["generate", "info", "convert", "quantize", "plan"]
     assert [row[0] for row in rows] == want
 
 
@@ -172,6 +173,6 @@ def test_interrupted_is_quiet(capsys, monkeypatch):
     def interrupt(*job, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.checkpoints, "load", interrupt)
+    monkeypatch.setattr(cli, "load", interrupt)
     assert cli.main(["generate", "--prompt", "x"]) == 130
     assert capsys.readouterr() == ("", "")

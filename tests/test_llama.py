@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import haiku as hk
 import jax
@@ -9,28 +10,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from annotated_moe.attention import MultiHeadAttention
-from annotated_moe.checkpoints import parameter_counts
-from annotated_moe.llama import EVERY_LLAMA, PRESETS, slow_down, swiglu
-from annotated_moe.model import ModelConfig, all_logits, init_params
-from annotated_moe.rope import rope_angles
+from annotated_moe.attention import Attention, AttentionSpec
+from annotated_moe.config import Segment
+from annotated_moe.families.llama import LLAMAS, llama_config
+from annotated_moe.model import all_logits, param_specs
+from annotated_moe.moe import swiglu
+from annotated_moe.plan import parameter_counts
+from annotated_moe.rope import (
+    Llama3Rope,
+    Rope,
+    rope_angles,
+    scale_rope_frequencies,
+)
 
-TOY = ModelConfig(
-    **EVERY_LLAMA,
-    vocab_size=64,
-    context=48,
-    d_model=32,
-    d_ff=80,
-    num_layers=2,
-    q_heads=4,
-    kv_heads=2,
-    head_size=16,
-    attn_multiplier=0.25,
-    rope_base=500000.0,
-    rope_scaling=(8.0, 1.0, 4.0, 32),
-    norm_eps=1e-5,
+# What the published formulas need, in one place.
+SIZES = SimpleNamespace(
+    vocab_size=64, d_model=32, d_ff=80, num_layers=2, q_heads=4, kv_heads=2,
+    head_size=16, rope_base=500000.0, rope_scaling=(8.0, 1.0, 4.0, 32), norm_eps=1e-5,
+)
+TOY = replace(
+    llama_config(
+        2, 4, 2, 80, 16, vocab_size=64, context=48, d_model=32,
+        rope=Llama3Rope(500000.0, 8.0, 1.0, 4.0, 32),
+    ),
     dtype="float32",
 )
+
+
+def varied(attention=None, network=None, layer=None, **whole):
+    """TOY with other fields of its attention, its network, its layers, itself."""
+    old = TOY.layer(0)
+    spec = replace(
+        old,
+        attention=replace(old.attention, **attention or {}),
+        feed_forward=replace(old.feed_forward, **network or {}),
+        **layer or {},
+    )
+    return replace(TOY, layers=(Segment((spec,), TOY.num_layers),), **whole)
 
 
 def sigmoid(x):
@@ -160,50 +176,55 @@ def as_ours(ends, layers, c):
 
 @pytest.fixture(scope="module")
 def case():
-    ends, layers = random_weights(TOY)
+    ends, layers = random_weights(SIZES)
     tokens = np.random.default_rng(1).integers(0, TOY.vocab_size, 40)
-    expected = published_llama(tokens, ends, layers, TOY)
-    return as_ours(ends, layers, TOY), jnp.asarray(tokens[None], jnp.int32), expected
+    expected = published_llama(tokens, ends, layers, SIZES)
+    return as_ours(ends, layers, SIZES), jnp.asarray(tokens[None], jnp.int32), expected
+
+
+def logits(params, tokens, config):
+    own = {module: params[module] for module in param_specs(config)}
+    return all_logits(own, tokens, config)[0]
 
 
 def test_the_paths_are_those_of_the_model():
-    ours = as_ours(*random_weights(TOY), TOY)
-    full = replace(TOY, post_norm=True)
-    made = jax.eval_shape(lambda key: init_params(key, full), jax.random.key(0))
-    assert jax.tree.map(lambda w: w.shape, dict(ours)) == jax.tree.map(
-        lambda w: w.shape, dict(made)
-    )
+    ours = as_ours(*random_weights(SIZES), SIZES)
+    made = param_specs(varied(layer={"post_norm": True}))
+    shapes = {m: {n: w.shape for n, w in leaves.items()} for m, leaves in ours.items()}
+    assert shapes == {
+        m: {n: spec.shape for n, spec in leaves.items()} for m, leaves in made.items()
+    }
 
 
 def test_matches_the_published_model(case):
     params, tokens, expected = case
-    got = all_logits(params, tokens, TOY)[0]
     assert expected.std() > 1
-    np.testing.assert_allclose(got, expected, atol=1e-4)
+    np.testing.assert_allclose(logits(params, tokens, TOY), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"post_norm": True},
-        {"activation": "gelu"},
-        {"tied": True},
-        {"norm_eps": 1e-6},
-        {"rope_base": 10000.0},
-        {"rope_scaling": None},
-        {"attn_softcap": 30.0},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_every_switch_matters(case, changes):
+VARIANTS = {
+    "post_norm": varied(layer={"post_norm": True}),
+    "activation": varied(network={"activation": "gelu"}),
+    "tied": varied(tied=True),
+    "last norm_eps": varied(norm_eps=1e-4),
+    "norm_eps": varied(layer={"norm_eps": 1e-6}),
+    "rope base": varied(attention={"rope": Llama3Rope(1e4, 8.0, 1.0, 4.0, 32)}),
+    "rope scaling": varied(attention={"rope": Rope(500000.0)}),
+    "softcap": varied(attention={"softcap": 30.0}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_switch_matters(case, name):
     params, tokens, expected = case
-    got = all_logits(params, tokens, replace(TOY, **changes))[0]
-    assert np.abs(got - expected).max() > 1e-3
+    got = logits(params, tokens, VARIANTS[name])
+    assert np.abs(got - expected).max() > (1e-5 if "last" in name else 1e-3)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_complex_attention_equals_halves_after_a_shuffle(kv_heads):
-    c = replace(TOY, kv_heads=kv_heads, rope_scaling=None, rope_base=10000.0)
+    c = SimpleNamespace(**vars(SIZES) | {
+        "kv_heads": kv_heads, "rope_scaling": None, "rope_base": 10000.0})
     _, (w, _) = random_weights(c, seed=kv_heads)
     x = np.random.default_rng(2).normal(size=(30, c.d_model))
     expected = published_attention(x, w, c)
@@ -211,7 +232,7 @@ def test_complex_attention_equals_halves_after_a_shuffle(kv_heads):
     @hk.without_apply_rng
     @hk.transform
     def attention(x, positions):
-        layer = MultiHeadAttention(4, kv_heads, 16, 0.25, None)
+        layer = Attention(AttentionSpec(4, kv_heads, 16, 0.25))
         return layer(x, positions)[0]
 
     apply = jax.jit(attention.apply)
@@ -251,9 +272,9 @@ SCALINGS = [
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 @pytest.mark.parametrize("size, base", [(128, 500000.0), (64, 500000.0), (16, 1e4)])
-def test_slow_down_as_published(scaling, size, base):
+def test_frequencies_scaled_as_published(scaling, size, base):
     rates = rope_angles(jnp.array([[1]]), size, base)[0, 0]
-    slower = slow_down(rates, scaling)
+    slower = scale_rope_frequencies(rates, *scaling)
     exact = published_rates(size, base, scaling)
     assert slower.dtype == jnp.float32
     np.testing.assert_allclose(slower, exact, rtol=2e-5)
@@ -262,7 +283,9 @@ def test_slow_down_as_published(scaling, size, base):
 
 def test_limits_in_the_wrong_order_are_one_clear_error():
     with pytest.raises(ValueError, match="rope_scaling: high 1.0 below low 4.0"):
-        slow_down(jnp.ones(4), (8.0, 4.0, 1.0, 8192))
+        scale_rope_frequencies(jnp.ones(4), 8.0, 4.0, 1.0, 8192)
+    with pytest.raises(ValueError, match="rope_scaling: high 1.0 below low 4.0"):
+        Llama3Rope(500000.0, 8.0, 4.0, 1.0, 8192)
 
 
 # As Meta's papers, model cards and files count them.
@@ -274,6 +297,9 @@ PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
+    "code-llama-7b": 6_738_546_688,
+    "code-llama-13b": 13_016_028_160,
+    "code-llama-34b": 33_743_970_304,
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-3.1-8b": 8_030_261_248,
@@ -286,28 +312,32 @@ PUBLISHED = {
 
 
 def test_presets_are_the_published_sizes():
-    assert list(PRESETS) == list(PUBLISHED)
-    for name, fields in PRESETS.items():
-        c = ModelConfig(**fields)
+    assert list(LLAMAS) == list(PUBLISHED)
+    for name, c in LLAMAS.items():
+        attention = c.layer(0).attention
         assert parameter_counts(c) == (PUBLISHED[name],) * 2, name
-        assert c.d_model == c.q_heads * c.head_size
-        assert c.attn_multiplier == c.head_size**-0.5
+        assert c.d_model == attention.q_heads * attention.head_size
+        assert attention.multiplier == attention.head_size**-0.5
         assert c.tied == name.startswith("llama-3.2")
-        old = name[6] in "12"
-        assert c.stop_ids == (2,) if old else 128001 in c.stop_ids
-        assert c.rope_base == (1e4 if old else 5e5)
-        assert c.norm_eps == (1e-6 if name[6] == "1" else 1e-5)
+        old = "-3" not in name.removesuffix("34b").replace("-33b", "")
+        assert c.eos_ids == (2,) if old else 128001 in c.eos_ids
+        # Published: 1e-6 for Llama 1, but 1e-5 for its largest.
+        fine = name.startswith("llama-1") and name != "llama-1-65b"
+        assert c.norm_eps == c.layer(0).norm_eps == (1e-6 if fine else 1e-5)
+
+
+ROPES = {
+    "llama-1": (Rope(1e4), 2048),
+    "llama-2": (Rope(1e4), 4096),
+    "code-llama": (Rope(1e6), 16384),
+    "llama-3": (Rope(5e5), 8192),
+    "llama-3.1": (Llama3Rope(5e5, 8.0, 1.0, 4.0, 8192), 131072),
+    "llama-3.2": (Llama3Rope(5e5, 32.0, 1.0, 4.0, 8192), 131072),
+    "llama-3.3": (Llama3Rope(5e5, 8.0, 1.0, 4.0, 8192), 131072),
+}
 
 
 def test_presets_scale_what_they_were_trained_to_scale():
-    scaling = {n: p.get("rope_scaling") for n, p in PRESETS.items()}
-    context = {n: p["context"] for n, p in PRESETS.items()}
-    for name in PRESETS:
-        generation = name.split("-")[1]
-        expected = {
-            "1": (None, 2048),
-            "2": (None, 4096),
-            "3": (None, 8192),
-            "3.2": ((32.0, 1.0, 4.0, 8192), 131072),
-        }.get(generation, ((8.0, 1.0, 4.0, 8192), 131072))
-        assert (scaling[name], context[name]) == expected
+    for name, c in LLAMAS.items():
+        generation = name.rsplit("-", 1)[0]
+        assert (c.layer(0).attention.rope, c.context) == ROPES[generation], name

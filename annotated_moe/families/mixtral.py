@@ -37,6 +37,10 @@ class MistralFamily(LlamaFamily):
     """Llama with a window, the same in all layers."""
 
     model_type = "mistral"
+    defaults = {
+        "num_key_value_heads": 8, "sliding_window": 4096,
+        "max_position_embeddings": 131072, "eos_token_id": 2,
+    }
     window: int | None = 4096               # where a file has no field
 
     def read_window(self, fields: Fields) -> int | None:
@@ -112,6 +116,10 @@ class MixtralFamily(MistralFamily):
     """Experts in each layer, and maybe a window."""
 
     model_type = "mixtral"
+    defaults = {
+        "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "eos_token_id": 2,
+    }
     rope_base = 1e6
     norm_eps = 1e-5
     window = None

@@ -23,6 +23,10 @@ class OlmoeFamily(QwenFamily):
     """Experts in every layer."""
 
     model_type = "olmoe"
+    defaults = {
+        "max_position_embeddings": 4096, "eos_token_id": 50279,
+        "pad_token_id": 1,
+    }
     norm_eps = 1e-5
     whole_norm = True
 

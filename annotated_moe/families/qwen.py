@@ -57,6 +57,9 @@ class QwenFamily(LlamaFamily):
     """Qwen3-MoE: dense layers may stand among sparse ones."""
 
     model_type = "qwen3_moe"
+    defaults = {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768,
+    }
     whole_norm = False
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:

@@ -200,10 +200,13 @@ class LlamaFamily(Family):
     def write_layers(self, config: ModelConfig) -> dict[str, Any]:
         """The fields that `read_layers` reads."""
         layer = config.layer(0)
+        network = layer.feed_forward
+        if not isinstance(network, FeedForwardSpec):
+            raise ValueError("this architecture has no experts")
         return {
             **write_attention(layer.attention),
-            "intermediate_size": layer.feed_forward.width,
-            "mlp_bias": layer.feed_forward.bias,
+            "intermediate_size": network.width,
+            "mlp_bias": network.bias,
             "rms_norm_eps": layer.norm_eps,
         }
 

@@ -639,7 +639,8 @@ def write_tensor(w: Any, entry: Entry) -> list[Any]:
     w = slice_of(w, entry.index)
     change = TRANSFORMS[entry.transform].write
     if isinstance(w, QuantizedTensor):
-        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+        both = w.weight, w.scales
+        return [change(part, entry.spec) for part in both]
     return [change(w, entry.spec)]
 
 

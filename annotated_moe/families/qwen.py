@@ -95,7 +95,8 @@ class QwenFamily(LlamaFamily):
         width = fields.size("intermediate_size", 6144)
         dense = FeedForwardSpec(width, "silu")
         experts = self.read_experts(fields)
-        attention, eps = self.read_attention(fields), self.read_eps(fields)
+        attention = self.read_attention(fields)
+        eps = self.read_eps(fields)
         return [
             LayerSpec(attention, experts if sparse else dense, eps)
             for sparse in read_sparse(fields)
@@ -105,7 +106,8 @@ class QwenFamily(LlamaFamily):
         layers = [config.layer(i) for i in range(config.num_layers)]
         bare = [i for i, layer in enumerate(layers)
                 if not isinstance(layer.feed_forward, MoESpec)]
-        sparse = [layer for i, layer in enumerate(layers) if i not in bare]
+        sparse = [
+            layer for i, layer in enumerate(layers) if i not in bare]
         experts = experts_of((sparse or layers)[0])
         dense = layers[bare[0]].feed_forward if bare else experts
         return {

@@ -178,7 +178,8 @@ def check_tied(
     output = shares.get("output.weight", table)
     if any(as_bytes(a) != as_bytes(b) for a, b in zip(table, output)):
         raise CheckpointError(
-            f"{where}: output.weight is not tok_embeddings.weight, as it "
+            f"{where}: output.weight is not tok_embeddings.weight, as "
+            "it "
             "is in the published model of these sizes"
         )
 
@@ -394,8 +395,12 @@ META_COMPANIONS: dict[str, Callable[[ModelConfig], bytes | None]] = {}
 
 def meta_companions(config: ModelConfig) -> dict[str, bytes]:
     """Those that a model needs, by their names."""
-    made = {name: make(config) for name, make in META_COMPANIONS.items()}
-    return {name: data for name, data in made.items() if data is not None}
+    made = {
+        name: make(config) for name, make in META_COMPANIONS.items()
+    }
+    return {
+        name: data for name, data in made.items() if data is not None
+    }
 
 
 def find_meta(folder: Path, names: set[str]) -> Path | None:

@@ -635,7 +635,7 @@ LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
 FINDERS.append(fetch_from_hub)
 
 
-# %% book/chapters/15_meta.md, cell 68
+# %% book/chapters/15_meta.md, cell 69
 def meta_tokenizer(
     folder: Path, config: ModelConfig | None = None
 ) -> Tokenizer | None:

@@ -739,7 +739,7 @@ WEIGHTS |= {
 WEIGHT_SUFFIXES |= {".pth", ".bin"}
 
 
-# %% book/chapters/15_meta.md, cell 69
+# %% book/chapters/15_meta.md, cell 70
 def meta_files(folder: Path, config: ModelConfig) -> FilePlan:
     """What stands beside the weights elsewhere, and not here."""
     names = list_folder(folder)

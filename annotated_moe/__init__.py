@@ -16,14 +16,14 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.streaming import load_from_disk
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 112
+# %% book/chapters/08_model.md, cell 111
 __all__ = [
     "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
     "Tokenizer", "make_mesh",
 ]
 
 
-# %% book/chapters/09c_layouts.md, cell 55
+# %% book/chapters/09c_layouts.md, cell 69
 __all__.extend(
     entry.__name__ for entry in (CheckpointError, load, save, verify)
 )
@@ -37,7 +37,7 @@ LOADERS["disk"] = load_from_disk
 chat_module.register_chat()
 
 
-# %% book/chapters/99_command_line.md, cell 22
+# %% book/chapters/99_command_line.md, cell 26
 def __getattr__(name: str) -> str:
     """`__version__`, from what was installed."""
     if name != "__version__":

@@ -1,10 +1,12 @@
-# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
-"""A folder of weights says what model it holds in one of four ways, and
-none of them says what a program needs to know: which tensor is which
-parameter, and which bytes of it each device keeps. This chapter builds
-`load`, which looks at a folder, works out its layout, holds every
-tensor against the configuration, and puts each on its devices while
-reading only the bytes that a device keeps.
+# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
+"""Stack the weights of one matrix of Grok-1's 64 layers, and the host
+holds 103 GB before the first of eight devices has its 13. And nothing
+in the files says which tensor is which parameter: their order does, if
+you know it. This chapter turns a folder into a model. By its end you
+will have `load`, which recognises a folder, holds every tensor against
+the configuration, and hands each device the bytes that it keeps and no
+others; `save`, which writes all of a model or nothing; and `verify`,
+which finds the one bit that changed on the way.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -32,8 +34,22 @@ from annotated_moe.formats.files import (
     read_json,
 )
 from annotated_moe.formats.grok1 import read_release, release_config
-from annotated_moe.formats.hub import hub_config, read_hub
-from annotated_moe.formats.lazy import as_bytes, iter_blocks
+from annotated_moe.formats.hub import (
+    fetch_from_hub,
+    hub_config,
+    read_hub,
+)
+from annotated_moe.formats.lazy import (
+    as_bytes,
+    first_not_finite,
+    iter_blocks,
+)
+from annotated_moe.formats.meta import (
+    find_meta,
+    meta_companions,
+    meta_config,
+    read_meta,
+)
 from annotated_moe.formats.native import (
     FORMAT,
     flat_arrays,
@@ -57,13 +73,18 @@ from annotated_moe.formats.writing import (
 from annotated_moe.generate import MODEL_CLASSES, Model, announce
 from annotated_moe.model import Params, flat_specs
 from annotated_moe.parallel import (
+    MeshAxis,
     fit_spec,
     group_repeats,
     partition_spec,
     weight_spec,
 )
 from annotated_moe.params import ParamSpec
-from annotated_moe.quantization import QuantizedTensor, quantize
+from annotated_moe.quantization import (
+    QuantizedTensor,
+    cpu_has_bfloat16,
+    quantize,
+)
 from annotated_moe.tokenizer import (
     COMPANIONS,
     FORMATS,
@@ -71,7 +92,8 @@ from annotated_moe.tokenizer import (
     open_tokenizer,
 )
 
-# %% book/chapters/09c_layouts.md, cell 12
+# %% book/chapters/09c_layouts.md, cell 22
+Tensors = dict[tuple[str, str], Any]        # by module and name
 FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
@@ -91,11 +113,7 @@ def check_scales(where: Path, name: str, w: QuantizedTensor) -> None:
         )
 
 
-# %% book/chapters/09c_layouts.md, cell 13
-Tensors = dict[tuple[str, str], Any]        # by module and name
-
-
-# %% book/chapters/09c_layouts.md, cell 14
+# %% book/chapters/09c_layouts.md, cell 23
 def check_tensor(
     where: Path, name: str, w: Any, spec: ParamSpec
 ) -> None:
@@ -125,18 +143,30 @@ def check_tensors(
         check_tensor(where, "/".join(path), tensors[path], spec)
 
 
-# %% book/chapters/09c_layouts.md, cell 15
+# %% book/chapters/09c_layouts.md, cell 26
 BYTES_READ: Counter[str] = Counter()            # by a parameter's name
 
 
-def read_block(source: Any, index: tuple, name: str) -> np.ndarray:
-    """`source[index]`, the bytes it takes counted under `name`."""
+def read_block(
+    source: Any, index: tuple[slice, ...], name: str
+) -> np.ndarray:
+    """`source[index]`, the bytes it takes counted under `name`.
+
+    CheckpointError where it holds NaN or an infinity: says at which
+    index of `source`.
+    """
     block = np.asarray(source[index])
     BYTES_READ[name] += block.nbytes
+    if (wrong := first_not_finite(block)) is not None:
+        at = [i + (s.start or 0) for i, s in zip(wrong, index)]
+        raise CheckpointError(
+            f"{name} holds {float(block[wrong])} at {at}, which is no "
+            "weight: the file is damaged, or the training failed"
+        )
     return block
 
 
-# %% book/chapters/09c_layouts.md, cell 16
+# %% book/chapters/09c_layouts.md, cell 27
 def on_devices(
     source: Any, spec: P, mesh: Mesh | None, dtype: Any, name: str = ""
 ) -> jax.Array:
@@ -162,7 +192,7 @@ def on_devices(
     return make(shape, where, shards)
 
 
-# %% book/chapters/09c_layouts.md, cell 17
+# %% book/chapters/09c_layouts.md, cell 30
 @dataclass(frozen=True)
 class RepeatedScales:
     """`source` with each row of axis -2 `times` times, not copied."""
@@ -186,21 +216,7 @@ class RepeatedScales:
         return block[..., skip : skip + stop - start, :]
 
 
-# %% book/chapters/09c_layouts.md, cell 18
-def place(
-    name: str, w: Any, spec: ParamSpec, mesh: Mesh | None, dtype: str
-) -> Any:
-    """Put one parameter on its devices."""
-    cut = partition_spec(spec.axes)
-    if isinstance(w, QuantizedTensor):
-        return place_quantized(name, w, cut, mesh)
-    if mesh is not None:
-        cut = fit_spec(cut, w.shape, mesh)
-    own = "float32" if spec.float32 else dtype
-    return on_devices(w, cut, mesh, own, name)
-
-
-# %% book/chapters/09c_layouts.md, cell 19
+# %% book/chapters/09c_layouts.md, cell 31
 def place_quantized(
     name: str, w: QuantizedTensor, spec: P, mesh: Mesh | None
 ) -> QuantizedTensor:
@@ -217,7 +233,260 @@ def place_quantized(
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 22
+# %% book/chapters/09c_layouts.md, cell 32
+def place(
+    name: str, w: Any, spec: ParamSpec, mesh: Mesh | None, dtype: str
+) -> Any:
+    """Put one parameter on its devices."""
+    cut = partition_spec(spec.axes)
+    if isinstance(w, QuantizedTensor):
+        return place_quantized(name, w, cut, mesh)
+    if mesh is not None:
+        cut = fit_spec(cut, w.shape, mesh)
+    own = jnp.dtype(dtype)
+    if spec.float32:                        # unless the file has less
+        own = jnp.promote_types(w.dtype, own)
+    return on_devices(w, cut, mesh, own, name)
+
+
+# %% book/chapters/09c_layouts.md, cell 33
+def find_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a folder, if there is one."""
+    try:
+        return open_tokenizer(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
+class Layout(NamedTuple):
+    """A layout of folders: whose it is, and how it is read.
+
+    `find` gives the folder of the weights, or None for another
+    layout. `config` reads the configuration of the folder around,
+    `tokenizer` finds what cuts texts for that model.
+    """
+
+    name: str
+    find: Callable[[Path, set[str]], Path | None]
+    config: Callable[[Path], ModelConfig]
+    read: Callable[[Path, ModelConfig], Tensors]
+    tokenizer: Callable[
+        [Path, ModelConfig], Tokenizer | None] = find_tokenizer
+
+
+# %% book/chapters/09c_layouts.md, cell 34
+def find_release(folder: Path, names: set[str]) -> Path | None:
+    return folder / "ckpt-0" if "ckpt-0" in names else None
+
+
+def find_native(folder: Path, names: set[str]) -> Path | None:
+    return folder if is_native(folder) else None
+
+
+LAYOUTS = [
+    Layout(
+        "Grok-1", find_release,
+        lambda folder: release_config(folder / "config.json"),
+        read_release,
+    ),
+    Layout(
+        FORMAT, find_native,
+        lambda folder: native_config(folder / "config.json"),
+        read_native,
+    ),
+]
+
+
+# %% book/chapters/09c_layouts.md, cell 35
+FINDERS: list[Callable[[str], Path | None]] = []
+
+
+def find_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder that is there, or that a finder has for a name."""
+    text = os.fspath(path)
+    if not os.path.lexists(text):
+        for find in FINDERS:
+            if found := find(text):
+                return found
+    return Path(text)
+
+
+# %% book/chapters/09c_layouts.md, cell 36
+class Opened(NamedTuple):
+    """A checkpoint that was found, before its weights are read."""
+
+    folder: Path                            # configuration, tokenizer
+    weights: Path                           # where the weights are
+    layout: Layout
+    config: ModelConfig
+
+    def read(self) -> Tensors:
+        """(module, name) -> tensor, mapped and checked."""
+        tensors = self.layout.read(self.weights, self.config)
+        check_tensors(self.weights, tensors, self.config)
+        return tensors
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, if there is one."""
+        return self.layout.tokenizer(self.folder, self.config)
+
+
+# %% book/chapters/09c_layouts.md, cell 37
+def open_checkpoint(path: str | os.PathLike[str]) -> Opened:
+    """The checkpoint in a folder. CheckpointError if there is none."""
+    folder = find_folder(path)
+    folder = folder.parent if folder.name == "ckpt-0" else folder
+    names = list_folder(folder)
+    for layout in LAYOUTS:
+        weights = layout.find(folder, names)
+        if weights is not None:
+            config = layout.config(folder)
+            return Opened(folder, weights, layout, config)
+    shards = any(name.endswith(".safetensors") for name in names)
+    if not shards and (other := describe_weights(names)):
+        raise CheckpointError(f"{folder} {other}")
+    raise CheckpointError(
+        f"{folder} holds no checkpoint: known layouts are "
+        + ", ".join(layout.name for layout in LAYOUTS)
+    )
+
+
+# %% book/chapters/09c_layouts.md, cell 40
+def small_model() -> Path:
+    """The folder of the trained model inside this package."""
+    return Path(str(files("annotated_moe") / "small"))
+
+
+# %% book/chapters/09c_layouts.md, cell 43
+def parts_along(axis: MeshAxis, mesh: Mapping[str, int]) -> int:
+    """How many parts the mesh axes named by `axis` cut a size into."""
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return math.prod(mesh[name] for name in names if name is not None)
+
+
+def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
+    """What a mesh of these sizes cannot cut, or the empty string."""
+    for path, spec in flat_specs(c).items():
+        if not spec.matrix and "table" not in spec.axes:
+            continue
+        cut = partition_spec(spec.axes)
+        for size, axis, names in zip(spec.shape, spec.axes, cut):
+            parts = parts_along(names, mesh)
+            if size % parts:
+                many = isinstance(names, tuple)
+                along = " * ".join(names) if many else names
+                return (
+                    f"{along} = {parts} does not divide the {axis} of "
+                    f"{'/'.join(path)}, of which there are {size}"
+                )
+    for slot in all_slots(c):
+        heads, model = slot.spec.attention.q_heads, mesh["model"]
+        if heads % model:
+            return f"model = {model} does not divide {heads} query heads"
+    return ""
+
+
+# %% book/chapters/09c_layouts.md, cell 44
+def fitting_meshes(c: ModelConfig, n: int) -> Iterator[str]:
+    """Meshes of n devices that divide a model: data x expert x model."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    for data in divisors:
+        for expert in divisors:
+            model = n // (data * expert)
+            sizes = {"data": data, "expert": expert, "model": model}
+            if data * expert * model == n and not indivisible(c, sizes):
+                yield f"{data} x {expert} x {model}"
+
+
+def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
+    """ValueError unless `mesh` has our axes and divides the model."""
+    axes = "data", "expert", "model"
+    if tuple(getattr(mesh, "axis_names", ())) != axes:
+        raise ValueError(f"mesh needs axes {axes}: use make_mesh")
+    sizes = dict(mesh.shape)
+    wrong = indivisible(c, sizes)
+    if not wrong:
+        return
+    n = math.prod(sizes.values())
+    fits = list(fitting_meshes(c, n))
+    advice = f"of {n} devices, {' or '.join(fits[:4])} would do"
+    if not fits:
+        advice = f"no mesh of {n} devices would do, take another number"
+    raise CheckpointError(
+        f"{where} does not fit a data x expert x model mesh of "
+        f"{' x '.join(map(str, sizes.values()))}: {wrong}; {advice}"
+    )
+
+
+# %% book/chapters/09c_layouts.md, cell 47
+Loader = Callable[[Opened, Mesh | None, str], Model]
+LOADERS: dict[str, Loader] = {}
+
+
+def load_into_memory(
+    opened: Opened, mesh: Mesh | None, dtype: str
+) -> Model:
+    """The model of a checkpoint, its weights on their devices."""
+    config = replace(opened.config, dtype=dtype)
+    specs, tensors = flat_specs(config), opened.read()
+    params: dict[str, dict[str, Any]] = {}
+    announce(mesh, "load", config=config, weights=tensors)
+    for (module, name), w in tensors.items():
+        spec, full = specs[module, name], f"{module}/{name}"
+        try:
+            own = place(full, w, spec, mesh, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{opened.weights}: {error}") from None
+        params.setdefault(module, {})[name] = own
+    tokenizer = opened.tokenizer()
+    kind = MODEL_CLASSES[type(config)]
+    return kind(config, params, tokenizer, mesh)
+
+
+LOADERS["memory"] = load_into_memory
+
+
+# %% book/chapters/09c_layouts.md, cell 48
+def default_dtype() -> str:
+    """What to compute in unless told: bfloat16 where it is fast."""
+    if jax.default_backend() != "cpu" or cpu_has_bfloat16():
+        return "bfloat16"
+    return "float32"
+
+
+# %% book/chapters/09c_layouts.md, cell 49
+def load(
+    path: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    stream: bool = False,
+) -> Model:
+    """A model from a checkpoint folder; without one, the small model.
+
+    `mesh` comes from `make_mesh`; None is one device. `dtype` is what
+    it computes in, "bfloat16" or "float32"; None: what is fast here.
+    With `stream`, weights stay on disk, for a model larger than memory.
+    Raises CheckpointError for whatever is missing, left over, misshapen
+    or unsafe, and ValueError for another dtype or mesh. Source: the
+    Grok-1 release, `checkpoint.py`.
+    """
+    dtype = default_dtype() if dtype is None else dtype
+    if dtype not in DTYPES:
+        known = " or ".join(DTYPES)
+        raise ValueError(f"dtype must be {known}: {dtype!r}")
+    if stream and mesh is not None:
+        raise ValueError(
+            "stream=True runs on one device: leave out the mesh"
+        )
+    opened = open_checkpoint(small_model() if path is None else path)
+    if mesh is not None:
+        check_mesh(opened.folder, opened.config, mesh)
+    return LOADERS["disk" if stream else "memory"](opened, mesh, dtype)
+
+
+# %% book/chapters/09c_layouts.md, cell 55
 # What `save` writes, and may therefore replace.
 WRITTEN = {
     "config.json", "model.safetensors", "checksums.json",
@@ -256,7 +525,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         replace_folder(new, target, Path(folder) / "old", WRITTEN)
 
 
-# %% book/chapters/09c_layouts.md, cell 23
+# %% book/chapters/09c_layouts.md, cell 56
 def write_model(model: Model, folder: Path) -> None:
     """The files of a checkpoint in our own layout."""
     tensors = {
@@ -273,7 +542,60 @@ def write_model(model: Model, folder: Path) -> None:
         model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09c_layouts.md, cell 24
+# %% book/chapters/09c_layouts.md, cell 59
+def stored(opened: Opened) -> dict[str, np.ndarray]:
+    """Every array in a checkpoint's files, by the name it has there."""
+    where = opened.weights
+    if where.name != "ckpt-0":
+        return open_folder(where)
+    names = [n for n in list_folder(where) if n.startswith("tensor")]
+    interpreted: dict[int, Any] = {}
+    tensors = {
+        n: read_pickled(where / n, interpreted) for n in sorted(names)
+    }
+    return flat_arrays({(n,): w for n, w in tensors.items()})
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Tensor -> sha256, as `checksums.json` says."""
+    path = folder / "checksums.json"
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{folder} has no checksums.json: annotated-moe convert "
+            "makes a copy that has"
+        )
+    sums = read_json(path).get("sha256")
+    if not isinstance(sums, dict):
+        raise CheckpointError(f"{path} lacks the field 'sha256'")
+    return sums
+
+
+# %% book/chapters/09c_layouts.md, cell 60
+def verify(path: str | os.PathLike[str] | None = None) -> int:
+    """Hold every tensor against its checksum; how many there are.
+
+    Reads the whole checkpoint, a block at a time. Raises
+    CheckpointError for the first tensor that is not what was written.
+    """
+    opened = open_checkpoint(small_model() if path is None else path)
+    where = opened.weights
+    sums, arrays = checksums(opened.folder), stored(opened)
+    for name in sorted(set(arrays) ^ set(sums)):
+        lacks = "checksum" if name in arrays else "tensor"
+        raise CheckpointError(f"{where}: {name[:80]!r} has no {lacks}")
+    for name, array in arrays.items():
+        digest = hashlib.sha256()
+        for block in iter_blocks(array):
+            digest.update(as_bytes(block))
+        if digest.hexdigest() != sums[name]:
+            raise CheckpointError(
+                f"{where}: {name} does not match its checksum; it was "
+                "changed or damaged: fetch it again"
+            )
+    return len(arrays)
+
+
+# %% book/chapters/09c_layouts.md, cell 63
 def groups_for(spec: ParamSpec, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = partition_spec(spec.axes)
@@ -294,264 +616,34 @@ def quantize_params(
     return quantized
 
 
-# %% book/chapters/09c_layouts.md, cell 25
-class Layout(NamedTuple):
-    """A layout of folders: whose it is, and how it is read.
-
-    `find` gives the folder of the weights, or None for another
-    layout. `config` reads the configuration of the folder around.
-    """
-
-    name: str
-    find: Callable[[Path, set[str]], Path | None]
-    config: Callable[[Path], ModelConfig]
-    read: Callable[[Path, ModelConfig], Tensors]
-
-
-# %% book/chapters/09c_layouts.md, cell 26
-def find_release(folder: Path, names: set[str]) -> Path | None:
-    return folder / "ckpt-0" if "ckpt-0" in names else None
-
-
-def find_native(folder: Path, names: set[str]) -> Path | None:
-    return folder if is_native(folder) else None
-
-
-LAYOUTS = [
-    Layout(
-        "Grok-1", find_release,
-        lambda folder: release_config(folder / "config.json"),
-        read_release,
-    ),
-    Layout(
-        FORMAT, find_native,
-        lambda folder: native_config(folder / "config.json"),
-        read_native,
-    ),
-]
-
-
-# %% book/chapters/09c_layouts.md, cell 27
-class Opened(NamedTuple):
-    """A checkpoint that was found, before its weights are read."""
-
-    folder: Path                            # configuration, tokenizer
-    weights: Path                           # where the weights are
-    layout: Layout
-    config: ModelConfig
-
-    def read(self) -> Tensors:
-        """(module, name) -> tensor, mapped and checked."""
-        tensors = self.layout.read(self.weights, self.config)
-        check_tensors(self.weights, tensors, self.config)
-        return tensors
-
-
-def open_checkpoint(folder: Path) -> Opened:
-    """The checkpoint in a folder. CheckpointError if there is none."""
-    folder = folder.parent if folder.name == "ckpt-0" else folder
-    names = list_folder(folder)
-    for layout in LAYOUTS:
-        weights = layout.find(folder, names)
-        if weights is not None:
-            config = layout.config(folder)
-            return Opened(folder, weights, layout, config)
-    shards = any(name.endswith(".safetensors") for name in names)
-    if not shards and (other := describe_weights(names)):
-        raise CheckpointError(f"{folder} {other}")
-    raise CheckpointError(
-        f"{folder} holds no checkpoint: known layouts are "
-        + ", ".join(layout.name for layout in LAYOUTS)
-    )
-
-
-# %% book/chapters/09c_layouts.md, cell 28
-def stored(opened: Opened) -> dict[str, np.ndarray]:
-    """Every array in a checkpoint's files, by the name it has there."""
-    where = opened.weights
-    if where.name != "ckpt-0":
-        return open_folder(where)
-    names = [n for n in list_folder(where) if n.startswith("tensor")]
-    interpreted: dict[int, Any] = {}
-    tensors = {
-        n: read_pickled(where / n, interpreted) for n in sorted(names)
-    }
-    return flat_arrays({(n,): w for n, w in tensors.items()})
-
-
-# %% book/chapters/09c_layouts.md, cell 29
-def checksums(folder: Path) -> dict[str, str]:
-    """Tensor -> sha256, as `checksums.json` says."""
-    path = folder / "checksums.json"
-    if not os.path.lexists(path):
-        raise CheckpointError(
-            f"{folder} has no checksums.json: annotated-moe convert "
-            "makes a copy that has"
-        )
-    sums = read_json(path).get("sha256")
-    if not isinstance(sums, dict):
-        raise CheckpointError(f"{path} lacks the field 'sha256'")
-    return sums
-
-
-# %% book/chapters/09c_layouts.md, cell 30
-def verify(path: str | os.PathLike[str] | None = None) -> int:
-    """Hold every tensor against its checksum; how many there are.
-
-    Reads the whole checkpoint, a block at a time. Raises
-    CheckpointError for the first tensor that is not what was written.
-    """
-    opened = open_checkpoint(small_model() if path is None else Path(path))
-    where = opened.weights
-    sums, arrays = checksums(opened.folder), stored(opened)
-    for name in sorted(set(arrays) ^ set(sums)):
-        lacks = "checksum" if name in arrays else "tensor"
-        raise CheckpointError(f"{where}: {name[:80]!r} has no {lacks}")
-    for name, array in arrays.items():
-        digest = hashlib.sha256()
-        for block in iter_blocks(array):
-            digest.update(as_bytes(block))
-        if digest.hexdigest() != sums[name]:
-            raise CheckpointError(
-                f"{where}: {name} does not match its checksum; it was "
-                "changed or damaged: fetch it again"
-            )
-    return len(arrays)
-
-
-# %% book/chapters/09c_layouts.md, cell 31
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, if there is one."""
-    try:
-        return open_tokenizer(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(error)) from None
-
-
-# %% book/chapters/09c_layouts.md, cell 32
-def small_model() -> Path:
-    """The folder of the trained model inside this package."""
-    return Path(str(files("annotated_moe") / "small"))
-
-
-# %% book/chapters/09c_layouts.md, cell 33
-def indivisible(c: ModelConfig, mesh: Any) -> str:
-    """The first size that a mesh cannot cut, or the empty string."""
-    for path, spec in flat_specs(c).items():
-        if not spec.matrix and "table" not in spec.axes:
-            continue
-        cut = partition_spec(spec.axes)
-        for size, axis, names in zip(spec.shape, spec.axes, cut):
-            parts = math.prod(
-                mesh[name] for name in (
-                    names if isinstance(names, tuple) else (names,)
-                ) if name is not None
-            )
-            if size % parts:
-                along = " * ".join(
-                    names if isinstance(names, tuple) else (str(names),))
-                return (f"{along} = {parts} does not divide {axis} = "
-                        f"{size} of {'/'.join(path)}")
-    for slot in all_slots(c):
-        heads = slot.spec.attention.q_heads
-        if heads % mesh["model"]:
-            return f"model = {mesh['model']} does not divide q_heads = {heads}"
-    return ""
-
-
-# %% book/chapters/09c_layouts.md, cell 34
-def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
-    """ValueError unless `mesh` has our axes and divides the model."""
-    axes = "data", "expert", "model"
-    if tuple(getattr(mesh, "axis_names", ())) != axes:
-        raise ValueError(f"mesh needs axes {axes}: use make_mesh")
-    shape = dict(mesh.shape)
-    wrong = indivisible(c, shape)
-    if not wrong:
-        return
-    n = math.prod(shape.values())
-    good = [
-        f"{d} x {e} x {n // d // e}"
-        for d in range(1, n + 1) if n % d == 0
-        for e in range(1, n // d + 1) if n // d % e == 0
-        if not indivisible(
-            c, {"data": d, "expert": e, "model": n // d // e})
-    ]
-    advice = f"of {n} devices, {' or '.join(good)} would do"
-    if not good:
-        advice = f"no mesh of {n} devices would do, take another number"
-    raise CheckpointError(
-        f"{where} does not fit a data x expert x model mesh of "
-        f"{' x '.join(map(str, shape.values()))}: {wrong}; {advice}"
-    )
-
-
-# %% book/chapters/09c_layouts.md, cell 35
-def load_into_memory(
-    opened: Opened, mesh: Mesh | None, dtype: str
-) -> Model:
-    """The model of a checkpoint, its weights on their devices."""
-    config = replace(opened.config, dtype=dtype)
-    specs = flat_specs(config)
-    params: dict[str, dict[str, Any]] = {}
-    tensors = opened.read()
-    announce(mesh, "load", config=config, weights=tensors)
-    for (module, name), w in tensors.items():
-        own = place(
-            f"{module}/{name}", w, specs[module, name], mesh, dtype
-        )
-        params.setdefault(module, {})[name] = own
-    tokenizer = find_tokenizer(opened.folder)
-    kind = MODEL_CLASSES[type(config)]
-    return kind(config, params, tokenizer, mesh)
-
-
-Loader = Callable[[Opened, Mesh | None, str], Model]
-LOADERS: dict[str, Loader] = {"memory": load_into_memory}
-
-
-# %% book/chapters/09c_layouts.md, cell 36
-def default_dtype() -> str:
-    """What to compute in unless told: bfloat16 where it is fast."""
-    return "bfloat16"
-
-
-# %% book/chapters/09c_layouts.md, cell 37
-def load(
-    path: str | os.PathLike[str] | None = None,
-    mesh: Mesh | None = None,
-    dtype: str | None = None,
-    stream: bool = False,
-) -> Model:
-    """A model from a checkpoint folder; without one, the small model.
-
-    `mesh` comes from `make_mesh`; None is one device. `dtype` is what
-    it computes in, "bfloat16" or "float32"; None: what is fast here.
-    With `stream`, weights stay on disk, for a model larger than memory.
-    Raises CheckpointError for whatever is missing, left over, misshapen
-    or unsafe, and ValueError for another dtype or mesh. Source: the
-    Grok-1 release, `checkpoint.py`.
-    """
-    dtype = default_dtype() if dtype is None else dtype
-    if dtype not in DTYPES:
-        known = " or ".join(DTYPES)
-        raise ValueError(f"dtype must be {known}: {dtype!r}")
-    if stream and mesh is not None:
-        raise ValueError(
-            "stream=True runs on one device: leave out the mesh"
-        )
-    opened = open_checkpoint(small_model() if path is None else Path(path))
-    if mesh is not None:
-        check_mesh(opened.folder, opened.config, mesh)
-    return LOADERS["disk" if stream else "memory"](opened, mesh, dtype)
-
-
-# %% book/chapters/14_hub.md, cell 10
+# %% book/chapters/14_hub.md, cell 31
 def find_hub(folder: Path, names: set[str]) -> Path | None:
     if "config.json" not in names:
         return None
     raw = read_json(folder / "config.json")
-    return folder if "architectures" in raw else None
+    named = raw.keys() & {"architectures", "model_type"}
+    return folder if named else None
 
 
 LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
+
+
+# %% book/chapters/14_hub.md, cell 41
+FINDERS.append(fetch_from_hub)
+
+
+# %% book/chapters/15_meta.md, cell 68
+def meta_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer in the folder, or one folder up."""
+    found = find_tokenizer(folder) or find_tokenizer(folder / "..")
+    if found is not None and config is not None:
+        for name, data in meta_companions(config).items():
+            found.companions.setdefault(name, data)
+    return found
+
+
+LAYOUTS.append(
+    Layout("Meta", find_meta, meta_config, read_meta, meta_tokenizer)
+)

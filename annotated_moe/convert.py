@@ -1,4 +1,4 @@
-# Generated from book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/10_convert.md, book/chapters/14_hub.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """Grok-1 takes 318 GB on disk, so a program that loads it to write it
 down again in another layout needs a machine with 318 GB of memory, and
 some hours in which nothing may happen. This chapter holds a block of 16
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 from annotated_moe.checkpoints import (
     Tensors,
     groups_for,
+    meta_tokenizer,
     open_checkpoint,
 )
 from annotated_moe.config import ModelConfig
@@ -49,6 +50,7 @@ from annotated_moe.formats.hub import (
     entries,
 )
 from annotated_moe.formats.lazy import ConcatenatedArray, StackedArray
+from annotated_moe.formats.meta import find_meta, meta_companions
 from annotated_moe.formats.native import flat_arrays, native_settings
 from annotated_moe.formats.safetensors import (
     DTYPE_CODES,
@@ -145,8 +147,8 @@ def pickle_parts(w: Any, name: str) -> list[Part]:
 
 
 # %% book/chapters/10_convert.md, cell 15
-Plan = dict[str, list[Part]]                # file -> what it holds
-Planner = Callable[[Tensors, ModelConfig, int], Plan]
+FilePlan = dict[str, list[Part]]                # file -> what it holds
+Planner = Callable[[Tensors, ModelConfig, int], FilePlan]
 Describer = Callable[[ModelConfig], dict[str, Any]]
 
 
@@ -165,7 +167,7 @@ def slice_of(w: Any, index: tuple[int, ...]) -> Any:
 # %% book/chapters/10_convert.md, cell 17
 def plan_native(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """One file in our own layout."""
     return {ONE_FILE: safetensors_parts(flat_arrays(tensors))}
 
@@ -173,7 +175,7 @@ def plan_native(
 # %% book/chapters/10_convert.md, cell 18
 def plan_release(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """A pickle for each tensor of each layer, as Grok-1's release."""
     paths = {"/".join(path): path for path in tensors}
     plan = {}
@@ -187,7 +189,7 @@ def plan_release(
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 19
+# %% book/chapters/10_convert.md, cell 20
 def release_settings(config: ModelConfig) -> dict[str, Any]:
     """A `config.json` of the release. CheckpointError for a model that
     it cannot describe.
@@ -224,19 +226,19 @@ def release_settings(config: ModelConfig) -> dict[str, Any]:
     return {**flat, "widening_factor": widening}
 
 
-# %% book/chapters/10_convert.md, cell 20
+# %% book/chapters/10_convert.md, cell 21
 TARGETS: dict[str, tuple[Planner, Describer]] = {
     "native": (plan_native, native_settings),
     "grok-1": (plan_release, release_settings),
 }
 
 
-# %% book/chapters/10_convert.md, cell 21
+# %% book/chapters/10_convert.md, cell 22
 SYNC = 2**25
 JOURNAL = "journal"
 
 
-# %% book/chapters/10_convert.md, cell 22
+# %% book/chapters/10_convert.md, cell 23
 class Journal(Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
@@ -268,7 +270,7 @@ class Journal(Watcher):
         self.waiting = 0
 
 
-# %% book/chapters/10_convert.md, cell 23
+# %% book/chapters/10_convert.md, cell 24
 def replay(journal: Journal) -> str | None:
     """Take up the lines that are there; which job they belong to."""
     job, end = None, 0
@@ -287,7 +289,7 @@ def replay(journal: Journal) -> str | None:
     return job
 
 
-# %% book/chapters/10_convert.md, cell 24
+# %% book/chapters/10_convert.md, cell 25
 def files_of(folder: Path) -> list[Path]:
     """The checkpoint's files, and what stands beside it."""
     inside = folder / "ckpt-0"
@@ -297,7 +299,7 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in names if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 25
+# %% book/chapters/10_convert.md, cell 26
 def job_of(folder: Path, to: str, most: int) -> str:
     """A name for one conversion of one state of one folder."""
     stats = [(str(p), p.stat()) for p in files_of(folder)]
@@ -306,7 +308,7 @@ def job_of(folder: Path, to: str, most: int) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-# %% book/chapters/10_convert.md, cell 26
+# %% book/chapters/10_convert.md, cell 27
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a partial folder, for one process at a time."""
@@ -324,7 +326,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# %% book/chapters/10_convert.md, cell 27
+# %% book/chapters/10_convert.md, cell 28
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -344,8 +346,8 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 28
-def check_room(target: Path, needed: int) -> None:
+# %% book/chapters/10_convert.md, cell 29
+def check_disk_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise CheckpointError(
@@ -354,23 +356,21 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 29
-WEIGHTS = {
-    "config.json", "checksums.json", INDEX, "ckpt-0",
-    "params.json", "checklist.chk",             # Meta's
-}
+# %% book/chapters/10_convert.md, cell 30
+WEIGHTS = {"config.json", "checksums.json", INDEX, "ckpt-0"}
+WEIGHT_SUFFIXES = {".safetensors"}
+
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
     names = list_folder(folder) - WEIGHTS
     files = [folder / n for n in sorted(names) if n[0] != "."]
-    weights = {".safetensors", ".pth"}
-    other = [p for p in files if p.suffix not in weights]
+    other = [p for p in files if p.suffix not in WEIGHT_SUFFIXES]
     return [path for path in other if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 30
-def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
+# %% book/chapters/10_convert.md, cell 31
+def write_plan(new: Path, plan: FilePlan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
         path = new / name
@@ -385,7 +385,7 @@ def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
         fsync_path(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 31
+# %% book/chapters/10_convert.md, cell 32
 def finish(
     new: Path,
     target: Path,
@@ -406,7 +406,7 @@ def finish(
     fsync_path(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 33
 @contextmanager
 def cleared(new: Path) -> Iterator[None]:
     """Remove `new` when an error ends the work, not when a kill."""
@@ -420,7 +420,7 @@ def cleared(new: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 34
 def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -433,7 +433,7 @@ def begin(journal: Journal, new: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 35
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -446,12 +446,12 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 36
 def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-# %% book/chapters/10_convert.md, cell 36
+# %% book/chapters/10_convert.md, cell 37
 def check_options(to: str, most: int | None) -> int:
     """The size of a shard; ValueError for what makes no sense."""
     if to not in TARGETS:
@@ -463,20 +463,20 @@ def check_options(to: str, most: int | None) -> int:
     return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 37
-FileMaker = Callable[[Path, ModelConfig], Plan]
+# %% book/chapters/10_convert.md, cell 38
+FileMaker = Callable[[Path, ModelConfig], FilePlan]
 FILE_MAKERS: list[FileMaker] = []
 
 
-def added_files(folder: Path, config: ModelConfig) -> Plan:
+def added_files(folder: Path, config: ModelConfig) -> FilePlan:
     """Files that a folder's layout has not and a copy should have."""
-    plan: Plan = {}
+    plan: FilePlan = {}
     for make in FILE_MAKERS:
         plan |= make(folder, config)
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 39
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -503,11 +503,11 @@ def convert(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 39
+# %% book/chapters/10_convert.md, cell 40
 def carry_out(
     folder: Path,
     target: Path,
-    plan: Plan,
+    plan: FilePlan,
     settings: dict[str, Any],
     job: Callable[[], str],
     tell: Callable[[int, int], None],
@@ -516,7 +516,7 @@ def carry_out(
     new = target.parent / f".{target.name}.partial"
     total = sum(part.size for parts in plan.values() for part in parts)
     if not new.is_dir():
-        check_room(target, total)
+        check_disk_space(target, total)
     with locked(new) as file:
         journal, before = Journal(file, counter(total, tell)), job()
         begin(journal, new, before)
@@ -530,7 +530,7 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 51
+# %% book/chapters/10_convert.md, cell 52
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
@@ -551,17 +551,17 @@ class Rounded:
     @property
     def dtype(self) -> np.dtype:
         eight = np.dtype(np.int8)
-        return eight if self.what == "weight" else BFLOAT16
+        return eight if self.what == "weight" else BF16
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return rounded(np.asarray(self.source), self)
 
 
-# %% book/chapters/10_convert.md, cell 52
-BFLOAT16 = DTYPE_CODES["BF16"]
-
-
 # %% book/chapters/10_convert.md, cell 53
+BF16 = DTYPE_CODES["BF16"]
+
+
+# %% book/chapters/10_convert.md, cell 54
 def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
@@ -576,7 +576,7 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     return out
 
 
-# %% book/chapters/10_convert.md, cell 54
+# %% book/chapters/10_convert.md, cell 55
 @partial(jax.jit, static_argnames=("groups", "what"))
 def round_block(
     w: Float[Array, "D F"], groups: int, what: str
@@ -586,7 +586,7 @@ def round_block(
     return getattr(q, what), jnp.isfinite(w).all()
 
 
-# %% book/chapters/10_convert.md, cell 55
+# %% book/chapters/10_convert.md, cell 56
 def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
@@ -596,7 +596,7 @@ def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     ])
 
 
-# %% book/chapters/10_convert.md, cell 56
+# %% book/chapters/10_convert.md, cell 57
 def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not spec.matrix:
@@ -607,7 +607,7 @@ def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     ))
 
 
-# %% book/chapters/10_convert.md, cell 57
+# %% book/chapters/10_convert.md, cell 58
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -633,7 +633,16 @@ def quantize_files(
     carry_out(folder, target, plan, settings, job, tell)
 
 
-# %% book/chapters/14_hub.md, cell 21
+# %% book/chapters/14_hub.md, cell 32
+def write_tensor(w: Any, entry: Entry) -> list[Any]:
+    """A tensor as the layout wants it, and its scales if it has any."""
+    w = slice_of(w, entry.index)
+    change = TRANSFORMS[entry.transform].write
+    if isinstance(w, QuantizedTensor):
+        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+    return [change(w, entry.spec)]
+
+
 def hub_tensors(
     family: Family, tensors: Tensors, config: ModelConfig
 ) -> Iterator[tuple[str, Any]]:
@@ -652,33 +661,7 @@ def hub_tensors(
             yield name + end, whole
 
 
-def write_tensor(w: Any, entry: Entry) -> list[Any]:
-    """A tensor as the layout wants it, and its scales if it has any."""
-    w = slice_of(w, entry.index)
-    change = TRANSFORMS[entry.transform].write
-    if isinstance(w, QuantizedTensor):
-        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
-    return [change(w, entry.spec)]
-
-
-# %% book/chapters/14_hub.md, cell 22
-def in_shards(
-    arrays: dict[str, Any], most: int
-) -> list[dict[str, Any]]:
-    """Groups of at most `most` bytes, or of a single tensor."""
-    groups: list[dict[str, Any]] = [{}]
-    room = most
-    for name, w in arrays.items():
-        size = Part(w).size
-        if size > room and groups[-1]:
-            groups.append({})
-            room = most
-        groups[-1][name] = w
-        room -= size
-    return groups
-
-
-# %% book/chapters/14_hub.md, cell 23
+# %% book/chapters/14_hub.md, cell 33
 def architecture_of(config: ModelConfig) -> str:
     """The one whose files can say all that `config` says.
 
@@ -687,8 +670,7 @@ def architecture_of(config: ModelConfig) -> str:
     for name, family in FAMILIES.items():
         with contextlib.suppress(ValueError, AttributeError):
             raw = {"architectures": [name], **family.write(config)}
-            fields = Fields(Path(name), raw)
-            if family.read(fields) == config:
+            if family.configure(Fields(Path(name), raw)) == config:
                 return name
     raise CheckpointError(
         "no architecture of the hf layout is a model like this one: "
@@ -706,10 +688,26 @@ def hub_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/14_hub.md, cell 24
+# %% book/chapters/14_hub.md, cell 34
+def in_shards(
+    arrays: dict[str, Any], most: int
+) -> list[dict[str, Any]]:
+    """Groups of at most `most` bytes, or of a single tensor."""
+    groups: list[dict[str, Any]] = [{}]
+    room = most
+    for name, w in arrays.items():
+        size = Part(w).size
+        if size > room and groups[-1]:
+            groups.append({})
+            room = most
+        groups[-1][name] = w
+        room -= size
+    return groups
+
+
 def plan_hub(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """One file, or shards and their index."""
     family = FAMILIES[architecture_of(config)]
     arrays = dict(hub_tensors(family, tensors, config))
@@ -717,7 +715,7 @@ def plan_hub(
     about = {"format": "pt"}                # as transformers writes it
     if len(groups) == 1:
         return {ONE_FILE: safetensors_parts(groups[0], about)}
-    plan: Plan = {}
+    plan: FilePlan = {}
     index: dict[str, str] = {}
     total = sum(Part(w).size for w in arrays.values())
     for i, group in enumerate(groups, 1):
@@ -731,3 +729,28 @@ def plan_hub(
 
 
 TARGETS["hf"] = plan_hub, hub_settings
+
+
+# %% book/chapters/15_meta.md, cell 32
+WEIGHTS |= {
+    "params.json", "checklist.chk", "pytorch_model.bin.index.json"
+}
+WEIGHT_SUFFIXES |= {".pth", ".bin"}
+
+
+# %% book/chapters/15_meta.md, cell 69
+def meta_files(folder: Path, config: ModelConfig) -> FilePlan:
+    """What stands beside the weights elsewhere, and not here."""
+    names = list_folder(folder)
+    if find_meta(folder, names) is None:
+        return {}
+    files = meta_companions(config)
+    if tokenizer := meta_tokenizer(folder, config):
+        files[tokenizer.format.file_name] = tokenizer.model_bytes
+    return {
+        name: [Part(np.frombuffer(data, np.uint8))]
+        for name, data in files.items() if name not in names
+    }
+
+
+FILE_MAKERS.append(meta_files)

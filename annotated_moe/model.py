@@ -31,7 +31,7 @@ from annotated_moe.config import (
 from annotated_moe.moe import Losses
 from annotated_moe.params import ParamSpec, get_parameter, record_specs
 from annotated_moe.placement import here
-from annotated_moe.quantization import LazySlice, tile_rows
+from annotated_moe.quantization import LazySlice, read_slice, tile_rows
 from annotated_moe.rms_norm import RMSNorm, rms_norm
 
 
@@ -73,7 +73,7 @@ class DecoderLayer(hk.Module):
         layer: int | Int32[Array, ""],
     ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
         """h after attention, and the longer cache."""
-        x = self.norm(h, "rms_norm").astype(self.dtype)
+        x = self.norm(h, "rms_norm")
         attention = self.spec.attention.build()
         y, cache = attention(x, positions, cache, layer)
         return self.add(h, y, "rms_norm_1"), cache
@@ -93,7 +93,7 @@ class DecoderLayer(hk.Module):
         return h + (self.norm(y, name) if self.spec.post_norm else y)
 
 
-# %% book/chapters/08_model.md, cell 21
+# %% book/chapters/08_model.md, cell 20
 class InOutEmbed(hk.Module):
     """A table with a row of D numbers for each of V tokens."""
 
@@ -106,10 +106,12 @@ class InOutEmbed(hk.Module):
     def __call__(self) -> Any:
         init = hk.initializers.RandomNormal(self.shape[1] ** -0.5)
         axes = "vocab", "table"
-        return get_parameter("embeddings", self.shape, axes, init)
+        return get_parameter(
+            "embeddings", self.shape, axes, init, float32=True
+        )
 
 
-# %% book/chapters/08_model.md, cell 22
+# %% book/chapters/08_model.md, cell 21
 def outer_parameters(config: ModelConfig) -> None:
     """Ask for the parameters before and after the layers."""
     InOutEmbed(config.vocab_size, config.d_model)()
@@ -119,7 +121,7 @@ def outer_parameters(config: ModelConfig) -> None:
     RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
 
 
-# %% book/chapters/08_model.md, cell 23
+# %% book/chapters/08_model.md, cell 22
 def layer_parameters(slot: Slot, config: ModelConfig) -> None:
     """Ask for the parameters of a layer: run it on one token."""
     h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
@@ -127,7 +129,7 @@ def layer_parameters(slot: Slot, config: ModelConfig) -> None:
     layer(h, at, at == 0, train=True)
 
 
-# %% book/chapters/08_model.md, cell 24
+# %% book/chapters/08_model.md, cell 23
 @functools.cache
 def param_specs(
     config: ModelConfig,
@@ -147,7 +149,7 @@ def param_specs(
     return specs
 
 
-# %% book/chapters/08_model.md, cell 25
+# %% book/chapters/08_model.md, cell 24
 def flat_specs(
     config: ModelConfig,
 ) -> dict[tuple[str, str], ParamSpec]:
@@ -159,7 +161,7 @@ def flat_specs(
     }
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 28
 Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
 
 
@@ -180,7 +182,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return params
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 30
 def slot_params(params: Params, slot: Slot) -> Params:
     """The stacks of a slot's layers.
 
@@ -200,7 +202,7 @@ def slot_params(params: Params, slot: Slot) -> Params:
     return found
 
 
-# %% book/chapters/08_model.md, cell 32
+# %% book/chapters/08_model.md, cell 31
 def layer_weights(
     params: Params, slot: Slot, config: ModelConfig, index: Any
 ) -> Params:
@@ -216,7 +218,7 @@ def layer_weights(
     }
 
 
-# %% book/chapters/08_model.md, cell 33
+# %% book/chapters/08_model.md, cell 32
 def apply_layer(
     weights: Params,
     slot: Slot,
@@ -236,7 +238,7 @@ def apply_layer(
     return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/08_model.md, cell 36
+# %% book/chapters/08_model.md, cell 35
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -265,7 +267,7 @@ class Cache:
         return Cache(tuple(c.evict(row) for c in self.slots))
 
 
-# %% book/chapters/08_model.md, cell 37
+# %% book/chapters/08_model.md, cell 36
 def constrain_residual(
     h: Float32[Array, "B T D"],
 ) -> Float32[Array, "B T D"]:
@@ -273,7 +275,7 @@ def constrain_residual(
     return here().constrain(h, (None, None, "embed"))
 
 
-# %% book/chapters/08_model.md, cell 38
+# %% book/chapters/08_model.md, cell 37
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -310,18 +312,17 @@ def decoder(
     return h, None if cache is None else Cache(tuple(done))
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 42
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
 ) -> Float32[Array, "B T D"]:
-    """Rows of the table times the multiplier, rounded as in Grok-1."""
-    h = table[tokens].astype(config.dtype)
-    multiplier = jnp.asarray(config.embedding_multiplier, config.dtype)
-    return (h * multiplier).astype(jnp.float32)
+    """Rows of the table times the multiplier, in float32."""
+    h = table[tokens].astype(jnp.float32)
+    return h * config.embedding_multiplier
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 43
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -330,27 +331,34 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 44
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
-    """`tied_logits` without a second copy of the table."""
+    """`tied_logits` without a second copy of the table.
+
+    Few rows are multiplied one by one, in float32.
+    """
     n, v = h.shape[0], table.shape[0]
-    if n <= 8:
-        rows = [tied_logits(row, table) for row in jnp.split(h, n)]
-        return jnp.concatenate(rows)
     tile = tile_rows(v, 512)
+    tiles = table.reshape(v // tile, tile, -1)
 
     def add_tile(t: Array, y: Array) -> Array:
-        words = jax.lax.dynamic_slice_in_dim(table, t * tile, tile)
-        part = tied_logits(h, words)                        # [N, tile]
+        words = read_slice(LazySlice(tiles, (t,)))          # [tile, D]
+        if n > 8:
+            part = tied_logits(h, words)                    # [N, tile]
+        else:
+            rows = jnp.split(h.astype(jnp.float32), n)
+            words = words.astype(jnp.float32)
+            part = jnp.concatenate(
+                [tied_logits(row, words) for row in rows])
         return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
 
     y = jnp.zeros((n, v), jnp.float32)
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 45
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
@@ -369,7 +377,7 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% book/chapters/08_model.md, cell 47
+# %% book/chapters/08_model.md, cell 46
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -385,13 +393,13 @@ def unembed(
     """Logits: the last norm, the output matrix, the multiplier."""
     *lead, d = h.shape
     h = rms_norm(h, params["rms_norm"]["scale"], config.norm_eps)
-    h = h.reshape(-1, d).astype(config.dtype)               # [N, D]
+    h = h.reshape(-1, d)                                    # [N, D]
+    h = h.astype(config.dtype) if train else h
     y = all_tied_logits(h, head_table(params, config), train)
-    scale = jnp.asarray(config.output_multiplier, config.dtype)
-    return y.reshape(*lead, -1) * scale.astype(jnp.float32)
+    return y.reshape(*lead, -1) * config.output_multiplier
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 48
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -407,7 +415,7 @@ def positions_of(
     return positions, real
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 49
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -434,7 +442,7 @@ def forward(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 50
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -445,7 +453,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 61
+# %% book/chapters/08_model.md, cell 60
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(slot: KVCache) -> KVCache:
@@ -465,7 +473,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )))
 
 
-# %% book/chapters/08_model.md, cell 62
+# %% book/chapters/08_model.md, cell 61
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for slot in cache.slots:
@@ -497,7 +505,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 63
+# %% book/chapters/08_model.md, cell 62
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,

@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
 """Grok-1, and smaller models of its architecture.
 """
 
@@ -13,6 +13,8 @@ from annotated_moe.formats.hub import (
     WeightName,
     one_or_many,
     read_dtype,
+    read_rope,
+    stop_ids,
 )
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
@@ -58,12 +60,14 @@ def grok_config(
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 5
+# %% book/chapters/10_convert.md, cell 19
 def grok_sizes(config: ModelConfig) -> dict[str, Any]:
     """What `grok_config` would have to be given for such a model."""
     layer = config.layer(0)
     attention, experts = layer.attention, layer.feed_forward
-    sparse = isinstance(experts, MoESpec)
+    count, chosen = 1, 1
+    if isinstance(experts, MoESpec):
+        count, chosen = experts.num_experts, experts.top_k
     return {
         "vocab_size": config.vocab_size,
         "context": config.context,
@@ -73,8 +77,8 @@ def grok_sizes(config: ModelConfig) -> dict[str, Any]:
         "q_heads": attention.q_heads,
         "kv_heads": attention.kv_heads,
         "head_size": attention.head_size,
-        "num_experts": experts.num_experts if sparse else 1,
-        "top_k": experts.top_k if sparse else 1,
+        "num_experts": count,
+        "top_k": chosen,
         "embedding_multiplier": config.embedding_multiplier,
         "output_multiplier": config.output_multiplier,
         "attn_multiplier": attention.multiplier,
@@ -91,7 +95,7 @@ def like_grok(config: ModelConfig) -> ModelConfig:
     return grok_config(**grok_sizes(config))
 
 
-# %% book/chapters/14_hub.md, cell 3
+# %% book/chapters/14_hub.md, cell 18
 GROK_LAYER = (
     WeightName("pre_attn_norm.scale", "rms_norm/scale"),
     WeightName("post_attn_norm.scale", "rms_norm_1/scale"),
@@ -112,7 +116,7 @@ GROK_LAYER = (
 )
 
 
-# %% book/chapters/14_hub.md, cell 7
+# %% book/chapters/14_hub.md, cell 19
 class GrokFamily(Family):
     """The community's conversion of Grok-1.
 
@@ -133,9 +137,10 @@ class GrokFamily(Family):
     def read(self, fields: Fields) -> ModelConfig:
         fields.only("rms_norm_eps", 1e-5)
         fields.only("tie_word_embeddings", True)
+        fields.only("hidden_act", "gelu")
         heads = fields.size("num_attention_heads")
         width = fields.size("hidden_size")
-        size = fields.size("head_dim", width // heads)
+        rope = read_rope(fields)
         return grok_config(
             vocab_size=fields.size("vocab_size"),
             context=fields.size("max_position_embeddings"),
@@ -144,7 +149,7 @@ class GrokFamily(Family):
             num_layers=fields.size("num_hidden_layers"),
             q_heads=heads,
             kv_heads=fields.size("num_key_value_heads", heads),
-            head_size=size,
+            head_size=fields.size("head_dim", max(1, width // heads)),
             num_experts=fields.size("num_experts"),
             top_k=fields.size("num_experts_per_tok"),
             embedding_multiplier=fields.number(
@@ -152,9 +157,9 @@ class GrokFamily(Family):
             output_multiplier=fields.number("output_multiplier_scale"),
             attn_multiplier=fields.number("attn_output_multiplier"),
             attn_softcap=fields.number("max_attn_value"),
-            rope_base=fields.number("rope_theta", 10000.0),
+            rope_base=rope.base,
             pad_id=(*fields.ids("pad_token_id"), 0)[0],
-            eos_ids=fields.ids("eos_token_id"),
+            eos_ids=stop_ids(fields),
             dtype=read_dtype(fields),
         )
 
@@ -163,8 +168,7 @@ class GrokFamily(Family):
         attention, experts = layer.attention, layer.feed_forward
         if not isinstance(experts, MoESpec):
             raise ValueError("this layout has no model without experts")
-        again = like_grok(config)
-        if again != config:
+        if like_grok(config) != config:
             raise ValueError(
                 "this model is none of Grok-1's architecture, which is "
                 "all that this layout can say"

@@ -31,6 +31,7 @@ from annotated_moe.formats.hub import (
     one_or_many,
     read_dtype,
     read_rope,
+    stop_ids,
     write_rope,
 )
 from annotated_moe.moe import FeedForwardSpec
@@ -127,8 +128,10 @@ def projections(
         matrix = changes.get(a, "transpose")
         vector = "as is" if matrix == "transpose" else matrix
         found += [
-            WeightName(f"{theirs}{a}_proj.weight", f"{ours}{b}/w", matrix),
-            WeightName(f"{theirs}{a}_proj.bias", f"{ours}{b}/b", vector),
+            WeightName(
+                f"{theirs}{a}_proj.weight", f"{ours}{b}/w", matrix),
+            WeightName(
+                f"{theirs}{a}_proj.bias", f"{ours}{b}/b", vector),
         ]
     return tuple(found)
 
@@ -146,6 +149,7 @@ class LlamaFamily(Family):
     model_type = "llama"
     rope_base = 10000.0
     norm_eps = 1e-6
+    defaults = {"eos_token_id": 2}
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         return NORMS + ATTENTION + MLP
@@ -189,17 +193,20 @@ class LlamaFamily(Family):
             norm_eps=self.read_eps(fields),
             tied=fields.flag("tie_word_embeddings"),
             pad_id=0 if pad == -1 else pad,
-            eos_ids=fields.ids("eos_token_id"),
+            eos_ids=stop_ids(fields),
             dtype=read_dtype(fields),
         )
 
     def write_layers(self, config: ModelConfig) -> dict[str, Any]:
         """The fields that `read_layers` reads."""
         layer = config.layer(0)
+        network = layer.feed_forward
+        if not isinstance(network, FeedForwardSpec):
+            raise ValueError("this architecture has no experts")
         return {
             **write_attention(layer.attention),
-            "intermediate_size": layer.feed_forward.width,
-            "mlp_bias": layer.feed_forward.bias,
+            "intermediate_size": network.width,
+            "mlp_bias": network.bias,
             "rms_norm_eps": layer.norm_eps,
         }
 

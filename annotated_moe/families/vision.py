@@ -892,10 +892,11 @@ class SeeingFamily(Family):
             name: fields.get(name) for name in ("dtype", "torch_dtype")
         }
         fields.get("tie_word_embeddings")
-        text = Fields(text.where, dtypes | {
-            k: v for k, v in text.raw.items() if v is not None
-        })
-        config = self.decoder.read(text)
+        own = {
+            k: v for k, v in text.raw.items() if k not in dtypes or v
+        }
+        text = Fields(text.where, dtypes | own)
+        config = self.decoder.configure(text)
         text.finish()
         spec = read_vision(vision, fields, config.d_model)
         return seeing(config, spec)

@@ -65,7 +65,7 @@ def release_files(folder: Path, names: list[str]) -> list[Path]:
     return [folder / file for file in files]
 
 
-# %% book/chapters/09c_layouts.md, cell 3
+# %% book/chapters/09c_layouts.md, cell 10
 FIELD_NAMES = {
     "vocab_size": "vocab_size",
     "pad_token": "pad_id",
@@ -91,13 +91,13 @@ IGNORED = {
 }
 
 
-# %% book/chapters/09c_layouts.md, cell 4
+# %% book/chapters/09c_layouts.md, cell 11
 def ffn_size(d_model: int, widening: int | float) -> int:
     """F of the release: 6144 and 8 give 32768."""
     return -(-(int(widening * d_model) * 2 // 3) // 8) * 8
 
 
-# %% book/chapters/09c_layouts.md, cell 6
+# %% book/chapters/09c_layouts.md, cell 12
 def release_config(path: Path) -> ModelConfig:
     """A `config.json` of the release, or Grok-1 where there is none."""
     if not os.path.lexists(path):
@@ -119,6 +119,11 @@ def release_config(path: Path) -> ModelConfig:
         raise CheckpointError(
             f"{path}: widening_factor must be positive: {widening!r}"
         )
+    layers = flat.get("num_layers", 1)
+    if type(layers) is not int or not 0 < layers < 10_000:
+        raise CheckpointError(
+            f"{path}: num_layers must be an int from 1 to 9999: {layers!r}"
+        )
     values = {FIELD_NAMES[name]: value for name, value in flat.items()}
     if "eos_ids" in values:
         values["eos_ids"] = (values["eos_ids"],)
@@ -129,13 +134,12 @@ def release_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# %% book/chapters/09c_layouts.md, cell 7
+# %% book/chapters/09c_layouts.md, cell 15
 def read_release(
     folder: Path, config: ModelConfig
 ) -> dict[tuple[str, str], Any]:
     """(module, name) -> tensor of a Grok-1 checkpoint, mapped."""
-    specs = flat_specs(config)
-    paths = {"/".join(path): path for path in specs}
+    paths = {"/".join(path): path for path in flat_specs(config)}
     names = release_names(paths, config.num_layers)
     files = release_files(folder, names)
     tensors: dict[tuple[str, str], Any] = {}

@@ -1,7 +1,17 @@
 # Generated from book/chapters/14_hub.md by `make sync`; edit the chapter.
-"""Hugging Face's layout: fields, names of tensors, and whose they are.
+"""Nearly every open model is published in one layout: a `config.json`
+of thirty to sixty fields, and tensors under PyTorch's names. Read one
+of these fields in the wrong place and nothing fails. The model loads,
+speaks, and is a little stupid. This chapter reads the layout so that
+this cannot happen: every field is asked for by name, and one that
+nobody asked for stops the loading unless it is known to change nothing.
+By its end `load` takes such a folder, or just the name of a model on
+the hub; `convert --to hf` writes one, in shards; and a new architecture
+is a table of names and two small methods.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,74 +32,20 @@ from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.rope import Rope
 
-
-# %% book/chapters/14_hub.md, cell 2
-class WeightName(NamedTuple):
-    """A tensor of theirs, a parameter of ours, what is between.
-
-    `{expert}` in their name is one expert's number. Names within a
-    layer go without the layer's own.
-    """
-
-    theirs: str
-    ours: str
-    transform: str = "as is"
-
-
-ENDS = (
-    WeightName("model.embed_tokens.weight", "in_out_embed/embeddings"),
-    WeightName("model.norm.weight", "rms_norm/scale"),
-    WeightName("lm_head.weight", "lm_head/embeddings"),
-)
-
-
-# %% book/chapters/14_hub.md, cell 4
-# What `transformers` writes into any configuration and no model reads
-# when it computes logits.
-NAMES = """
-    architectures model_type auto_map transformers_version use_cache
-    name_or_path bos_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id tokenizer_class prefix initializer_range
-    initializer_factor output_router_logits router_aux_loss_coef
-    router_z_loss_coef output_attentions output_hidden_states
-    return_dict return_dict_in_generate output_scores torchscript
-    use_bfloat16 use_return_dict is_decoder is_encoder_decoder
-    cross_attention_hidden_size chunk_size_feed_forward pruned_heads
-    id2label label2id num_labels problem_type finetuning_task
-    task_specific_params attention_dropout hidden_dropout
-    attention_probs_dropout_prob hidden_dropout_prob dropout
-    embd_pdrop resid_pdrop attn_pdrop classifier_dropout
-    pretraining_tp tf_legacy_loss remove_invalid_values
-    max_length min_length max_new_tokens min_new_tokens do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff
-    repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
-    forced_bos_token_id forced_eos_token_id suppress_tokens
-    begin_suppress_tokens exponential_decay_length_penalty
-    max_sequence_length max_seq_len seq_length model_max_length
-    unsloth_version unsloth_fixed is_llama_config
-    attn_implementation cache_implementation use_flash_attn
-    gradient_checkpointing neftune_noise_alpha for_llm_compressor
-    router_jitter_noise bos_token eos_token pad_token language
-    license datasets tags base_model
-"""
-INERT = frozenset(NAMES.split())
-
-
-# %% book/chapters/14_hub.md, cell 5
+# %% book/chapters/14_hub.md, cell 6
 REQUIRED = object()
 
 
 class Fields:
     """The fields of a configuration, each asked for by its name.
 
-    `finish` refuses a field that nobody asked for: it might change
-    what is computed.
+    `defaults` are values of absent fields. `finish` refuses a field
+    that nobody asked for: it might change what is computed.
     """
 
     def __init__(self, where: Path, raw: Mapping[str, Any]) -> None:
         self.where, self.raw = where, raw
+        self.defaults: Mapping[str, Any] = {}
         self.asked: set[str] = set()
 
     def error(self, why: str) -> CheckpointError:
@@ -98,7 +54,7 @@ class Fields:
     def get(self, name: str, default: Any = None) -> Any:
         """A field's value; the default where it is absent or null."""
         self.asked.add(name)
-        value = self.raw.get(name)
+        value = self.raw.get(name, self.defaults.get(name))
         if value is None and default is REQUIRED:
             raise CheckpointError(
                 f"{self.where} lacks the field {name!r}"
@@ -156,22 +112,201 @@ class Fields:
             raise self.error(f"{name} must be an object")
         return Fields(Path(f"{self.where}: {name}"), value)
 
-    def finish(self, inert: frozenset[str] = INERT) -> None:
-        """CheckpointError for a field that means something unknown.
+    def finish(self, inert: frozenset[str] | None = None) -> None:
+        """CheckpointError for a field of unknown meaning.
 
-        What is private, known to be inert, or false, empty or zero
-        changes nothing.
+        What is private, known to be inert, false, empty or zero
+        changes nothing. A name that speaks of no part of a model is
+        let through with a warning.
         """
+        known = INERT if inert is None else inert
         for name, value in self.raw.items():
-            quiet = name[:1] == "_" or name in inert or not value
-            if name not in self.asked and not quiet:
+            quiet = name[:1] == "_" or name in known or not value
+            if name in self.asked or quiet:
+                continue
+            if speaks_of_a_part(name):
                 raise self.error(
                     f"the field {name[:40]!r} is not supported: what it"
                     " changes in the model is not known here"
                 )
+            text = f"{self.where}: the field {name[:40]!r} is not read"
+            warnings.warn(text, stacklevel=3)
 
 
-# %% book/chapters/14_hub.md, cell 6
+# %% book/chapters/14_hub.md, cell 7
+WORDS = """
+    act adapter alibi attn attention bias bits block cap causal chunk
+    conv cross depth dim embed expert factor feed ffn freq gate glu head
+    hidden image intermediate interleav key kv layer local logit lora
+    mask mlp moe mrope mup multiplier norm parallel posit quant query
+    rank ratio residual rope rotary rout scal share shared sink size
+    skip softmax span sparse ssm state swi theta tie topk value vision
+    weight width window
+"""
+PARTS = WORDS.split()
+
+
+def speaks_of_a_part(name: str) -> bool:
+    """Whether a field's name has a word for what a model computes."""
+    return any(part in name.lower() for part in PARTS)
+
+
+# %% book/chapters/14_hub.md, cell 8
+# What `transformers` writes into any configuration, and training
+# programs add, and no model reads when it computes logits.
+NAMES = """
+    architectures model_type auto_map transformers_version use_cache
+    name_or_path bos_token_id sep_token_id cls_token_id mask_token_id
+    unk_token_id decoder_start_token_id tokenizer_class prefix
+    initializer_range initializer_factor dtype torch_dtype
+    output_router_logits router_aux_loss_coef router_z_loss_coef
+    output_attentions output_hidden_states output_logits return_dict
+    return_dict_in_generate output_scores torchscript use_bfloat16
+    use_return_dict is_decoder is_encoder_decoder add_cross_attention
+    tie_encoder_decoder tie_last_hidden_states
+    cross_attention_hidden_size chunk_size_feed_forward pruned_heads
+    id2label label2id num_labels problem_type finetuning_task
+    task_specific_params attention_dropout hidden_dropout
+    attention_probs_dropout_prob hidden_dropout_prob dropout
+    embd_pdrop resid_pdrop attn_pdrop classifier_dropout
+    summary_first_dropout embedding_dropout resid_dropout
+    pretraining_tp tf_legacy_loss remove_invalid_values
+    max_length min_length max_new_tokens min_new_tokens do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p top_h min_p typical_p epsilon_cutoff
+    eta_cutoff penalty_alpha repetition_penalty length_penalty
+    encoder_repetition_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids force_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id
+    suppress_tokens begin_suppress_tokens renormalize_logits
+    exponential_decay_length_penalty sequence_bias stop_strings
+    guidance_scale constraints max_time low_memory dola_layers
+    token_healing watermarking_config generation_config
+    cache_config compile_config disable_compile max_cache_len
+    prefill_chunk_size continuous_batching_config speculation_type
+    prompt_lookup_num_tokens max_matching_ngram_size use_mtp
+    is_assistant num_assistant_tokens num_assistant_tokens_schedule
+    assistant_confidence_threshold assistant_early_exit
+    assistant_lookbehind target_lookbehind assistant_ensemble_weight
+    max_sequence_length max_seq_len max_seq_length seq_length seq_len
+    model_max_length original_max_position_embeddings
+    unsloth_version unsloth_fixed unsloth_processed is_llama_config
+    attn_implementation experts_implementation cache_implementation
+    use_flash_attn use_flash_attention use_flash_attention_2
+    flash_attention flash_attn attn_impl use_sdpa use_memory_efficient_attention
+    use_kernel use_kernels fused_kernels use_liger_kernel
+    gradient_checkpointing use_gradient_checkpointing neftune_noise_alpha
+    for_llm_compressor router_jitter_noise input_jitter_noise
+    bos_token eos_token pad_token unk_token pad_token_id eos_token_id
+    language license datasets tags base_model batch_size
+    train_batch_size micro_batch_size quantization_config
+    compression_config quantization transformers.js_config
+"""
+INERT = frozenset(NAMES.split())
+
+
+# %% book/chapters/14_hub.md, cell 11
+ROPES: dict[str, Callable[[Fields, float], Rope]] = {
+    "default": lambda fields, base: Rope(base)
+}
+# Of the numbers of one type of RoPE another has no use.
+NUMBERS = """
+    type factor low_freq_factor high_freq_factor attention_factor
+    original_max_position_embeddings beta_fast beta_slow mscale
+    mscale_all_dim truncate short_factor long_factor finetuned
+"""
+ROPE_NUMBERS = frozenset(NUMBERS.split())
+
+
+def read_rope(fields: Fields, base: float = 10000.0) -> Rope:
+    """How a configuration turns queries and keys.
+
+    `rope_scaling`, where it says something, goes before
+    `rope_parameters`; a `rope_theta` inside before one beside, and
+    that before `base`. Source: transformers 5, `modeling_rope_utils`.
+    """
+    base = fields.number("rope_theta", base)
+    partial = fields.get("partial_rotary_factor", 1.0)
+    scaling = fields.inner("rope_scaling")
+    inner = fields.inner("rope_parameters")
+    inner = scaling or inner or Fields(fields.where, {})
+    base = inner.number("rope_theta", base)
+    kind = inner.get("rope_type", inner.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPES:
+        raise inner.error(
+            f"rope_type is {kind!r:.40}; known are {', '.join(ROPES)}"
+        )
+    if inner.get("partial_rotary_factor", partial) != 1:
+        raise inner.error(
+            "a partial_rotary_factor other than 1 is not supported"
+        )
+    inner.defaults = {
+        "original_max_position_embeddings":
+            fields.get("max_position_embeddings")
+    }
+    rope = ROPES[kind](inner, base)
+    inner.finish(ROPE_NUMBERS)
+    return rope
+
+
+# %% book/chapters/14_hub.md, cell 14
+ROPE_FIELDS: dict[type, Callable[[Any], dict[str, Any]]] = {}
+
+
+def write_rope(rope: Rope) -> dict[str, Any]:
+    """`rope_parameters`, and the older spelling of the same."""
+    more = ROPE_FIELDS.get(type(rope), lambda rope: {})(rope)
+    own = {"rope_type": "default", **more}
+    old = None if own["rope_type"] == "default" else own
+    return {
+        "rope_parameters": {"rope_theta": rope.base, **own},
+        "rope_theta": rope.base,
+        "rope_scaling": old,
+    }
+
+
+# %% book/chapters/14_hub.md, cell 15
+def read_dtype(fields: Fields) -> str:
+    """What the weights are; a half is as precise as none of ours is."""
+    older = fields.get("torch_dtype", "bfloat16")
+    name = fields.get("dtype", older)
+    return "float32" if name == "float32" else "bfloat16"
+
+
+def stop_ids(fields: Fields) -> tuple[int, ...]:
+    """The ids that end a text, of those that the model has."""
+    count = fields.size("vocab_size")
+    return tuple(i for i in fields.ids("eos_token_id") if i < count)
+
+
+def one_or_many(ids: tuple[int, ...]) -> Any:
+    """Token ids as these files hold them: none, one, or a list."""
+    if len(ids) < 2:
+        return ids[0] if ids else None
+    return list(ids)
+
+
+# %% book/chapters/14_hub.md, cell 16
+class WeightName(NamedTuple):
+    """A tensor of theirs, a parameter of ours, what is between.
+
+    `{expert}` in their name is one expert's number. Names within a
+    layer go without the layer's own.
+    """
+
+    theirs: str
+    ours: str
+    transform: str = "as is"
+
+
+ENDS = (
+    WeightName("model.embed_tokens.weight", "in_out_embed/embeddings"),
+    WeightName("model.norm.weight", "rms_norm/scale"),
+    WeightName("lm_head.weight", "lm_head/embeddings"),
+)
+
+
+# %% book/chapters/14_hub.md, cell 17
 class Family:
     """An architecture in this layout: names, and a configuration.
 
@@ -181,6 +316,7 @@ class Family:
     model_type = ""
     prefix = "model.layers.{layer}."
     ends: tuple[WeightName, ...] = ENDS
+    defaults: Mapping[str, Any] = {}        # of absent fields
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         """The names of the tensors of one layer."""
@@ -193,6 +329,11 @@ class Family:
         """
         raise NotImplementedError
 
+    def configure(self, fields: Fields) -> ModelConfig:
+        """`read`, with this family's values of absent fields."""
+        fields.defaults = self.defaults
+        return self.read(fields)
+
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Their fields. ValueError for what they cannot say."""
         raise NotImplementedError
@@ -201,146 +342,7 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-# %% book/chapters/14_hub.md, cell 8
-Found = list[tuple[tuple[int, ...], Any]]       # index, tensor
-
-
-def stacked(where: Path, name: str, found: Found) -> Any:
-    """One tensor of those at all indices, in the order of these."""
-    if not found[0][0]:
-        return found[0][1]
-    parts: dict[int, Found] = {}
-    for (first, *rest), w in found:
-        parts.setdefault(first, []).append((tuple(rest), w))
-    inner = [stacked(where, name, parts[i]) for i in sorted(parts)]
-    return stack_tensors(where, name, inner)
-
-
-def read_hub(
-    folder: Path, config: ModelConfig
-) -> dict[tuple[str, str], Any]:
-    """(module, name) -> tensor of a folder, mapped from disk."""
-    family = family_of(folder / "config.json", read_config(folder))
-    there, parts = HubFolder(folder), {}
-    for entry in entries(family, config):
-        found = parts.setdefault(entry.path, [])
-        found.append((entry.index, there.read(entry)))
-    names = {name.ours: name.theirs for name in family.ends}
-    if config.tied and "lm_head/embeddings" in names:
-        check_head(there, names["in_out_embed/embeddings"],
-                   names["lm_head/embeddings"])
-    for name in sorted(set(there.arrays) - there.taken):
-        if not name.endswith(NO_WEIGHTS):
-            raise CheckpointError(
-                f"{folder} holds {name[:80]!r}, which its configuration"
-                " has no place for"
-            )
-    return {
-        path: stacked(folder, "/".join(path), found)
-        for path, found in parts.items()
-    }
-
-
-# %% book/chapters/14_hub.md, cell 9
-def check_scheme(path: Path, raw: Mapping[str, Any]) -> None:
-    """CheckpointError for quantized weights of another format."""
-    for where in (raw, raw.get("text_config")):
-        scheme = where.get("quantization_config") if isinstance(
-            where, Mapping) else None
-        ours = {"quant_method": "int8-weight-scale"}
-        if scheme and (not isinstance(scheme, dict) or scheme.get(
-                "quant_method", "") not in ("", ours["quant_method"])):
-            raise CheckpointError(
-                f"{path}: quantization_config is not supported; fetch "
-                "the weights in bfloat16"
-            )
-
-
-def hub_config(folder: Path) -> ModelConfig:
-    """The configuration of a folder, by its family."""
-    path, raw = folder / "config.json", read_config(folder)
-    family = family_of(path, raw)
-    check_scheme(path, raw)
-    fields = Fields(path, raw)
-    fields.get("quantization_config")
-    try:
-        config = family.read(fields)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    fields.finish()
-    return config
-
-
-# %% book/chapters/14_hub.md, cell 11
-def read_dtype(fields: Fields) -> str:
-    """What the weights are; a half is as precise as none of ours is."""
-    older = fields.get("torch_dtype", "bfloat16")
-    name = fields.get("dtype", older)
-    return "float32" if name == "float32" else "bfloat16"
-
-
-def one_or_many(ids: tuple[int, ...]) -> Any:
-    """Token ids as these files hold them: none, one, or a list."""
-    if len(ids) < 2:
-        return ids[0] if ids else None
-    return list(ids)
-
-
-# %% book/chapters/14_hub.md, cell 12
-ROPES: dict[str, Callable[[Fields, float], Rope]] = {
-    "default": lambda fields, base: Rope(base)
-}
-
-
-def read_rope(fields: Fields, base: float = 10000.0) -> Rope:
-    """How a configuration turns queries and keys.
-
-    `rope_scaling`, where it says something, goes before
-    `rope_parameters`; a `rope_theta` inside before one beside, and
-    that before `base`. Source: transformers 5, `modeling_rope_utils`.
-    """
-    base = fields.number("rope_theta", base)
-    scaling = fields.inner("rope_scaling")
-    inner = fields.inner("rope_parameters")
-    inner = scaling or inner
-    if inner is None:
-        return Rope(base)
-    base = inner.number("rope_theta", base)
-    kind = inner.get("rope_type", inner.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPES:
-        raise inner.error(
-            f"rope_type is {kind!r:.40}; known are {', '.join(ROPES)}"
-        )
-    partial = inner.get("partial_rotary_factor", 1.0)
-    if partial != 1:
-        raise inner.error(f"partial_rotary_factor {partial!r:.40} is "
-                          "not supported")
-    inner.get("type")
-    rope = ROPES[kind](inner, base)
-    inner.finish()
-    return rope
-
-
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """`rope_parameters` and the older spelling, so that every version
-    of transformers reads the same.
-    """
-    own = {"rope_type": "default", **ROPE_FIELDS.get(
-        type(rope), lambda rope: {})(rope)}
-    old = None if own["rope_type"] == "default" else own
-    return {
-        "rope_parameters": {"rope_theta": rope.base, **own},
-        "rope_theta": rope.base,
-        "rope_scaling": old,
-    }
-
-
-ROPE_FIELDS: dict[type, Callable[[Any], dict[str, Any]]] = {}
-
-
-# %% book/chapters/14_hub.md, cell 13
+# %% book/chapters/14_hub.md, cell 20
 Change = Callable[[Any, Any], Any]          # of a tensor, by its spec
 
 
@@ -365,7 +367,7 @@ TRANSFORMS = {
 }
 
 
-# %% book/chapters/14_hub.md, cell 14
+# %% book/chapters/14_hub.md, cell 21
 class Entry(NamedTuple):
     """One tensor of theirs, and where in ours it stands.
 
@@ -374,7 +376,7 @@ class Entry(NamedTuple):
 
     name: str
     path: tuple[str, str]
-    index: tuple[int, ...]
+    index: tuple[int, ...]          # type: ignore[assignment]
     transform: str
     spec: Any
 
@@ -391,6 +393,14 @@ def match(
     )
 
 
+def experts_in(theirs: str, spec: ParamSpec) -> Any:
+    """The experts that have tensors of their own; [None]: no such."""
+    if "{expert}" not in theirs:
+        return [None]
+    return range(spec.shape[spec.axes.index("experts")])
+
+
+# %% book/chapters/14_hub.md, cell 22
 def end_entries(
     family: Family, config: ModelConfig, path: tuple[str, str]
 ) -> Iterator[Entry]:
@@ -405,12 +415,10 @@ def end_entries(
         yield Entry(theirs, path, (i,), name.transform, config)
 
 
-# %% book/chapters/14_hub.md, cell 15
 def entries(family: Family, config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of theirs that a model has, in our order."""
-    specs = param_specs(config)
     slots = {slot.name: slot for slot in all_slots(config)}
-    for module, leaves in specs.items():
+    for module, leaves in param_specs(config).items():
         top, _, rest = module.partition("/")
         for leaf, spec in leaves.items():
             path = module, leaf
@@ -422,8 +430,7 @@ def entries(family: Family, config: ModelConfig) -> Iterator[Entry]:
             name = match(names, f"{rest}/{leaf}", f"layer {slot.name}")
             for i, layer in enumerate(slot.layers):
                 theirs = family.prefix.format(layer=layer) + name.theirs
-                count = experts_in(theirs, spec)
-                for e in count:
+                for e in experts_in(theirs, spec):
                     index = (i,) if e is None else (i, e)
                     yield Entry(
                         theirs.format(expert=e), path, index,
@@ -431,14 +438,7 @@ def entries(family: Family, config: ModelConfig) -> Iterator[Entry]:
                     )
 
 
-def experts_in(theirs: str, spec: ParamSpec) -> Any:
-    """The experts that have tensors of their own; [None]: no such."""
-    if "{expert}" not in theirs:
-        return [None]
-    return range(spec.shape[spec.axes.index("experts")])
-
-
-# %% book/chapters/14_hub.md, cell 16
+# %% book/chapters/14_hub.md, cell 24
 class HubFolder:
     """The arrays of a folder, and which of them were taken."""
 
@@ -465,7 +465,22 @@ class HubFolder:
         return change(w, entry.spec)
 
 
-# %% book/chapters/14_hub.md, cell 17
+# %% book/chapters/14_hub.md, cell 25
+Found = list[tuple[tuple[int, ...], Any]]       # index, tensor
+
+
+def stacked(where: Path, name: str, found: Found) -> Any:
+    """One tensor of those at all indices, in the order of these."""
+    if not found[0][0]:
+        return found[0][1]
+    parts: dict[int, Found] = {}
+    for (first, *rest), w in found:
+        parts.setdefault(first, []).append((tuple(rest), w))
+    inner = [stacked(where, name, parts[i]) for i in sorted(parts)]
+    return stack_tensors(where, name, inner)
+
+
+# %% book/chapters/14_hub.md, cell 26
 def check_head(folder: HubFolder, embedding: str, head: str) -> None:
     """CheckpointError if a tied model's output matrix is another."""
     if head in folder.taken or head not in folder.arrays:
@@ -483,34 +498,161 @@ def check_head(folder: HubFolder, embedding: str, head: str) -> None:
 NO_WEIGHTS = ".rotary_emb.inv_freq"             # older files have it
 
 
-# %% book/chapters/14_hub.md, cell 18
+# %% book/chapters/14_hub.md, cell 27
+def read_hub(
+    folder: Path, config: ModelConfig
+) -> dict[tuple[str, str], Any]:
+    """(module, name) -> tensor of a folder, mapped from disk."""
+    family = family_of(folder / "config.json", read_config(folder))
+    there = HubFolder(folder)
+    parts: dict[tuple[str, str], Found] = {}
+    for entry in entries(family, config):
+        found = parts.setdefault(entry.path, [])
+        found.append((entry.index, there.read(entry)))
+    names = {name.ours: name.theirs for name in family.ends}
+    if config.tied and "lm_head/embeddings" in names:
+        check_head(there, names["in_out_embed/embeddings"],
+                   names["lm_head/embeddings"])
+    for name in sorted(set(there.arrays) - there.taken):
+        if not name.endswith(NO_WEIGHTS):
+            raise CheckpointError(
+                f"{folder} holds {name[:80]!r}, which its configuration"
+                " has no place for"
+            )
+    return {
+        path: stacked(folder, "/".join(path), found)
+        for path, found in parts.items()
+    }
+
+
+# %% book/chapters/14_hub.md, cell 28
+def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
+    """The family of a configuration, by its first architecture.
+
+    The case of letters does not count: early files have LLaMA.
+    """
+    found = raw.get("architectures") or raw.get("model_type")
+    name = found[0] if isinstance(found, list) else found
+    for architecture, family in FAMILIES.items():
+        if raw.get("architectures"):
+            known = architecture
+        else:
+            known = family.model_type
+        if isinstance(name, str) and name.lower() == known.lower():
+            return family
+    shown = repr(name[:40]) if isinstance(name, str) else "none"
+    raise CheckpointError(
+        f"{path} names the architecture {shown}; other layouts are "
+        f"not supported: known are {', '.join(FAMILIES)}"
+    )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, with the stop ids of generation_config.json."""
     raw = read_json(folder / "config.json")
     beside = folder / "generation_config.json"
-    if beside.is_file():
-        ids = read_json(beside).get("eos_token_id")
-        text = raw.get("text_config")
-        inner = text if isinstance(text, dict) else raw
-        if ids is not None:
-            inner["eos_token_id"] = ids
+    if not beside.is_file():
+        return raw
+    ids = read_json(beside).get("eos_token_id")
+    text = raw.get("text_config")
+    inner = text if isinstance(text, dict) else raw
+    if ids is not None:
+        inner["eos_token_id"] = ids
     return raw
 
 
-def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
-    """The family of a configuration, by its first architecture."""
-    found = raw.get("architectures")
-    name = found[0] if isinstance(found, list) and found else None
-    if not isinstance(name, str) or name not in FAMILIES:
-        shown = repr(name[:40]) if isinstance(name, str) else "none"
+# %% book/chapters/14_hub.md, cell 29
+def check_scheme(path: Path, raw: Mapping[str, Any]) -> None:
+    """CheckpointError for quantized weights of another format."""
+    for where in (raw, raw.get("text_config")):
+        for name in (
+            "quantization_config", "compression_config", "quantization"
+        ):
+            scheme = where.get(name) if isinstance(where, dict) else None
+            if isinstance(scheme, dict):
+                method = scheme.get("quant_method")
+                if method == "int8-weight-scale" or not any(
+                    scheme.values()
+                ):
+                    continue
+                scheme = method or "a method without a name"
+            if scheme:
+                raise CheckpointError(
+                    f"{path}: {name} is not supported ({scheme!r:.40}); "
+                    "fetch the weights in bfloat16"
+                )
+
+
+# %% book/chapters/14_hub.md, cell 30
+def hub_config(folder: Path) -> ModelConfig:
+    """The configuration of a folder, by its family."""
+    path, raw = folder / "config.json", read_config(folder)
+    family = family_of(path, raw)
+    check_scheme(path, raw)
+    fields = Fields(path, raw)
+    try:
+        config = family.configure(fields)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    fields.finish()
+    return config
+
+
+# %% book/chapters/14_hub.md, cell 40
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+WANTED = [
+    "*.json", "*.safetensors", "*.model", "*.jinja", "*.txt",
+    "*.tiktoken", "ckpt-0/*",
+]
+
+
+def fetch_from_hub(name: str) -> Path | None:
+    """The folder of the model `name` of the hub, fetched if need be.
+
+    None for what is no name, as `./folder`. CheckpointError where it
+    cannot be had.
+    """
+    if not HUB_NAME.fullmatch(name):
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
         raise CheckpointError(
-            f"{path} names the architecture {shown}; other layouts are "
-            f"not supported: known are {', '.join(FAMILIES)}"
+            f"{name} is no folder; to fetch a model of this name from "
+            'the Hugging Face hub, pip install "annotated-moe[hub]"'
+        ) from None
+    try:
+        found = snapshot_download(
+            name, allow_patterns=WANTED, ignore_patterns=["original/*"]
         )
-    return FAMILIES[name]
+    except Exception as error:      # of the network: of many classes
+        why = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{name} is no folder, and could not be fetched from the "
+            f"Hugging Face hub: {why:.200}"
+        ) from None
+    return Path(found)
 
 
-# %% book/chapters/14_hub.md, cell 19
+# %% book/chapters/14_hub.md, cell 43
+def halves(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the second half of the last axis."""
+    middle = w.shape[-1] // 2
+    return w[..., :middle], w[..., middle:]
+
+
+# What is written together is joined by whoever writes.
+TRANSFORMS["first half"] = WeightTransform(
+    lambda w, spec: halves(w)[0], unchanged
+)
+TRANSFORMS["second half"] = WeightTransform(
+    lambda w, spec: halves(w)[1], unchanged
+)
+
+
+# %% book/chapters/14_hub.md, cell 44
 class HalvesFromPairs(LazyArray):
     """[D, heads * size], each head's halves from neighbouring pairs.
 
@@ -546,20 +688,4 @@ class PairsFromHalves(HalvesFromPairs):
 TRANSFORMS["halves"] = WeightTransform(
     lambda w, spec: HalvesFromPairs(w, spec.attention.head_size),
     lambda w, spec: PairsFromHalves(w, spec.attention.head_size),
-)
-
-
-# %% book/chapters/14_hub.md, cell 20
-def halves(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the second half of the last axis."""
-    middle = w.shape[-1] // 2
-    return w[..., :middle], w[..., middle:]
-
-
-# What is written together is joined by whoever writes.
-TRANSFORMS["first half"] = WeightTransform(
-    lambda w, spec: halves(w)[0], unchanged
-)
-TRANSFORMS["second half"] = WeightTransform(
-    lambda w, spec: halves(w)[1], unchanged
 )

@@ -13,11 +13,10 @@ from annotated_moe.model import flat_specs
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.specs import from_json, to_json
 
-# %% book/chapters/09c_layouts.md, cell 8
+# %% book/chapters/09c_layouts.md, cell 18
 FORMAT = "annotated-moe-2"
 
 
-# %% book/chapters/09c_layouts.md, cell 9
 def native_settings(config: ModelConfig) -> dict[str, Any]:
     """What `config.json` says of a model."""
     return {"format": FORMAT, **to_json(config)}
@@ -31,7 +30,7 @@ def is_native(folder: Path) -> bool:
     return str(read_json(path).get("format")).startswith("annotated-moe")
 
 
-# %% book/chapters/09c_layouts.md, cell 10
+# %% book/chapters/09c_layouts.md, cell 19
 def native_config(path: Path) -> ModelConfig:
     """The configuration that a `config.json` of ours describes."""
     raw = read_json(path)
@@ -51,7 +50,7 @@ def native_config(path: Path) -> ModelConfig:
 
 # %% book/chapters/09c_layouts.md, cell 20
 def flat_arrays(
-    tensors: Mapping[tuple[str, ...], Any],
+    tensors: Mapping[tuple[str, str], Any] | Mapping[tuple[str], Any],
 ) -> dict[str, Any]:
     """Name -> array; the scales of a quantized tensor get their own."""
     flat = {}
@@ -71,7 +70,8 @@ def read_native(
 ) -> dict[tuple[str, str], Any]:
     """(module, name) -> tensor of a checkpoint that `save` wrote."""
     file = folder / "model.safetensors"
-    arrays, tensors = open_arrays(file), {}
+    arrays = open_arrays(file)
+    tensors: dict[tuple[str, str], Any] = {}
     for path in flat_specs(config):
         name = "/".join(path)
         parts = [f"{name}.weight", f"{name}.scales"]

@@ -37,7 +37,7 @@ help:
 	@echo 'make lint | unit | notebooks | env | clean'
 
 run: env
-	@$(BIN)/annotated-moe generate --devices 8 --prompt "$$PROMPT"
+	@$(BIN)/annotated-moe generate --devices 8 --temperature 0.8 --top-p 0.95 --max-new-tokens 128 --prompt "$$PROMPT"
 
 test: check lint unit notebooks
 
@@ -62,23 +62,20 @@ $(STAMP): requirements.txt pyproject.toml
 parity-env: env
 	$(PIP) install -c requirements.txt -r requirements-parity.txt
 
-# Cells that use what a later chapter exports are counted, while there are any.
-FORWARD := --allow-forward
-
 # As a file and not as a module: it then runs even when a chapter has just
 # broken the package. `-P` keeps the package's folder off `sys.path`.
 sync: env
-	@$(BIN)/python -P annotated_moe/tangle.py $(FORWARD)
+	@$(BIN)/python -P annotated_moe/tangle.py
 
 check: env
-	@$(BIN)/python -P annotated_moe/tangle.py --check $(FORWARD)
+	@$(BIN)/python -P annotated_moe/tangle.py --check
 
 # The chapters up to number N as a package of their own, in a folder where no
 # other is found: every module imported, and the notebook of chapter N run.
 PREFIX := .prefix
 
 prefix: env
-	@$(BIN)/python -P scripts/prefix.py $(N) $(PREFIX)/$(N) $(FORWARD)
+	@$(BIN)/python -P scripts/prefix.py $(N) $(PREFIX)/$(N)
 
 lint: env
 	$(BIN)/ruff check --quiet .

@@ -16,7 +16,7 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.streaming import load_from_disk
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 125
+# %% book/chapters/08_model.md, cell 111
 __all__ = [
     "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
     "Tokenizer", "make_mesh",
@@ -37,7 +37,7 @@ LOADERS["disk"] = load_from_disk
 chat_module.register_chat()
 
 
-# %% book/chapters/99_command_line.md, cell 22
+# %% book/chapters/99_command_line.md, cell 26
 def __getattr__(name: str) -> str:
     """`__version__`, from what was installed."""
     if name != "__version__":

@@ -116,7 +116,7 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 # %% book/chapters/99_command_line.md, cell 8
-def mesh_of(devices: int) -> Mesh | None:
+def mesh_for(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
         raise ValueError(f"--devices must be 1 to 512, not {devices}")
@@ -129,12 +129,12 @@ def mesh_of(devices: int) -> Mesh | None:
 
 
 # %% book/chapters/99_command_line.md, cell 9
-def open_model(
+def load_model(
     path: str | None, devices: int, dtype: str | None, stream: bool
 ) -> tuple[Model, str]:
     """The model, and a sentence about it."""
     start = time.perf_counter()
-    model = load(path, mesh_of(devices), dtype, stream)
+    model = load(path, mesh_for(devices), dtype, stream)
     spent = time.perf_counter() - start
     kind = jax.devices()[0].platform.upper()
     total, _ = parameter_counts(model.config)
@@ -157,7 +157,7 @@ def message_parts(prompt: str) -> list[dict[str, str]]:
     ]
 
 
-def prompt_ids(
+def ids_of_prompt(
     model: Model, args: argparse.Namespace, images: list[Any]
 ) -> tuple[list[int], Any]:
     """Ids and tiles of the prompt, or the conversation it opens."""
@@ -184,6 +184,7 @@ def read_on(
     yield text.flush()
 
 
+# %% book/chapters/99_command_line.md, cell 12
 def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     """Print pieces as they come; when each token did."""
     times: list[float] = []
@@ -195,6 +196,7 @@ def show(prompt: str, pieces: Iterator[str]) -> list[float]:
     return times[:-1]                       # the last was no token
 
 
+# %% book/chapters/99_command_line.md, cell 13
 def rate(times: list[float]) -> str:
     """How many tokens came, and how fast."""
     text = f"{len(times)} new tokens"
@@ -206,13 +208,13 @@ def rate(times: list[float]) -> str:
     return f"{text}, {speed:,.0f} a second once compiled"
 
 
-# %% book/chapters/99_command_line.md, cell 12
+# %% book/chapters/99_command_line.md, cell 14
 def run_generate(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.image]
-    model, status = open_model(
+    model, status = load_model(
         args.model, args.devices, args.dtype, args.stream
     )
-    prompt, tiles = prompt_ids(model, args, images)
+    prompt, tiles = ids_of_prompt(model, args, images)
     stop = model.config.eos_ids
     if args.chat:
         stop += model.require_tokenizer().stop_ids
@@ -228,7 +230,7 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(start, read_on(model, prompt, ids))))
 
 
-# %% book/chapters/99_command_line.md, cell 13
+# %% book/chapters/99_command_line.md, cell 15
 FOLDER = "checkpoint folder, any layout [the small model]"
 
 
@@ -256,8 +258,10 @@ def add_generate(commands: Any) -> None:
 COMMANDS["generate"] = add_generate
 
 
-# %% book/chapters/99_command_line.md, cell 14
-def bytes_by_dtype(tensors: dict[tuple[str, str], Any]) -> dict[str, int]:
+# %% book/chapters/99_command_line.md, cell 16
+def bytes_by_dtype(
+    tensors: dict[tuple[str, str], Any],
+) -> dict[str, int]:
     """What the arrays of each dtype take; none of them is read."""
     sizes: dict[str, int] = {}
     for w in flat_arrays(tensors).values():
@@ -278,7 +282,7 @@ def lines_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-# %% book/chapters/99_command_line.md, cell 15
+# %% book/chapters/99_command_line.md, cell 17
 def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.path or small_model())
     opened = open_checkpoint(folder)
@@ -291,13 +295,15 @@ def run_info(args: argparse.Namespace) -> None:
     sizes["bytes of weights"] = sum(sizes.values())
     about |= {name: f"{size:,}" for name, size in sizes.items()}
     if args.verify:
-        about["checksums"] = f"{verify(folder):,} tensors are as written"
+        count = verify(folder)
+        about["checksums"] = f"{count:,} tensors are as written"
     for name, value in about.items():
         print(f"{name:22s}{value}")
     for name, value in lines_of(to_json(opened.config)):
         print(f"{name:42s} {value}")
 
 
+# %% book/chapters/99_command_line.md, cell 18
 def add_info(commands: Any) -> None:
     text = "print a checkpoint's layout, size and configuration"
     sub = commands.add_parser("info", help=text, description=text)
@@ -309,20 +315,23 @@ def add_info(commands: Any) -> None:
     )
 
 
+# %% book/chapters/99_command_line.md, cell 19
 COMMANDS["info"] = add_info
 
 
-# %% book/chapters/99_command_line.md, cell 18
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# %% book/chapters/99_command_line.md, cell 22
+BYTE_UNITS = {
+    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}
 
 
 def bytes_in(word: str) -> int:
     """"5GB" as a number of bytes; ValueError for anything else."""
     number = word.upper().rstrip("KMGTB")
     unit = word.upper()[len(number) :]
-    if unit not in UNITS or not number.isdecimal():
+    if unit not in BYTE_UNITS or not number.isdecimal():
         raise ValueError(f"no size: {word!r}; write 500MB, or 5GB")
-    return int(number) * UNITS[unit]
+    return int(number) * BYTE_UNITS[unit]
 
 
 @contextlib.contextmanager
@@ -340,7 +349,7 @@ def byte_bar() -> Iterator[Callable[[int, int], None]]:
             raise
 
 
-# %% book/chapters/99_command_line.md, cell 19
+# %% book/chapters/99_command_line.md, cell 23
 def run_convert(args: argparse.Namespace) -> None:
     size = args.max_shard_size
     most = None if size is None else bytes_in(size)
@@ -355,7 +364,8 @@ def add_convert(commands: Any) -> None:
     add = sub.add_argument
     add("source", metavar="SRC", help="checkpoint folder, any layout")
     add("target", metavar="DST", help="new folder")
-    add("--to", choices=list(TARGETS), default="native", help="[native]")
+    add("--to", choices=list(TARGETS), default="native",
+        help="[native]")
     add("--max-shard-size", metavar="SIZE",
         help="of a file, such as 500MB; with --to hf [5GB]")
 
@@ -363,7 +373,7 @@ def add_convert(commands: Any) -> None:
 COMMANDS["convert"] = add_convert
 
 
-# %% book/chapters/99_command_line.md, cell 20
+# %% book/chapters/99_command_line.md, cell 24
 def run_quantize(args: argparse.Namespace) -> None:
     with byte_bar() as tell:
         quantize_files(args.source, args.target, tell)

@@ -11,12 +11,8 @@ from annotated_moe.attention import AttentionSpec
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.specs import OneOf, Positive, Range, Size, Spec
 
+
 # %% book/chapters/08_model.md, cell 3
-DTYPES = {"float32": 4, "bfloat16": 2}      # bytes a number
-TokenId = Annotated[int, Range(0)]
-
-
-# %% book/chapters/08_model.md, cell 4
 @dataclass(frozen=True)
 class LayerSpec(Spec):
     """One layer: attention, then a feed-forward network or experts."""
@@ -27,7 +23,7 @@ class LayerSpec(Spec):
     post_norm: bool = False                 # a norm after each part too
 
 
-# %% book/chapters/08_model.md, cell 5
+# %% book/chapters/08_model.md, cell 4
 @dataclass(frozen=True)
 class Segment(Spec):
     """A run of layers: a pattern, so many times."""
@@ -38,6 +34,11 @@ class Segment(Spec):
     def check(self) -> None:
         if not self.pattern:
             raise ValueError("a segment needs a layer in its pattern")
+
+
+# %% book/chapters/08_model.md, cell 5
+DTYPES = {"float32": 4, "bfloat16": 2}      # bytes a number
+TokenId = Annotated[int, Range(0)]
 
 
 # %% book/chapters/08_model.md, cell 6
@@ -60,12 +61,11 @@ class ModelConfig(Spec):
     def check(self) -> None:
         if not self.layers:
             raise ValueError("a model needs at least one layer")
-        for name, ids in (
-            ("pad_id", (self.pad_id,)), ("eos_ids", self.eos_ids)
-        ):
-            if any(i >= self.vocab_size for i in ids):
+        ids = {"pad_id": (self.pad_id,), "eos_ids": self.eos_ids}
+        for name, some in ids.items():
+            if any(i >= self.vocab_size for i in some):
                 raise ValueError(
-                    f"{name} {ids} is beyond vocab_size="
+                    f"{name} {some} is beyond vocab_size="
                     f"{self.vocab_size}"
                 )
 
@@ -86,7 +86,7 @@ class ModelConfig(Spec):
         raise ValueError("this model reads tokens and nothing else")
 
 
-# %% book/chapters/08_model.md, cell 7
+# %% book/chapters/08_model.md, cell 10
 class Slot(NamedTuple):
     """A place in a pattern, and the layers that are made like it.
 
@@ -99,7 +99,6 @@ class Slot(NamedTuple):
     layers: range
 
 
-# %% book/chapters/08_model.md, cell 8
 @functools.cache
 def segments(config: ModelConfig) -> tuple[tuple[Slot, ...], ...]:
     """The slots of each segment's pattern, in order."""
@@ -109,7 +108,7 @@ def segments(config: ModelConfig) -> tuple[tuple[Slot, ...], ...]:
         end = first + step * segment.repeats
         slots = []
         for i, spec in enumerate(segment.pattern):
-            name = f"decoder_layer_{count}" if count else "decoder_layer"
+            name = "decoder_layer" + (f"_{count}" if count else "")
             slots.append(Slot(name, spec, range(first + i, end, step)))
             count += 1
         found.append(tuple(slots))
@@ -117,6 +116,7 @@ def segments(config: ModelConfig) -> tuple[tuple[Slot, ...], ...]:
     return tuple(found)
 
 
+# %% book/chapters/08_model.md, cell 11
 def all_slots(config: ModelConfig) -> tuple[Slot, ...]:
     """The slots of all segments, in order."""
     return sum(segments(config), ())
@@ -130,7 +130,7 @@ def slot_of(config: ModelConfig, layer: int) -> tuple[Slot, int]:
     raise ValueError(f"no layer {layer} of {config.num_layers}")
 
 
-# %% book/chapters/08_model.md, cell 9
+# %% book/chapters/08_model.md, cell 12
 def as_segments(layers: Sequence[LayerSpec]) -> tuple[Segment, ...]:
     """Layers as the shortest pattern that repeats, or as runs."""
     n, layers = len(layers), tuple(layers)

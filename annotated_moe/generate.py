@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
+# Generated from book/chapters/08_model.md, book/chapters/94_requests.md by `make sync`; edit the chapters.
 """Prompts in, texts out: prefill, decode, and the `Model` around them.
 """
 
@@ -33,7 +33,7 @@ from annotated_moe.sampling import (
     Sampling,
     greedy,
     sample,
-    sampling,
+    settings_per_row,
 )
 from annotated_moe.tokenizer import Tokenizer
 
@@ -43,13 +43,12 @@ Integers = int | Sequence[int]
 Rows = list[list[int]]
 
 
-# %% book/chapters/08_model.md, cell 84
 def bucket(size: int, most: int) -> int:
     """The power of two from 16 up that holds `size`, at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 85
+# %% book/chapters/08_model.md, cell 84
 def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     """int32 [B, width]: the rows, filled up on the right."""
     tokens = np.full((len(rows), width), pad, np.int32)
@@ -58,39 +57,18 @@ def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     return tokens
 
 
+# %% book/chapters/08_model.md, cell 85
+RunCheck = Callable[[Any, str, dict[str, Any]], None]
+RUN_CHECKS: list[RunCheck] = []
+
+
+def announce(mesh: Any, call: str, **inputs: Any) -> None:
+    """Give every check of `RUN_CHECKS` the mesh, call and inputs."""
+    for check in RUN_CHECKS:
+        check(mesh, call, inputs)
+
+
 # %% book/chapters/08_model.md, cell 86
-def check_row(i: int, row: Any, new: int, c: ModelConfig) -> list[int]:
-    """Prompt `i` as a list of ids; ValueError if it cannot be run."""
-    ids = np.asarray(row)
-    if ids.ndim == 1 and not len(ids):
-        raise ValueError(f"prompt {i} is empty; it needs a token")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"prompt {i} is no list of integer token ids")
-    wrong = ids[(ids < 0) | (ids >= c.vocab_size)]
-    if len(wrong):
-        raise ValueError(
-            f"prompt {i} holds token {wrong[0]}; "
-            f"ids run from 0 to {c.vocab_size - 1}"
-        )
-    if len(ids) + max(new, 1) - 1 > c.context:
-        raise ValueError(
-            f"prompt {i} of {len(ids)} tokens asks for {new} more; "
-            f"the context holds {c.context}"
-        )
-    return ids.tolist()
-
-
-# %% book/chapters/08_model.md, cell 87
-def check_rows(prompts: Any, new: Any, c: ModelConfig) -> Rows:
-    """`check_row` for all, and for the number of new tokens."""
-    if type(new) is not int or new < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more: {new!r}")
-    if isinstance(prompts, str):
-        raise TypeError("prompts must be lists of ids: use generate")
-    return [check_row(i, row, new, c) for i, row in enumerate(prompts)]
-
-
-# %% book/chapters/08_model.md, cell 88
 class Session:
     """A cache, and the steps that fill it.
 
@@ -130,7 +108,7 @@ class Session:
         return logits
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 87
 def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     """The tokens; ValueError where logits were no finite numbers."""
     if NO_TOKEN in tokens:
@@ -142,6 +120,7 @@ def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     return tokens
 
 
+# %% book/chapters/08_model.md, cell 88
 def token_steps(
     model: "Model", rows: Rows, settings: Sampling, count: int,
     tiles: Any = None,
@@ -164,7 +143,7 @@ def token_steps(
             logits = session.step(tokens)
 
 
-# %% book/chapters/08_model.md, cell 91
+# %% book/chapters/08_model.md, cell 89
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> Rows:
@@ -180,7 +159,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 92
+# %% book/chapters/08_model.md, cell 90
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -191,97 +170,42 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 93
-def check_tokens(
-    tokens: Any, lengths: Any, c: ModelConfig
-) -> tuple[Rows, int]:
-    """Rows cut to their lengths, and T; ValueError if senseless."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens must be [B, T], got {tokens.shape}")
-    b, t = tokens.shape
-    lengths = np.asarray([t] * b if lengths is None else lengths)
-    if lengths.shape != (b,) or lengths.dtype.kind not in "iu":
-        raise ValueError(f"lengths must be {b} integers")
-    if lengths.min() < 1 or lengths.max() > t:
-        raise ValueError(f"lengths must be from 1 to {t}: {lengths}")
-    rows = [row[:n] for row, n in zip(tokens, lengths)]
-    return check_rows(rows, 0, c), t
-
-
-# %% book/chapters/08_model.md, cell 94
-def check_mask(
-    tokens: np.ndarray, lengths: Any, mask: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where each row's tokens begin, and how many there are."""
-    mask = np.asarray(mask).astype(bool)
-    if lengths is not None:
-        raise ValueError("give lengths or a mask, not both")
-    if mask.shape != tokens.shape or not mask.any(-1).all():
-        raise ValueError(
-            f"mask {mask.shape} must be like tokens {tokens.shape}, "
-            "with a token in each row"
-        )
-    first, count = mask.argmax(1), mask.sum(1)
-    changes = np.abs(np.diff(mask.astype(int), axis=1)).sum(1)
-    if (changes + mask[:, 0] + mask[:, -1] != 2).any():
-        raise ValueError("a row's tokens must stand together in mask")
-    return first, count
-
-
-# %% book/chapters/08_model.md, cell 95
-def masked_logits(
-    model: "Model", tokens: Any, lengths: Any, mask: Any, images: Any
-) -> Float32[Array, "B T V"]:
-    """Logits of rows that begin anywhere; zero where `mask` is not."""
-    tokens = np.asarray(tokens)
-    first, count = check_mask(tokens, lengths, mask)
-    t = np.arange(tokens.shape[1])                          # [T]
-    ahead, back = (t + first[:, None]), (t - first[:, None])
-    rows = np.take_along_axis(tokens, ahead % len(t), axis=1)
-    y = model.logits(rows, count, images=images)
-    y = jnp.take_along_axis(y, back[..., None] % len(t), axis=1)
-    return jnp.where(np.asarray(mask, bool)[..., None], y, 0)
-
-
-# %% book/chapters/08_model.md, cell 96
-RunCheck = Callable[[Any, str, dict[str, Any]], None]
-RUN_CHECKS: list[RunCheck] = []
-
-
-def announce(mesh: Any, call: str, **inputs: Any) -> None:
-    """Give every check of `RUN_CHECKS` the mesh, call and inputs."""
-    for check in RUN_CHECKS:
-        check(mesh, call, inputs)
-
-
-# %% book/chapters/08_model.md, cell 97
+# %% book/chapters/08_model.md, cell 91
 def logits(
     model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
     images: Any = None,
 ) -> Float32[Array, "B T V"]:
-    """Logits of int [B, T]; past a row's length without meaning.
+    """Logits of int [B, T], zero at padding.
 
-    A `mask` [B, T] is true at tokens and false at padding, on the left
-    or on the right, where the logits are then zero. `images`: as for
-    `generate_ids`.
+    What is padding, `lengths` [B] says, or a `mask` [B, T], true at
+    tokens; then it may stand on the left too. `images`: as for
+    `generate_ids`. ValueError for what cannot be run.
     """
-    if mask is not None:
-        return masked_logits(model, tokens, lengths, mask, images)
-    rows, t = check_tokens(tokens, lengths, model.config)
-    width = bucket(t, model.config.context)
-    padded = pad_rows(rows, width, model.config.pad_id)
-    announce(model.mesh, "logits", tokens=rows, images=images,
-             config=model.config)
+    c, tokens = model.config, np.asarray(tokens)
+    announce(model.mesh, "logits", tokens=tokens.tolist(),
+             lengths=lengths, mask=mask, images=images, config=c)
+    b, t = tokens.shape
+    if mask is None:
+        ends = np.asarray(t if lengths is None else lengths)
+        mask = np.arange(t) < ends.reshape(-1, 1)
+    mask = np.broadcast_to(np.asarray(mask, bool), (b, t))
+    rows = [row[own].tolist() for row, own in zip(tokens, mask)]
+    width = bucket(t, c.context)
     inputs = model.inputs(rows, width, images)
     with model.on_mesh():
-        lengths = np.array([len(row) for row in rows], np.int32)
-        return model.all_logits(padded, lengths, inputs)[:, :t]
+        found = np.array([len(row) for row in rows], np.int32)
+        padded = pad_rows(rows, width, c.pad_id)
+        y = model.all_logits(padded, found, inputs)
+    if mask.all():
+        return y[:, :t]
+    at = np.maximum(mask.cumsum(axis=1) - 1, 0)             # [B, T]
+    y = jnp.take_along_axis(y, at[..., None], axis=1)
+    return jnp.where(mask[..., None], y, 0)
 
 
-# %% book/chapters/08_model.md, cell 98
+# %% book/chapters/08_model.md, cell 92
 def generate_ids(
-    model: "Model", prompts: Sequence[Any], max_new_tokens: int = 32,
+    model: "Model", prompts: Iterable[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
     top_k: Integers | None = None, seed: Integers = 0,
     stop_ids: Collection[int] | None = None, images: Any = None,
@@ -294,18 +218,21 @@ def generate_ids(
     TypeError or ValueError for what cannot be run.
     """
     stop = model.config.eos_ids if stop_ids is None else stop_ids
-    rows = check_rows(prompts, max_new_tokens, model.config)
-    settings = sampling(len(rows), temperature, top_p, top_k, seed)
+    rows = [np.asarray(row).tolist() for row in prompts]
     announce(
         model.mesh, "generate_ids", prompts=rows,
-        max_new_tokens=max_new_tokens, **settings._asdict(),
-        stop_ids=set(stop), images=images, config=model.config,
+        max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, top_k=top_k, seed=seed, stop_ids=set(stop),
+        images=images, config=model.config,
+    )
+    settings = settings_per_row(
+        len(rows), temperature, top_p, top_k, seed
     )
     steps = token_steps(model, rows, settings, max_new_tokens, images)
     return collect(steps, len(rows), stop)
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 93
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -314,42 +241,62 @@ def stream_ids(
 ) -> Iterator[int]:
     """The new ids of one list of ids, each as it comes."""
     stop = model.config.eos_ids if stop_ids is None else stop_ids
-    rows = check_rows([prompt], max_new_tokens, model.config)
-    settings = sampling(1, temperature, top_p, top_k, seed)
+    rows = [np.asarray(prompt).tolist()]
     announce(
-        model.mesh, "stream_ids", prompt=rows[0],
-        max_new_tokens=max_new_tokens, **settings._asdict(),
-        stop_ids=set(stop), images=images, config=model.config,
+        model.mesh, "stream_ids", prompts=rows,
+        max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, top_k=top_k, seed=seed, stop_ids=set(stop),
+        images=images, config=model.config,
     )
+    settings = settings_per_row(1, temperature, top_p, top_k, seed)
     tiles = None if images is None else [images]
     steps = token_steps(model, rows, settings, max_new_tokens, tiles)
     ids = (token for (token,) in steps)
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% book/chapters/08_model.md, cell 100
-def images_each(prompts: Sequence[Any], images: Any) -> list[Any]:
-    """What each prompt shows; ValueError for another number."""
-    if images is None:
-        return [None] * len(prompts)
-    if not isinstance(images, (list, tuple)):
-        raise TypeError("images must be a list: a picture a prompt")
-    if len(images) != len(prompts):
-        raise ValueError(
-            f"{len(images)} images for {len(prompts)} prompts: give "
-            "a picture, a list of pictures, or None for each"
-        )
-    return list(images)
+# %% book/chapters/08_model.md, cell 94
+def read_prompt(
+    model: "Model", prompt: Any, images: Any = None,
+    add_bos: bool | None = None,
+) -> tuple[list[int], Any]:
+    """Ids of a prompt, and what it shows, prepared, or None."""
+    if images is not None:
+        raise ValueError("this model reads text: leave out images")
+    if isinstance(prompt, str):
+        tokenizer = model.require_tokenizer()
+        ids = tokenizer.encode_prompt(prompt, add_bos)
+        tokenizer.check_ids(ids, model.config.vocab_size)
+        return ids, None
+    if isinstance(prompt, (list, tuple, np.ndarray)):
+        return list(prompt), None
+    raise TypeError(f"a prompt is a str or ids: {prompt!r:.60}")
 
 
-# %% book/chapters/08_model.md, cell 101
+def no_inputs(
+    model: "Model", rows: Rows, width: int, tiles: Any
+) -> Any:
+    """What rows of `width` tokens hold besides, for `prefill`."""
+    if tiles is not None and any(t is not None for t in tiles):
+        raise ValueError("this model reads text: leave out images")
+    return None
+
+
+# %% book/chapters/08_model.md, cell 95
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
 ) -> tuple[Rows, list[Any]]:
     """Ids and tiles of each prompt; an error says of which."""
+    shown = [None] * len(prompts) if images is None else images
+    if not isinstance(shown, (list, tuple)):
+        raise TypeError("images must be a list: a picture a prompt")
+    if len(shown) != len(prompts):
+        raise ValueError(
+            f"{len(shown)} images for {len(prompts)} prompts: give "
+            "a picture, a list of pictures, or None for each"
+        )
     rows, tiles = [], []
-    shown = images_each(prompts, images)
     for i, (prompt, own) in enumerate(zip(prompts, shown)):
         try:
             row, seen = model.read_prompt(prompt, own, add_bos)
@@ -360,7 +307,7 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 102
+# %% book/chapters/08_model.md, cell 96
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -392,7 +339,7 @@ def generate(
     return texts[0] if one else texts
 
 
-# %% book/chapters/08_model.md, cell 103
+# %% book/chapters/08_model.md, cell 97
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -414,7 +361,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08_model.md, cell 104
+# %% book/chapters/08_model.md, cell 98
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -448,7 +395,8 @@ class Model:
         )
 
     def prefill(
-        self, tokens: Any, lengths: Any, cache: Cache, inputs: Any = None
+        self, tokens: Any, lengths: Any, cache: Cache,
+        inputs: Any = None,
     ) -> Any:
         return prefill(
             self.params, tokens, lengths, cache, self.config, inputs
@@ -467,28 +415,8 @@ class Model:
             raise ValueError("it has no tokenizer: use generate_ids")
         return self.tokenizer
 
-    def read_prompt(
-        self, prompt: Any, images: Any = None,
-        add_bos: bool | None = None,
-    ) -> tuple[list[int], Any]:
-        """Ids of a prompt, and what it shows, prepared, or None."""
-        if images is not None:
-            raise ValueError("this model reads text: leave out images")
-        if isinstance(prompt, str):
-            tokenizer = self.require_tokenizer()
-            ids = tokenizer.encode_prompt(prompt, add_bos)
-            tokenizer.check_ids(ids, self.config.vocab_size)
-            return ids, None
-        if isinstance(prompt, (list, tuple, np.ndarray)):
-            return list(prompt), None
-        raise TypeError(f"a prompt is a str or ids: {prompt!r:.60}")
-
-    def inputs(self, rows: Rows, width: int, tiles: Any) -> Any:
-        """What rows of `width` tokens hold besides, for `prefill`."""
-        if tiles is not None and any(t is not None for t in tiles):
-            raise ValueError("this model reads text: leave out images")
-        return None
-
+    read_prompt = read_prompt
+    inputs = no_inputs
     logits = logits
     generate_ids = generate_ids
     stream_ids = stream_ids
@@ -496,4 +424,132 @@ class Model:
     stream = stream
 
 
+# %% book/chapters/08_model.md, cell 99
 MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
+
+
+# %% book/chapters/94_requests.md, cell 4
+def check_prompt(
+    i: int, row: Any, new: int, config: ModelConfig
+) -> None:
+    """TypeError or ValueError if prompt `i` cannot be run."""
+    if isinstance(row, str):
+        raise TypeError(
+            "prompts must be lists of ids; `generate` takes texts"
+        )
+    if row == []:
+        raise ValueError(f"prompt {i} is empty; it needs a token")
+    if type(row) is not list or any(type(t) is not int for t in row):
+        raise ValueError(f"prompt {i} is no list of integer token ids")
+    wrong = [t for t in row if not 0 <= t < config.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"prompt {i} holds token {wrong[0]}; "
+            f"ids run from 0 to {config.vocab_size - 1}"
+        )
+    if len(row) + max(new, 1) - 1 > config.context:
+        raise ValueError(
+            f"prompt {i} of {len(row)} tokens asks for {new} more; "
+            f"the context holds {config.context}"
+        )
+
+
+# %% book/chapters/94_requests.md, cell 7
+def check_numbers(
+    name: str, value: Any, rows: int, good: Callable[[Any], Any],
+    need: str,
+) -> None:
+    """ValueError unless `value` is good: one number, or one a row."""
+    a = np.asarray(value)
+    if a.shape not in ((), (rows,)):
+        raise ValueError(
+            f"{name} must be one number, or one for each of {rows} "
+            f"prompts, not {a.size}"
+        )
+    if a.dtype.kind not in "iuf" or not np.all(good(a)):
+        raise ValueError(f"{name} must be {need}, got {value!r}")
+
+
+# %% book/chapters/94_requests.md, cell 8
+def check_settings(
+    rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
+) -> None:
+    """ValueError for settings of the sampler that make no sense."""
+    check_numbers(
+        "seed", seed, rows,
+        lambda a: (a % 1 == 0) & (a >= 0) & (a < 2**32),
+        "an integer from 0 to 2**32 - 1",
+    )
+    check_numbers(
+        "temperature", temperature, rows,
+        lambda a: (a >= 0) & np.isfinite(a), "0 or more",
+    )
+    check_numbers(
+        "top_p", top_p, rows, lambda a: (a > 0) & (a <= 1),
+        "above 0, at most 1",
+    )
+    if top_k is not None:
+        check_numbers(
+            "top_k", top_k, rows,
+            lambda a: (a % 1 == 0) & (a >= 1) & (a < 2**31),
+            "an integer >= 1, or None",
+        )
+
+
+# %% book/chapters/94_requests.md, cell 12
+def mask_of(tokens: np.ndarray, lengths: Any, mask: Any) -> np.ndarray:
+    """Where tokens [B, T] are real; ValueError for senseless wishes."""
+    b, t = tokens.shape
+    if lengths is None and mask is None:
+        return np.ones((b, t), bool)
+    if mask is not None:
+        if lengths is not None:
+            raise ValueError("give lengths or a mask, not both")
+        return np.asarray(mask).astype(bool)
+    lengths = np.asarray(lengths)
+    if lengths.shape != (b,) or lengths.dtype.kind not in "iu":
+        raise ValueError(f"lengths must be {b} integers")
+    if lengths.min() < 1 or lengths.max() > t:
+        raise ValueError(f"lengths must be from 1 to {t}: {lengths}")
+    return np.arange(t) < lengths[:, None]
+
+
+# %% book/chapters/94_requests.md, cell 13
+def check_whole(
+    tokens: Any, lengths: Any, mask: Any, config: ModelConfig
+) -> None:
+    """ValueError if logits of these rows cannot be computed."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be [B, T], got {tokens.shape}")
+    mask = mask_of(tokens, lengths, mask)
+    if mask.shape != tokens.shape or not mask.any(-1).all():
+        raise ValueError(
+            f"mask {mask.shape} must be like tokens {tokens.shape}, "
+            "with a token in each row"
+        )
+    changes = np.abs(np.diff(mask.astype(int), axis=1)).sum(1)
+    if (changes + mask[:, 0] + mask[:, -1] != 2).any():
+        raise ValueError("a row's tokens must stand together in mask")
+    for i, row in enumerate(tokens):
+        check_prompt(i, row[mask[i]].tolist(), 0, config)
+
+
+# %% book/chapters/94_requests.md, cell 16
+def check_request(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
+    """TypeError or ValueError for a request that cannot be run."""
+    if call == "logits":
+        check_whole(inputs["tokens"], inputs["lengths"], inputs["mask"],
+                    inputs["config"])
+    if call not in ("generate_ids", "stream_ids"):
+        return
+    new, rows = inputs["max_new_tokens"], inputs["prompts"]
+    if type(new) is not int or new < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more: {new!r}")
+    for i, row in enumerate(rows):
+        check_prompt(i, row, new, inputs["config"])
+    check_settings(len(rows), inputs["temperature"], inputs["top_p"],
+                   inputs["top_k"], inputs["seed"])
+
+
+RUN_CHECKS.append(check_request)

@@ -1,12 +1,12 @@
-# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
-"""One layer of Grok-1 holds 4.9 billion weights, and the model is that
-layer sixty-four times. Written as a loop it would be compiled
-sixty-four times over; run without a cache it would say its 8,192nd word
-by thinking through the 8,191 before it once more. This chapter puts the
-pieces together so that the layer is compiled once and every token is
-computed once: the stack, the tied embeddings, the sampler, and the loop
-around them. It ends with text coming out of a model small enough to
-ship inside this package.
+# Generated from book/chapters/08_model.md, book/chapters/95_training_stack.md by `make sync`; edit the chapters.
+"""Grok-1 is a layer of 4.9 billion weights, sixty-four times over,
+between a table that turns tokens into vectors and the same table
+turning vectors back into tokens. The chapters before this one built
+what is inside the layer. This one puts the rest around it: a model
+described as data, a stack that compiles as fast as a single layer, a
+cache that lets every token be computed once, a sampler, and the loop.
+At its end a small trained model of the same architecture writes text,
+and before that you will have seen which of its experts reads what.
 """
 
 import functools
@@ -31,11 +31,11 @@ from annotated_moe.config import (
 from annotated_moe.moe import Losses
 from annotated_moe.params import ParamSpec, get_parameter, record_specs
 from annotated_moe.placement import here
-from annotated_moe.quantization import LazySlice, tile_rows
+from annotated_moe.quantization import LazySlice, read_slice, tile_rows
 from annotated_moe.rms_norm import RMSNorm, rms_norm
 
 
-# %% book/chapters/08_model.md, cell 14
+# %% book/chapters/08_model.md, cell 18
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -54,6 +54,10 @@ class DecoderLayer(hk.Module):
         layer: int | Int32[Array, ""] = 0,
         train: bool = False,
     ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
+        """h after the layer, the longer cache, the router's losses.
+
+        `real` is false at padding; `layer` is its index in the cache.
+        """
         h, cache = self.attend(h, positions, cache, layer)
         x = self.norm(h, "rms_norm_2")
         part = self.spec.feed_forward.build()
@@ -69,7 +73,7 @@ class DecoderLayer(hk.Module):
         layer: int | Int32[Array, ""],
     ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
         """h after attention, and the longer cache."""
-        x = self.norm(h, "rms_norm").astype(self.dtype)
+        x = self.norm(h, "rms_norm")
         attention = self.spec.attention.build()
         y, cache = attention(x, positions, cache, layer)
         return self.add(h, y, "rms_norm_1"), cache
@@ -89,25 +93,7 @@ class DecoderLayer(hk.Module):
         return h + (self.norm(y, name) if self.spec.post_norm else y)
 
 
-# %% book/chapters/08_model.md, cell 15
-Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
-
-
-def one_layer(
-    slot: Slot, dtype: str, *inputs: Any, **options: Any
-) -> Any:
-    """The layer of a slot on its inputs. Inside a Haiku transform."""
-    layer = DecoderLayer(slot.spec, dtype, slot.name)
-    return layer(*inputs, **options)
-
-
-def layer_inputs(config: ModelConfig) -> tuple[Array, Array, Array]:
-    """The smallest inputs of a layer."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    return jnp.zeros((1, 1, config.d_model)), one, one == 0
-
-
-# %% book/chapters/08_model.md, cell 16
+# %% book/chapters/08_model.md, cell 20
 class InOutEmbed(hk.Module):
     """A table with a row of D numbers for each of V tokens."""
 
@@ -120,11 +106,13 @@ class InOutEmbed(hk.Module):
     def __call__(self) -> Any:
         init = hk.initializers.RandomNormal(self.shape[1] ** -0.5)
         axes = "vocab", "table"
-        return get_parameter("embeddings", self.shape, axes, init)
+        return get_parameter(
+            "embeddings", self.shape, axes, init, float32=True
+        )
 
 
-# %% book/chapters/08_model.md, cell 17
-def ends(config: ModelConfig) -> None:
+# %% book/chapters/08_model.md, cell 21
+def outer_parameters(config: ModelConfig) -> None:
     """Ask for the parameters before and after the layers."""
     InOutEmbed(config.vocab_size, config.d_model)()
     config.other_parameters()
@@ -133,19 +121,24 @@ def ends(config: ModelConfig) -> None:
     RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/08_model.md, cell 22
+def layer_parameters(slot: Slot, config: ModelConfig) -> None:
+    """Ask for the parameters of a layer: run it on one token."""
+    h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
+    layer = DecoderLayer(slot.spec, config.dtype, slot.name)
+    layer(h, at, at == 0, train=True)
+
+
+# %% book/chapters/08_model.md, cell 23
 @functools.cache
 def param_specs(
     config: ModelConfig,
 ) -> dict[str, dict[str, ParamSpec]]:
     """Module -> name -> what each parameter is; layers stacked."""
-    specs = record_specs(partial(ends, config))
-    inputs = layer_inputs(config)
+    specs = record_specs(partial(outer_parameters, config))
     for slot in all_slots(config):
-        run = partial(
-            one_layer, slot, config.dtype, *inputs, train=True
-        )
-        for module, leaves in record_specs(run).items():
+        asked = record_specs(partial(layer_parameters, slot, config))
+        for module, leaves in asked.items():
             specs[module] = {
                 name: replace(
                     spec, shape=(len(slot.layers), *spec.shape),
@@ -156,7 +149,7 @@ def param_specs(
     return specs
 
 
-# %% book/chapters/08_model.md, cell 19
+# %% book/chapters/08_model.md, cell 24
 def flat_specs(
     config: ModelConfig,
 ) -> dict[tuple[str, str], ParamSpec]:
@@ -168,7 +161,10 @@ def flat_specs(
     }
 
 
-# %% book/chapters/08_model.md, cell 20
+# %% book/chapters/08_model.md, cell 28
+Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
+
+
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -176,27 +172,37 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     length about 1. Under `jax.eval_shape` nothing is allocated.
     """
     key, own = jax.random.split(key)
-    params = dict(hk.transform(partial(ends, config)).init(own))
-    inputs = layer_inputs(config)
+    outer = hk.transform(partial(outer_parameters, config))
+    params: dict[str, Any] = dict(outer.init(own))
     for slot in all_slots(config):
-        run = partial(
-            one_layer, slot, config.dtype, *inputs, train=True
-        )
+        layer = hk.transform(partial(layer_parameters, slot, config))
         key, own = jax.random.split(key)
         keys = jax.random.split(own, len(slot.layers))
-        params |= jax.lax.map(hk.transform(run).init, keys)
+        params |= jax.lax.map(layer.init, keys)
     return params
 
 
-# %% book/chapters/08_model.md, cell 28
+# %% book/chapters/08_model.md, cell 30
 def slot_params(params: Params, slot: Slot) -> Params:
-    """The stacks of a slot's layers."""
-    return {
+    """The stacks of a slot's layers.
+
+    ValueError unless each holds as many layers as the slot has.
+    """
+    found = {
         module: leaves for module, leaves in params.items()
         if module.startswith(f"{slot.name}/")
     }
+    for module, leaves in found.items():
+        for name, w in leaves.items():
+            if w.shape[0] != len(slot.layers):
+                raise ValueError(
+                    f"{module}/{name} holds {w.shape[0]} layers, "
+                    f"the configuration {len(slot.layers)}"
+                )
+    return found
 
 
+# %% book/chapters/08_model.md, cell 31
 def layer_weights(
     params: Params, slot: Slot, config: ModelConfig, index: Any
 ) -> Params:
@@ -212,19 +218,27 @@ def layer_weights(
     }
 
 
-def check_depth(params: Params, config: ModelConfig) -> None:
-    """ValueError unless every stack holds as many layers as it must."""
-    for slot in all_slots(config):
-        for module, leaves in slot_params(params, slot).items():
-            for name, w in leaves.items():
-                if w.shape[0] != len(slot.layers):
-                    raise ValueError(
-                        f"{module}/{name} holds {w.shape[0]} layers, "
-                        f"the configuration {len(slot.layers)}"
-                    )
+# %% book/chapters/08_model.md, cell 32
+def apply_layer(
+    weights: Params,
+    slot: Slot,
+    config: ModelConfig,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    real: Bool[Array, "B T"],
+    cache: KVCache | None = None,
+    index: int | Int32[Array, ""] = 0,
+    train: bool = False,
+) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
+    """What a layer with these weights makes of h; see DecoderLayer."""
+    def run() -> Any:
+        layer = DecoderLayer(slot.spec, config.dtype, slot.name)
+        return layer(h, positions, real, cache, index, train)
+
+    return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 35
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -238,9 +252,12 @@ class Cache:
         return self.slots[0].length
 
     def with_length(self, length: Int32[Array, " B"]) -> "Cache":
-        return Cache(tuple(replace(c, length=length) for c in self.slots))
+        slots = (replace(c, length=length) for c in self.slots)
+        return Cache(tuple(slots))
 
-    def insert(self, row: int | Int[Array, ""], other: "Cache") -> "Cache":
+    def insert(
+        self, row: int | Int[Array, ""], other: "Cache"
+    ) -> "Cache":
         """Batch row `row` becomes row 0 of `other`."""
         pairs = zip(self.slots, other.slots, strict=True)
         return Cache(tuple(a.insert(row, b) for a, b in pairs))
@@ -250,7 +267,15 @@ class Cache:
         return Cache(tuple(c.evict(row) for c in self.slots))
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 36
+def constrain_residual(
+    h: Float32[Array, "B T D"],
+) -> Float32[Array, "B T D"]:
+    """The residual stream's layout on a mesh, layer after layer."""
+    return here().constrain(h, (None, None, "embed"))
+
+
+# %% book/chapters/08_model.md, cell 37
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -260,7 +285,6 @@ def decoder(
     cache: Cache | None = None,
 ) -> tuple[Float32[Array, "B T D"], Cache | None]:
     """All layers; each pattern is compiled once and scanned."""
-    check_depth(params, config)
     done: list[Any] = []
     h = constrain_residual(h)
     for slots in segments(config):
@@ -274,9 +298,8 @@ def decoder(
             after = []
             for slot, kept in zip(slots, caches):
                 w = layer_weights(params, slot, config, index)
-                run = hk.transform(partial(one_layer, slot, config.dtype))
-                h, kept, _ = run.apply(
-                    w, None, h, positions, real, kept, index
+                h, kept, _ = apply_layer(
+                    w, slot, config, h, positions, real, kept, index
                 )
                 h = constrain_residual(h)
                 after.append(kept)
@@ -284,60 +307,22 @@ def decoder(
 
         repeats = jnp.arange(len(slots[0].layers))
         (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
-        h = constrain_residual(h)           # else a loop may cut it anew
+        h = constrain_residual(h)       # else a loop may cut it anew
         done += caches
     return h, None if cache is None else Cache(tuple(done))
 
 
-# %% book/chapters/08_model.md, cell 31
-def decoder_to_train(
-    params: Params,
-    h: Float32[Array, "B T D"],
-    positions: Int32[Array, "B T"],
-    real: Bool[Array, "B T"],
-    config: ModelConfig,
-) -> tuple[Float32[Array, "B T D"], Losses]:
-    """All layers with a gradient: experts drop what finds no seat.
-
-    Losses are means over the layers that have them.
-    """
-    check_depth(params, config)
-    found: dict[str, list[Array]] = {}
-    for slots in segments(config):
-        def body(h: Array, weights: Any, slots: Any = slots) -> Any:
-            losses = []
-            for slot in slots:
-                run = hk.transform(partial(one_layer, slot, config.dtype))
-                own = slot_params(weights, slot)
-                h, _, loss = run.apply(
-                    own, None, h, positions, real, train=True
-                )
-                losses.append(loss)
-            return h, losses
-
-        stacks: dict[str, Any] = {}
-        for slot in slots:
-            stacks |= slot_params(params, slot)
-        h, losses = jax.lax.scan(body, h, stacks)
-        for loss in losses:
-            for name, values in loss.items():           # [repeats]
-                found.setdefault(name, []).append(values)
-    means = {n: jnp.concatenate(v).mean() for n, v in found.items()}
-    return h, means
-
-
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/08_model.md, cell 42
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
 ) -> Float32[Array, "B T D"]:
-    """Rows of the table times the multiplier, rounded as in Grok-1."""
-    h = table[tokens].astype(config.dtype)
-    multiplier = jnp.asarray(config.embedding_multiplier, config.dtype)
-    return (h * multiplier).astype(jnp.float32)
+    """Rows of the table times the multiplier, in float32."""
+    h = table[tokens].astype(jnp.float32)
+    return h * config.embedding_multiplier
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/08_model.md, cell 43
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -346,32 +331,39 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 44
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
-    """`tied_logits` without a second copy of the table."""
+    """`tied_logits` without a second copy of the table.
+
+    Few rows are multiplied one by one, in float32.
+    """
     n, v = h.shape[0], table.shape[0]
-    if n <= 8:
-        rows = [tied_logits(row, table) for row in jnp.split(h, n)]
-        return jnp.concatenate(rows)
     tile = tile_rows(v, 512)
+    tiles = table.reshape(v // tile, tile, -1)
 
     def add_tile(t: Array, y: Array) -> Array:
-        words = jax.lax.dynamic_slice_in_dim(table, t * tile, tile)
-        part = tied_logits(h, words)                        # [N, tile]
+        words = read_slice(LazySlice(tiles, (t,)))          # [tile, D]
+        if n > 8:
+            part = tied_logits(h, words)                    # [N, tile]
+        else:
+            rows = jnp.split(h.astype(jnp.float32), n)
+            words = words.astype(jnp.float32)
+            part = jnp.concatenate(
+                [tied_logits(row, words) for row in rows])
         return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
 
     y = jnp.zeros((n, v), jnp.float32)
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 45
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
 ) -> Float32[Array, "N V"]:
-    """The faster of the two, wherever it runs."""
+    """One of the two, wherever it runs."""
     if train:
         return tied_logits(h, table)
 
@@ -385,7 +377,7 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 46
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -401,13 +393,13 @@ def unembed(
     """Logits: the last norm, the output matrix, the multiplier."""
     *lead, d = h.shape
     h = rms_norm(h, params["rms_norm"]["scale"], config.norm_eps)
-    h = h.reshape(-1, d).astype(config.dtype)               # [N, D]
+    h = h.reshape(-1, d)                                    # [N, D]
+    h = h.astype(config.dtype) if train else h
     y = all_tied_logits(h, head_table(params, config), train)
-    scale = jnp.asarray(config.output_multiplier, config.dtype)
-    return y.reshape(*lead, -1) * scale.astype(jnp.float32)
+    return y.reshape(*lead, -1) * config.output_multiplier
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 48
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -423,7 +415,7 @@ def positions_of(
     return positions, real
 
 
-# %% book/chapters/08_model.md, cell 53
+# %% book/chapters/08_model.md, cell 49
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -445,28 +437,12 @@ def forward(
     h = h if inputs is None else config.merge(h, inputs)
     h, cache = decoder(params, h, positions, real, config, cache)
     if cache is not None:
-        grown = t if lengths is None else jnp.asarray(lengths, jnp.int32)
-        cache = cache.with_length(start + grown)
+        new = jnp.asarray(t if lengths is None else lengths, jnp.int32)
+        cache = cache.with_length(start + new)
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 54
-def forward_to_train(
-    params: Params,
-    tokens: Int[Array, "B T"],
-    config: ModelConfig,
-    lengths: Int[Array, " B"] | None = None,
-) -> tuple[Float32[Array, "B T V"], Losses]:
-    """Logits, with a gradient, and the losses of the routers."""
-    b, t = tokens.shape
-    start = jnp.zeros(b, jnp.int32)
-    positions, real = positions_of(start, t, lengths)
-    h = embed(params["in_out_embed"]["embeddings"], tokens, config)
-    h, losses = decoder_to_train(params, h, positions, real, config)
-    return unembed(params, h, config, train=True), losses
-
-
-# %% book/chapters/08_model.md, cell 55
+# %% book/chapters/08_model.md, cell 50
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -477,7 +453,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 58
+# %% book/chapters/08_model.md, cell 60
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(slot: KVCache) -> KVCache:
@@ -497,15 +473,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )))
 
 
-# %% book/chapters/08_model.md, cell 59
-def constrain_residual(
-    h: Float32[Array, "B T D"],
-) -> Float32[Array, "B T D"]:
-    """The residual stream's layout on a mesh, layer after layer."""
-    return here().constrain(h, (None, None, "embed"))
-
-
-# %% book/chapters/08_model.md, cell 60
+# %% book/chapters/08_model.md, cell 61
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for slot in cache.slots:
@@ -537,7 +505,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 61
+# %% book/chapters/08_model.md, cell 62
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -556,3 +524,51 @@ def decode_step(
     h, grown = forward(params, tokens[:, None], config, cache, lengths)
     assert grown is not None
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
+
+
+# %% book/chapters/95_training_stack.md, cell 5
+def decoder_to_train(
+    params: Params,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    real: Bool[Array, "B T"],
+    config: ModelConfig,
+) -> tuple[Float32[Array, "B T D"], Losses]:
+    """All layers with a gradient: experts drop what finds no seat.
+
+    Losses are means over the layers that have them.
+    """
+    found: dict[str, list[Array]] = {}
+    for slots in segments(config):
+        def body(h: Array, weights: Any, slots: Any = slots) -> Any:
+            losses = []
+            for slot, own in zip(slots, weights):
+                h, _, loss = apply_layer(
+                    own, slot, config, h, positions, real, train=True
+                )
+                losses.append(loss)
+            return h, losses
+
+        stacks = [slot_params(params, slot) for slot in slots]
+        h, losses = jax.lax.scan(body, h, stacks)
+        for loss in losses:
+            for name, values in loss.items():           # [repeats]
+                found.setdefault(name, []).append(values)
+    means = {n: jnp.concatenate(v).mean() for n, v in found.items()}
+    return h, means
+
+
+# %% book/chapters/95_training_stack.md, cell 6
+def forward_to_train(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    lengths: Int[Array, " B"] | None = None,
+) -> tuple[Float32[Array, "B T V"], Losses]:
+    """Logits, with a gradient, and the losses of the routers."""
+    b, t = tokens.shape
+    start = jnp.zeros(b, jnp.int32)
+    positions, real = positions_of(start, t, lengths)
+    h = embed(params["in_out_embed"]["embeddings"], tokens, config)
+    h, losses = decoder_to_train(params, h, positions, real, config)
+    return unembed(params, h, config, train=True), losses

@@ -1,14 +1,14 @@
 # Generated from book/chapters/05_moe.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
-"""Of Grok-1's 316 billion parameters, 232 billion sit out every token.
-They are experts that were not asked: each layer keeps eight
-feed-forward networks, and a router, one small matrix, reads the token
-and picks two. So a model can know much and still answer at the price of
-a model a quarter its size. The picking is easy. What is hard is the
-multiplying, because every token now wants weights of its own and a
-matrix product wants all its rows to want the same. This chapter builds
-the router and four ways to bring tokens to experts, proves that they
-agree, counts what each costs, and then trains a router, first badly,
-then well.
+"""Of Grok-1's 315.7 billion parameters, 232 billion sit out every
+token. They belong to experts that were not asked: each layer keeps
+eight feed-forward networks, and a router, one small matrix, reads the
+token and picks two. So a model can know much and still answer at the
+price of a model a quarter its size. Picking is easy. Multiplying is
+hard, because a matrix product multiplies all tokens by one matrix, and
+here each token has picked matrices of its own. By the end of this
+chapter you will have a router and five ways to bring tokens to experts,
+proved to give one answer and counted for what they cost, and you will
+have trained a router, first badly, then well.
 """
 
 import math
@@ -27,7 +27,7 @@ from annotated_moe.placement import here
 from annotated_moe.specs import OneOf, Positive, Size, Spec
 
 
-# %% book/chapters/05_moe.md, cell 6
+# %% book/chapters/05_moe.md, cell 5
 class Route(NamedTuple):
     """Where N tokens go. Gates are in falling order."""
 
@@ -37,7 +37,7 @@ class Route(NamedTuple):
     logits: Float32[Array, "N E"]
 
 
-# %% book/chapters/05_moe.md, cell 7
+# %% book/chapters/05_moe.md, cell 6
 def route(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -54,12 +54,7 @@ def route(
     return Route(probs, gates, experts, logits)
 
 
-# %% book/chapters/05_moe.md, cell 8
-RouterRule = Callable[[Array, Array, int], Route]
-ROUTERS: dict[str, RouterRule] = {"softmax_top_k": route}
-
-
-# %% book/chapters/05_moe.md, cell 15
+# %% book/chapters/05_moe.md, cell 16
 def geglu(
     gate: Float32[Array, "*N F"], up: Float32[Array, "*N F"], dtype: Any
 ) -> Float[Array, "*N F"]:
@@ -67,14 +62,9 @@ def geglu(
     return (jax.nn.gelu(gate, approximate=True) * up).astype(dtype)
 
 
-# %% book/chapters/05_moe.md, cell 16
-Activation = Callable[[Array, Array, Any], Array]
-ACTIVATIONS: dict[str, Activation] = {"gelu": geglu}
-
-
 # %% book/chapters/05_moe.md, cell 17
+Activation = Callable[[Array, Array, Any], Array]
 Experts = dict[str, Any]                # name -> weight [E, ...]
-Expert = Callable[[Array, Array, Experts], Array]
 
 
 def glu(
@@ -91,6 +81,10 @@ def glu(
     return matmul(hidden, w["linear_1"], back, summed=False)
 
 
+# %% book/chapters/05_moe.md, cell 18
+Expert = Callable[[Array, Array, Experts], Array]
+
+
 def gated(
     x: Float[Array, "N D"], gates: Float32[Array, " N"], w: Experts
 ) -> Float32[Array, "N D"]:
@@ -98,13 +92,12 @@ def gated(
     return glu(x, w) * gates[:, None]
 
 
-# %% book/chapters/05_moe.md, cell 18
 def one_expert(w: Experts, e: int | Int[Array, ""]) -> Experts:
     """Expert e's weights out of those of all."""
     return {name: stack[e] for name, stack in w.items()}
 
 
-# %% book/chapters/05_moe.md, cell 23
+# %% book/chapters/05_moe.md, cell 25
 def check_shapes(
     x: Array, gates: Array, experts: Array, w: Experts
 ) -> int:
@@ -116,31 +109,41 @@ def check_shapes(
         )
     counts = {name: stack.shape[0] for name, stack in w.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"weights of several counts of experts: {counts}")
+        raise ValueError(
+            f"weights of several counts of experts: {counts}"
+        )
     return next(iter(counts.values()))
 
 
-# %% book/chapters/05_moe.md, cell 24
+# %% book/chapters/05_moe.md, cell 26
 def every_expert(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
     experts: Int[Array, "N A"],
     w: Experts,
-    apply: Expert = gated,
-) -> Float32[Array, "N D"]:
+) -> Float[Array, "N D"]:
     """All experts on all N*A repeated tokens, as the release computes.
 
-    For comparison: E times the products that are needed. Raises
-    ValueError when shapes disagree.
+    In its dtypes, which are float32 where `x` is. For comparison: E
+    times the products that are needed. An expert E or above is none.
+    Raises ValueError when shapes disagree.
     """
     count = check_shapes(x, gates, experts, w)
     n, a = experts.shape
-    xs = jnp.repeat(x, a, axis=0)                           # [N*A, D]
-    gate = gates.reshape(-1)
-    every = [apply(xs, gate, one_expert(w, e)) for e in range(count)]
     pick = jax.nn.one_hot(experts.reshape(-1), count)       # [N*A, E]
-    out = jnp.einsum("end,ne->nd", jnp.stack(every), pick)
-    return out.reshape(n, a, -1).sum(axis=1)
+
+    def chosen(xs: Array, name: str, axes: Axes) -> Array:
+        every = jnp.stack(
+            [matmul(xs, w[name][e], axes) for e in range(count)]
+        ).astype(xs.dtype)                                # [E, N*A, F]
+        return jnp.einsum("end,ne->nd", every, pick)
+
+    xs = jnp.repeat(x, a, axis=0)                           # [N*A, D]
+    gate = chosen(xs, "linear", ("embed", "mlp"))           # float32
+    up = chosen(xs, "linear_v", ("embed", "mlp"))
+    out = chosen(jax.nn.gelu(gate) * up, "linear_1", ("mlp", "embed"))
+    weighed = gates.astype(x.dtype).reshape(-1, 1) * out
+    return weighed.reshape(n, a, -1).sum(axis=1).astype(x.dtype)
 
 
 # %% book/chapters/05_moe.md, cell 29
@@ -154,7 +157,7 @@ def capacity(n: int, a: int, num_experts: int, factor: float) -> int:
     return min(n, math.ceil(factor * n * a / num_experts))
 
 
-# %% book/chapters/05_moe.md, cell 30
+# %% book/chapters/05_moe.md, cell 31
 def position_in_expert(
     experts: Int[Array, "N A"], num_experts: int
 ) -> Int[Array, "N A"]:
@@ -165,7 +168,6 @@ def position_in_expert(
     return place.reshape(experts.shape)
 
 
-# %% book/chapters/05_moe.md, cell 31
 def dropped(
     experts: Int[Array, "N A"], num_experts: int, factor: float = 1.5
 ) -> Bool[Array, "N A"]:
@@ -196,20 +198,21 @@ def capacity_and_drop(
     count = check_shapes(x, gates, experts, w)
     n, a = experts.shape
     seats = capacity(n, a, count, factor)
-    place, nobody = position_in_expert(experts, count), count * seats
-    seat = jnp.where(place < seats, experts * seats + place, nobody)
+    position = position_in_expert(experts, count)
+    seat, no_seat = experts * seats + position, count * seats
+    seat = jnp.where(position < seats, seat, no_seat)
     token = jnp.broadcast_to(jnp.arange(n)[:, None], (n, a))
-    guest = jnp.full(nobody, n).at[seat].set(token, mode="drop")
-    xs = x.at[guest].get(mode="fill", fill_value=0)         # [E*C, D]
-    gate = jnp.zeros(nobody).at[seat].set(gates, mode="drop")
+    seated = jnp.full(no_seat, n).at[seat].set(token, mode="drop")
+    xs = x.at[seated].get(mode="fill", fill_value=0)        # [E*C, D]
+    gate = jnp.zeros(no_seat).at[seat].set(gates, mode="drop")
     xs, gate = xs.reshape(count, seats, -1), gate.reshape(count, -1)
     out = jax.vmap(apply)(xs, gate, w)                      # [E, C, D]
-    out = out.reshape(nobody, -1)
+    out = out.reshape(no_seat, -1)
     out = out.at[seat].get(mode="fill", fill_value=0)       # [N, A, D]
     return jnp.sum(out, axis=1)
 
 
-# %% book/chapters/05_moe.md, cell 40
+# %% book/chapters/05_moe.md, cell 41
 class Blocks(NamedTuple):
     """Choices sorted by expert, and the blocks that cover them."""
 
@@ -219,7 +222,6 @@ class Blocks(NamedTuple):
     first: Int[Array, " E+1"]                   # its first block
 
 
-# %% book/chapters/05_moe.md, cell 41
 def plan_blocks(
     experts: Int[Array, "N A"], num_experts: int, block: int
 ) -> Blocks:
@@ -238,7 +240,7 @@ def plan_blocks(
     return Blocks(order, starts, counts, first)
 
 
-# %% book/chapters/05_moe.md, cell 42
+# %% book/chapters/05_moe.md, cell 43
 def rows_of_block(
     plan: Blocks, j: Int[Array, ""] | int, block: int
 ) -> tuple[Int[Array, ""], Int[Array, " {block}"]]:
@@ -255,8 +257,8 @@ def rows_of_block(
 # %% book/chapters/05_moe.md, cell 46
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
-    if n * a <= 2:
-        return 1
+    if n * a <= 16:
+        return max(1, min(4, n * a // 2))
     mean = -(-n * a // num_experts)
     return min(128, max(8, 1 << (mean - 1).bit_length()))
 
@@ -309,14 +311,11 @@ def refuse(*_: Any) -> Any:
 inference_only.defvjp(refuse, refuse)
 
 
-inference_only.defvjp(refuse, refuse)
-
-
-# %% book/chapters/05_moe.md, cell 67
+# %% book/chapters/05_moe.md, cell 77
 def mean_of_real(
     values: Float32[Array, "N *rest"], real: Bool[Array, " N"]
 ) -> Float32[Array, "*rest"]:
-    """The mean over the tokens that are no padding."""
+    """The mean over the tokens that are no padding; 0 of none."""
     real = real.astype(jnp.float32)
     return jnp.tensordot(real, values, 1) / jnp.maximum(real.sum(), 1)
 
@@ -338,6 +337,7 @@ def load_balancing_loss(
     return e * jnp.sum(share * mean)
 
 
+# %% book/chapters/05_moe.md, cell 80
 def router_z_loss(
     logits: Float32[Array, "N E"], real: Bool[Array, " N"] | None = None
 ) -> Float32[Array, ""]:
@@ -350,59 +350,12 @@ def router_z_loss(
     return mean_of_real(squares, real)
 
 
-# %% book/chapters/05_moe.md, cell 68
-Losses = dict[str, Float32[Array, "*L"]]
+# %% book/chapters/05_moe.md, cell 91
+RouterRule = Callable[[Array, Array, int], Route]
+ROUTERS: dict[str, RouterRule] = {"softmax_top_k": route}
+ACTIVATIONS: dict[str, Activation] = {"gelu": geglu}
 
 
-@dataclass(frozen=True)
-class FeedForwardSpec(Spec):
-    """One gated network that every token goes through."""
-
-    width: Size                             # F: hidden features
-    activation: Annotated[str, OneOf(ACTIVATIONS)] = "gelu"
-    bias: bool = False                      # of the three matrices
-
-    def build(self) -> "FeedForward":
-        return FeedForward(self)
-
-
-# %% book/chapters/05_moe.md, cell 69
-def network(
-    x: Float[Array, "*N D"], spec: FeedForwardSpec
-) -> Float32[Array, "*N D"]:
-    """`glu` with a layer `Linear` for each matrix.
-
-    Inside a Haiku transform. Source: Grok-1's DenseBlock.
-    """
-    into, back = ("embed", "mlp"), ("mlp", "embed")
-    gate = Linear(spec.width, into, "linear", spec.bias)(x)
-    up = Linear(spec.width, into, "linear_v", spec.bias)(x)
-    hidden = ACTIVATIONS[spec.activation](gate, up, x.dtype)
-    return Linear(x.shape[-1], back, "linear_1", spec.bias)(hidden)
-
-
-class FeedForward(hk.Module):
-    """A `network` whose matrices are the layer's own."""
-
-    def __init__(
-        self, spec: FeedForwardSpec, name: str = "feed_forward"
-    ) -> None:
-        super().__init__(name=name)
-        self.spec = spec
-
-    @hk.transparent
-    def __call__(
-        self,
-        x: Float32[Array, "B T D"],
-        real: Bool[Array, "B T"],
-        dtype: Any = jnp.float32,
-        train: bool = False,
-    ) -> tuple[Float32[Array, "B T D"], Losses]:
-        """What it adds for each token, computed in `dtype`."""
-        return network(x.astype(dtype), self.spec), {}
-
-
-# %% book/chapters/05_moe.md, cell 70
 @dataclass(frozen=True)
 class MoESpec(Spec):
     """Experts, of which a router picks some for each token."""
@@ -425,55 +378,7 @@ class MoESpec(Spec):
         return MoE(self)
 
 
-# %% book/chapters/05_moe.md, cell 80
-class ExpertModule(hk.Module):
-    """A module that only holds parameters, each for all experts."""
-
-    def __call__(
-        self, leaves: dict[str, tuple[tuple[int, ...], Axes]]
-    ) -> dict[str, Any]:
-        found = {}
-        for leaf, (shape, axes) in leaves.items():
-            matrix = len(shape) > 2
-            init: Any = jnp.zeros
-            if matrix:
-                spread = shape[-2] ** -0.5
-                init = hk.initializers.TruncatedNormal(spread)
-            found[leaf] = get_parameter(
-                leaf, shape, ("experts", *axes), init, matrix
-            )
-        return found
-
-
-# %% book/chapters/05_moe.md, cell 81
-Parameters = dict[str, tuple[tuple[int, ...], Axes]]
-
-
-class ExpertWeights(hk.Module):
-    """The parameters of all experts of a layer, by name.
-
-    The one named `a/b` is `b` of module `a`, the one named `a` its `w`.
-    """
-
-    def __init__(self, num_experts: int, name: str = "moe") -> None:
-        super().__init__(name=name)
-        self.num_experts = num_experts
-
-    def __call__(self, parameters: Parameters) -> Experts:
-        modules: dict[str, Any] = {}
-        for name, (shape, axes) in parameters.items():
-            module, _, leaf = name.partition("/")
-            own = (self.num_experts, *shape), axes
-            modules.setdefault(module, {})[leaf or "w"] = own
-        w = {}
-        for module, leaves in modules.items():
-            for leaf, value in ExpertModule(module)(leaves).items():
-                name = module if leaf == "w" else f"{module}/{leaf}"
-                w[name] = value
-        return w
-
-
-# %% book/chapters/05_moe.md, cell 82
+# %% book/chapters/05_moe.md, cell 92
 class Router(hk.Module):
     """A router rule with a learned float32 `w` of shape [D, E]."""
 
@@ -489,7 +394,65 @@ class Router(hk.Module):
         return ROUTERS[self.spec.router](x, w, self.spec.top_k)
 
 
-# %% book/chapters/05_moe.md, cell 83
+# %% book/chapters/05_moe.md, cell 93
+Parameters = dict[str, tuple[tuple[int, ...], Axes]]
+
+
+class ExpertModule(hk.Module):
+    """A module that only holds parameters, each for all experts."""
+
+    def __call__(self, leaves: Parameters) -> dict[str, Any]:
+        found = {}
+        for leaf, (shape, axes) in leaves.items():
+            matrix = len(shape) > 2
+            init: Any = jnp.zeros
+            if matrix:
+                spread = shape[-2] ** -0.5
+                init = hk.initializers.TruncatedNormal(spread)
+            found[leaf] = get_parameter(
+                leaf, shape, ("experts", *axes), init, matrix
+            )
+        return found
+
+
+# %% book/chapters/05_moe.md, cell 94
+class ExpertWeights(hk.Module):
+    """The parameters of all experts of a layer, by name.
+
+    The one named `a/b` is `b` of module `a`, the one named `a` its `w`.
+    """
+
+    def __init__(self, num_experts: int, name: str = "moe") -> None:
+        super().__init__(name=name)
+        self.num_experts = num_experts
+
+    def __call__(self, parameters: Parameters) -> Experts:
+        modules: dict[str, Parameters] = {}
+        for name, (shape, axes) in parameters.items():
+            module, _, leaf = name.partition("/")
+            own = (self.num_experts, *shape), axes
+            modules.setdefault(module, {})[leaf or "w"] = own
+        w = {}
+        for module, leaves in modules.items():
+            for leaf, value in ExpertModule(module)(leaves).items():
+                name = module if leaf == "w" else f"{module}/{leaf}"
+                w[name] = value
+        return w
+
+
+# %% book/chapters/05_moe.md, cell 95
+Losses = dict[str, Float32[Array, "*L"]]
+
+
+def number_among_held(
+    experts: Int[Array, "N A"], held: int
+) -> Int[Array, "N A"]:
+    """Each expert's number among the `held` ones here, `held`: none."""
+    experts = experts - here().first(held, "experts")
+    return jnp.where((experts < 0) | (experts >= held), held, experts)
+
+
+# %% book/chapters/05_moe.md, cell 96
 class MoE(hk.Module):
     """A router and its experts; the parts of a layer that has them.
 
@@ -553,6 +516,7 @@ class MoE(hk.Module):
 
     @hk.transparent
     def weights(self, d: int) -> Experts:
+        """The parameters of all experts, by name."""
         return ExpertWeights(self.spec.num_experts)(self.parameters(d))
 
     def expert(
@@ -583,19 +547,69 @@ class MoE(hk.Module):
                 x, routed.gates, experts, w, self.expert, factor
             )
 
-        def walk(x: Array, gates: Array, experts: Array, w: Any) -> Any:
+        def held_here(
+            x: Array, gates: Array, experts: Array, w: Experts
+        ) -> Array:
             held = next(iter(w.values())).shape[0]
-            experts = experts - here().first(held, "experts")
-            away = (experts < 0) | (experts >= held)
-            experts = jnp.where(away, held, experts)
+            experts = number_among_held(experts, held)
             y = sort_and_tile(x, gates, experts, w, self.expert)
-            return here().total(here().total(y, "mlp"), "experts")
+            return here().total(y, "mlp", "experts")
 
         axes = {name: ("experts", *axes)
                 for name, (_, axes) in self.parameters(d).items()}
         flat, whole = (None, "embed"), (None, None)
-        walk = here().split(walk, (flat, whole, whole, axes), flat)
-        return walk(x, routed.gates, experts, w)
+        in_axes = flat, whole, whole, axes
+        split = here().split(held_here, in_axes, flat)
+        return split(x, routed.gates, experts, w)
+
+
+# %% book/chapters/05_moe.md, cell 101
+@dataclass(frozen=True)
+class FeedForwardSpec(Spec):
+    """One gated network that every token goes through."""
+
+    width: Size                             # F: hidden features
+    activation: Annotated[str, OneOf(ACTIVATIONS)] = "gelu"
+    bias: bool = False                      # of the three matrices
+
+    def build(self) -> "FeedForward":
+        return FeedForward(self)
+
+
+# %% book/chapters/05_moe.md, cell 102
+def network(
+    x: Float[Array, "*N D"], spec: FeedForwardSpec
+) -> Float32[Array, "*N D"]:
+    """`glu` with a layer `Linear` for each matrix.
+
+    Inside a Haiku transform. Source: Grok-1's DenseBlock.
+    """
+    into, back = ("embed", "mlp"), ("mlp", "embed")
+    gate = Linear(spec.width, into, "linear", spec.bias)(x)
+    up = Linear(spec.width, into, "linear_v", spec.bias)(x)
+    hidden = ACTIVATIONS[spec.activation](gate, up, x.dtype)
+    return Linear(x.shape[-1], back, "linear_1", spec.bias)(hidden)
+
+
+class FeedForward(hk.Module):
+    """A `network` whose matrices are the layer's own."""
+
+    def __init__(
+        self, spec: FeedForwardSpec, name: str = "feed_forward"
+    ) -> None:
+        super().__init__(name=name)
+        self.spec = spec
+
+    @hk.transparent
+    def __call__(
+        self,
+        x: Float32[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        dtype: Any = jnp.float32,
+        train: bool = False,
+    ) -> tuple[Float32[Array, "B T D"], Losses]:
+        """What it adds for each token, computed in `dtype`."""
+        return network(x.astype(dtype), self.spec), {}
 
 
 # %% book/chapters/15_llama.md, cell 8
@@ -633,7 +647,7 @@ def route_renormalised(
 ROUTERS["top_k_softmax"] = route_renormalised
 
 
-# %% book/chapters/18_llama4.md, cell 48
+# %% book/chapters/18_llama4.md, cell 52
 def route_sigmoid(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -651,7 +665,7 @@ def route_sigmoid(
 ROUTERS["sigmoid"] = route_sigmoid
 
 
-# %% book/chapters/18_llama4.md, cell 58
+# %% book/chapters/18_llama4.md, cell 62
 @dataclass(frozen=True)
 class SharedMoESpec(MoESpec):
     """Experts of which one more, `shared`, reads every token."""
@@ -678,7 +692,7 @@ class Shared(hk.Module):
         return network(x, self.spec)
 
 
-# %% book/chapters/18_llama4.md, cell 59
+# %% book/chapters/18_llama4.md, cell 63
 class SharedMoE(MoE):
     """Experts as in Llama 4: gates may scale what an expert reads."""
 

@@ -2,11 +2,12 @@
 """Grok-1's weights fill 318 GB, and an accelerator with 80 GB of memory
 is a large one. No single device can hold the model, so eight hold an
 eighth each, and every product has to be computed where its weights lie.
-This chapter writes the nine rules that say who holds what, and a
-product that lets weights stay where they are. It proves that eight
-devices then compute what one would, reads the compiled program to see
-what they say to each other, and weighs the full model on each of them
-without allocating a byte of it.
+This chapter writes a short table that says who holds what, and a
+product that lets weights stay where they are. By its end a layer with
+attention and experts runs on eight devices and computes what one would.
+You will have read in the compiled program what the devices say to each
+other, and weighed the full model on each of them without allocating a
+byte of it.
 """
 
 import math
@@ -20,18 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from annotated_moe.params import Axes, ParamSpec
 from annotated_moe.placement import PLACEMENTS, OneDevice
 from annotated_moe.quantization import LazySlice, QuantizedTensor
 
-# %% book/chapters/07_sharding.md, cell 3
-AnyMesh = Mesh | AbstractMesh
-MeshAxis = str | tuple[str, ...] | None
 
-
-# %% book/chapters/07_sharding.md, cell 8
+# %% book/chapters/07_sharding.md, cell 7
 def make_mesh(data: int = 1, model: int = 1, expert: int = 1) -> Mesh:
     """A grid of data x expert x model devices with these axis names.
 
@@ -53,7 +50,10 @@ def make_mesh(data: int = 1, model: int = 1, expert: int = 1) -> Mesh:
     return Mesh(grid, ("data", "expert", "model"), axis_types=auto)
 
 
-# %% book/chapters/07_sharding.md, cell 9
+# %% book/chapters/07_sharding.md, cell 14
+AnyMesh = Mesh | AbstractMesh
+MeshAxis = str | tuple[str, ...] | None
+
 MESH_AXES: dict[str | None, MeshAxis] = {
     "embed": "data",
     "heads": "model",
@@ -62,10 +62,27 @@ MESH_AXES: dict[str | None, MeshAxis] = {
     "experts": "expert",
     "table": ("data", "model"),             # the width of an embedding
     "batch": "data",
+    "vocab": None,
+    "layers": None,
+    None: None,
 }
 
 
-# %% book/chapters/07_sharding.md, cell 16
+def partition_spec(axes: Axes) -> P:
+    """Which mesh axes cut an array whose axes count what `axes` say.
+
+    ValueError for a name that `MESH_AXES` does not have.
+    """
+    for axis in axes:
+        if axis not in MESH_AXES:
+            raise ValueError(
+                f"MESH_AXES does not say what cuts the axis {axis!r}: "
+                "add it there, with None to keep it whole everywhere"
+            )
+    return P(*(MESH_AXES[axis] for axis in axes))
+
+
+# %% book/chapters/07_sharding.md, cell 19
 def axis_size(mesh: AnyMesh, axis: MeshAxis) -> int:
     """How many parts `axis` cuts a dimension into; 1 for None.
 
@@ -81,14 +98,13 @@ def axis_size(mesh: AnyMesh, axis: MeshAxis) -> int:
     return math.prod(mesh.shape[n] for n in names if n is not None)
 
 
-# %% book/chapters/07_sharding.md, cell 17
 def fit(axis: MeshAxis, size: int, mesh: AnyMesh) -> MeshAxis:
     """`axis` if it cuts `size` into equal parts, else None: whole."""
     parts = axis_size(mesh, axis)
     return axis if parts > 1 and size % parts == 0 else None
 
 
-# %% book/chapters/07_sharding.md, cell 18
+# %% book/chapters/07_sharding.md, cell 20
 def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     """`spec` as far as it fits `shape`: one entry for each dimension.
 
@@ -101,17 +117,11 @@ def fit_spec(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
     return P(*(fit(a, n, mesh) for a, n in zip(wishes, shape)))
 
 
-# %% book/chapters/07_sharding.md, cell 19
-def partition_spec(axes: Axes) -> P:
-    """Which mesh axes cut an array whose axes count what `axes` say."""
-    return P(*(MESH_AXES.get(axis) for axis in axes))
-
-
-# %% book/chapters/07_sharding.md, cell 22
+# %% book/chapters/07_sharding.md, cell 23
 def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     """`w` with a fitted spec in place of each array.
 
-    Raises ValueError when the cut would part rows from their scales.
+    Raises ValueError when the cut would part weights from their scales.
     """
     if isinstance(w, LazySlice):
         above = (None,) * len(w.index)
@@ -130,7 +140,7 @@ def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
     return QuantizedTensor(fitted, scales)
 
 
-# %% book/chapters/07_sharding.md, cell 23
+# %% book/chapters/07_sharding.md, cell 24
 def group_repeats(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> int:
@@ -140,11 +150,10 @@ def group_repeats(
     return 1 if groups == 1 else math.lcm(groups, parts) // groups
 
 
-# %% book/chapters/07_sharding.md, cell 24
 def fit_groups(
     q: QuantizedTensor, spec: P, mesh: AnyMesh
 ) -> QuantizedTensor:
-    """Repeat scales until each device's rows have groups of their own.
+    """Repeat scales until each device's inputs have their own groups.
 
     The weights that `q` stands for do not change by a bit. G becomes
     the least common multiple of G and the parts that D is cut into.
@@ -177,7 +186,6 @@ def partition_specs(
     }
 
 
-# %% book/chapters/07_sharding.md, cell 30
 def shardings(specs: Any, mesh: AnyMesh) -> Any:
     """A tree of specs as a tree of shardings, for `jax.device_put`."""
     return jax.tree.map(
@@ -187,14 +195,72 @@ def shardings(specs: Any, mesh: AnyMesh) -> Any:
     )
 
 
-# %% book/chapters/07_sharding.md, cell 34
-def current_mesh() -> AbstractMesh | None:
-    """The mesh of the enclosing `jax.set_mesh`, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
+# %% book/chapters/07_sharding.md, cell 33
+def matmul_in_blocks(
+    product: Callable[[Array, Any], Array],
+    x: Float[Array, "N D"], w: Any, axes: Axes, mesh: AnyMesh,
+) -> Float[Array, "N F"]:
+    """`product`, of whose weight each device holds a block.
+
+    Each device multiplies its block; then they sum over what cuts D.
+    Source: Pope et al. (2023), section 3.2.
+    """
+    spec = partition_spec(axes)
+    d, f = fit_spec(spec, w.shape, mesh)
+
+    def local(x: Array, w: Any) -> Array:
+        y = product(x, w)                                   # [N, F_Y]
+        return jax.lax.psum(y, d) if d else y
+
+    return jax.shard_map(
+        local, mesh=mesh, check_vma=False,
+        in_specs=(P(None, d), weight_spec(spec, w, mesh)),
+        out_specs=P(None, f),
+    )(x, w)
 
 
-# %% book/chapters/07_sharding.md, cell 35
+# %% book/chapters/07_sharding.md, cell 55
+@dataclass(frozen=True)
+class OneOfMany(OneDevice):
+    """One device's part of a computation that was split.
+
+    `cut` says which mesh axis cuts what; what is missing is whole.
+    """
+
+    cut: dict[str | None, MeshAxis]
+
+    def matmul(
+        self, product: Callable[[Array, Any], Array], x: Array, w: Any,
+        axes: Axes, summed: bool,
+    ) -> Array:
+        y = product(x, w)
+        return self.total(y, axes[0] or "") if summed else y
+
+    def along(self, *axes: str) -> tuple[str, ...]:
+        """The mesh axes that cut these."""
+        found = [self.cut.get(axis) or () for axis in axes]
+        each = [(f,) if isinstance(f, str) else f for f in found]
+        return sum(each, ())
+
+    def total(self, y: Array, *axes: str) -> Array:
+        along = self.along(*axes)
+        return jax.lax.psum(y, along) if along else y
+
+    def once(self, y: Array, axis: str) -> Array:
+        along = self.along(axis)
+        if not along:
+            return y
+        return jnp.where(jax.lax.axis_index(along) == 0, y, 0)
+
+    def first(self, count: int, axis: str) -> Any:
+        along = self.along(axis)
+        return jax.lax.axis_index(along) * count if along else 0
+
+
+PART: ContextVar[OneOfMany | None] = ContextVar("PART", default=None)
+
+
+# %% book/chapters/07_sharding.md, cell 56
 def is_axes(value: Any) -> bool:
     """Whether this names the axes of one array."""
     return isinstance(value, tuple) and all(
@@ -207,45 +273,55 @@ def is_weight(w: Any) -> bool:
     return isinstance(w, (QuantizedTensor, LazySlice))
 
 
-# %% book/chapters/07_sharding.md, cell 36
-@dataclass(frozen=True)
-class OneOfMany(OneDevice):
-    """One device's part of a computation that was split.
+# %% book/chapters/07_sharding.md, cell 57
+def split_over(
+    mesh: AnyMesh, function: Callable[..., Any], in_axes: Any,
+    out_axes: Any,
+) -> Callable[..., Any]:
+    """`function`, run by each device on its parts of the arrays.
 
-    `cut` says which mesh axis cuts what.
+    `in_axes` and `out_axes` name what the axes of each array count.
+    ValueError when one name would be cut here and whole there.
     """
+    def run(*arrays: Any) -> Any:
+        cut: dict[str | None, MeshAxis] = {}
 
-    cut: dict[str | None, MeshAxis]
+        def spec_of(a: Any, axes: Axes) -> Any:
+            spec = partition_spec(axes)
+            for axis, along in zip(axes, fit_spec(spec, a.shape, mesh)):
+                if cut.setdefault(axis, along) != along:
+                    raise ValueError(
+                        f"{mesh.shape} cuts {axis!r} in one array and "
+                        f"cannot in another, of shape {a.shape}"
+                    )
+            return weight_spec(spec, a, mesh)
 
-    def matmul(
-        self, product: Callable[[Array, Any], Array], x: Array, w: Any,
-        axes: Axes, summed: bool,
-    ) -> Array:
-        y = product(x, w)
-        return self.total(y, axes[0] or "") if summed else y
+        def local(*arrays: Any) -> Any:
+            token = PART.set(OneOfMany(cut))
+            try:
+                return function(*arrays)
+            finally:
+                PART.reset(token)
 
-    def total(self, y: Array, axis: str) -> Array:
-        along = self.cut.get(axis)
-        return jax.lax.psum(y, along) if along else y
+        specs = jax.tree.map(
+            spec_of, arrays, in_axes, is_leaf=is_weight
+        )
+        out = jax.tree.map(
+            lambda axes: P(*(cut.get(a) for a in axes)),
+            out_axes, is_leaf=is_axes,
+        )
+        return jax.shard_map(
+            local, mesh=mesh, check_vma=False,
+            in_specs=specs, out_specs=out,
+        )(*arrays)
 
-    def once(self, y: Array, axis: str) -> Array:
-        along = self.cut.get(axis)
-        if not along:
-            return y
-        return jnp.where(jax.lax.axis_index(along) == 0, y, 0)
-
-    def first(self, count: int, axis: str) -> Any:
-        along = self.cut.get(axis)
-        return jax.lax.axis_index(along) * count if along else 0
-
-
-PART: ContextVar[OneOfMany | None] = ContextVar("PART", default=None)
+    return run
 
 
-# %% book/chapters/07_sharding.md, cell 37
+# %% book/chapters/07_sharding.md, cell 58
 @dataclass(frozen=True)
 class OnMesh(OneDevice):
-    """On all devices of the current mesh."""
+    """On all devices of a mesh; arrays look whole."""
 
     mesh: AnyMesh
 
@@ -253,66 +329,24 @@ class OnMesh(OneDevice):
         self, product: Callable[[Array, Any], Array], x: Array, w: Any,
         axes: Axes, summed: bool,
     ) -> Array:
-        """Each device multiplies the block it holds, then they sum
-        over the axis that cuts D. Source: Pope et al. (2023), 3.2.
-        """
-        spec = partition_spec(axes)
-        d, f = fit_spec(spec, w.shape, self.mesh)
-
-        def local(x: Array, w: Any) -> Array:
-            y = product(x, w)                               # [N, F_Y]
-            return jax.lax.psum(y, d) if d else y
-
-        blocks = P(None, d), weight_spec(spec, w, self.mesh)
-        return jax.shard_map(
-            local, in_specs=blocks, out_specs=P(None, f),
-            check_vma=False,
-        )(x, w)
+        return matmul_in_blocks(product, x, w, axes, self.mesh)
 
     def split(
         self, function: Callable[..., Any], in_axes: Any, out_axes: Any
     ) -> Callable[..., Any]:
-        """`function`, run by each device on its parts of the arrays."""
-        def run(*arrays: Any) -> Any:
-            cut: dict[str | None, MeshAxis] = {}
-
-            def spec_of(a: Any, axes: Axes) -> Any:
-                spec = partition_spec(axes)
-                fitted = fit_spec(spec, a.shape, self.mesh)
-                cut.update(zip(axes, fitted))
-                return weight_spec(spec, a, self.mesh)
-
-            specs = jax.tree.map(
-                spec_of, arrays, in_axes, is_leaf=is_weight
-            )
-            out = jax.tree.map(
-                lambda axes: P(*(cut.get(a) for a in axes)),
-                out_axes, is_leaf=is_axes,
-            )
-
-            def local(*arrays: Any) -> Any:
-                token = PART.set(OneOfMany(cut))
-                try:
-                    return function(*arrays)
-                finally:
-                    PART.reset(token)
-
-            return jax.shard_map(
-                local, in_specs=specs, out_specs=out, check_vma=False
-            )(*arrays)
-
-        return run
+        return split_over(self.mesh, function, in_axes, out_axes)
 
     def constrain(self, x: Array, axes: Axes) -> Array:
         spec = fit_spec(partition_spec(axes), x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, spec)
 
     def head_copies(self, kv_heads: int, q_heads: int) -> int:
-        """So often that `model` cuts the copies between heads. Once
-        where it does not divide the query heads: then all are whole.
-        """
-        axis = fit(MESH_AXES["heads"], q_heads, self.mesh)
-        return math.lcm(kv_heads, axis_size(self.mesh, axis)) // kv_heads
+        return copies_of_heads(kv_heads, q_heads, self.mesh)
+
+    def gather_heads(
+        self, k: Array, v: Array, q_heads: int
+    ) -> tuple[Array, Array]:
+        return gather_parted_heads(k, v, q_heads, self.mesh)
 
     def spread_heads(
         self, k: Array, v: Array, q_heads: int
@@ -320,22 +354,18 @@ class OnMesh(OneDevice):
         copies = self.head_copies(k.shape[2], q_heads)
         if copies == 1:
             return k, v
-        sizes = [k.shape[2] * k.shape[3], v.shape[2] * v.shape[3]]
-        flat = [z.reshape(*z.shape[:2], -1) for z in (k, v)]
-        # Gathered together, in one exchange.
-        both = self.constrain(
-            jnp.concatenate(flat, 2), (None, None, None)
-        )
-        parts = jnp.split(both, sizes[:1], axis=2)
-        spread = []
-        for z, part in zip((k, v), parts):
-            heads = jnp.repeat(part.reshape(z.shape), copies, axis=2)
-            axes = None, None, "heads", None
-            spread.append(self.constrain(heads, axes))
-        return spread[0], spread[1]
+        axes = None, None, "heads", None
+        k, v = (jnp.repeat(z, copies, axis=2) for z in (k, v))
+        return self.constrain(k, axes), self.constrain(v, axes)
 
 
-# %% book/chapters/07_sharding.md, cell 38
+# %% book/chapters/07_sharding.md, cell 59
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of the enclosing `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
 def find_mesh() -> OneDevice | None:
     """The part that is being computed, or the mesh, or nothing."""
     if part := PART.get():
@@ -345,3 +375,45 @@ def find_mesh() -> OneDevice | None:
 
 
 PLACEMENTS.append(find_mesh)
+
+
+# %% book/chapters/07_sharding.md, cell 66
+def copies_of_heads(
+    kv_heads: int, q_heads: int, mesh: AnyMesh
+) -> int:
+    """So often that `model` cuts the copies between heads.
+
+    Once where it does not divide the query heads: then all are whole.
+    """
+    axis = fit(MESH_AXES["heads"], q_heads, mesh)
+    return math.lcm(kv_heads, axis_size(mesh, axis)) // kv_heads
+
+
+# %% book/chapters/07_sharding.md, cell 67
+def gather_parted_heads(
+    k: Float[Array, "B T K H"], v: Float[Array, "B T K V"],
+    q_heads: int, mesh: AnyMesh,
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K V"]]:
+    """All heads on each device where one would hold parts of a head.
+
+    In one exchange. Elsewhere, and where `model` cuts neither, as they
+    are.
+    """
+    flat = [z.reshape(*z.shape[:2], -1) for z in (k, v)]  # [B, T, KH]
+    axis = MESH_AXES["kv_heads"]
+    cut = all(fit(axis, z.shape[2], mesh) for z in flat)
+    if not cut or copies_of_heads(k.shape[2], q_heads, mesh) == 1:
+        return k, v
+
+    def local(*parts: Array) -> list[Array]:
+        widths = np.cumsum([z.shape[2] for z in parts])[:-1]
+        both = jnp.concatenate(parts, axis=2)
+        every = jax.lax.all_gather(both, axis, axis=2)   # [B, T, n, .]
+        return jnp.split(every, widths, axis=3)
+
+    part = P(None, None, axis)
+    whole = jax.shard_map(
+        local, mesh=mesh, check_vma=False,
+        in_specs=(part, part), out_specs=[P(), P()],
+    )(*flat)
+    return whole[0].reshape(k.shape), whole[1].reshape(v.shape)

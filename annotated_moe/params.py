@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/08_model.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/07_sharding.md by `make sync`; edit the chapters.
 """What a parameter is, said once, where a module asks for it.
 """
 
@@ -53,7 +53,7 @@ def get_parameter(
         ASKED.reset(token)
 
 
-# %% book/chapters/08_model.md, cell 12
+# %% book/chapters/07_sharding.md, cell 11
 def record_specs(
     run: Callable[[], Any],
 ) -> dict[str, dict[str, ParamSpec]]:

@@ -30,8 +30,8 @@ class OneDevice:
         """`x`, held where its axes say."""
         return x
 
-    def total(self, y: Array, axis: str) -> Array:
-        """The sum of what the devices along `axis` have."""
+    def total(self, y: Array, *axes: str) -> Array:
+        """The sum of what the devices along `axes` have."""
         return y
 
     def once(self, y: Array, axis: str) -> Array:
@@ -45,6 +45,12 @@ class OneDevice:
     def head_copies(self, kv_heads: int, q_heads: int) -> int:
         """How often each key head is held."""
         return 1
+
+    def gather_heads(
+        self, k: Array, v: Array, q_heads: int
+    ) -> tuple[Array, Array]:
+        """Keys and values, all whole if a device has half a head."""
+        return k, v
 
     def spread_heads(
         self, k: Array, v: Array, q_heads: int

@@ -1,15 +1,18 @@
 # Generated from book/chapters/06_quantization.md by `make sync`; edit the chapter.
-"""Grok-1 has 316 billion weights. In float32 they fill 1.3 terabytes,
+"""Grok-1 has 315.7 billion weights. In float32 they fill 1.3 terabytes,
 in bfloat16 half of that, and the published files half of that again,
 because nearly every weight is an eight-bit integer that shares a scale
 with its neighbours. This chapter builds the format, derives how wrong
 it can make a matrix product and a logit, and measures that neither is
-worse. It ends with a product that reads the integers a tile at a time
-and never writes the matrix out in a wider type, so that what was saved
-on disk stays saved while the model runs.
+worse. By its end you will have a product that reads the integers a tile
+at a time and never writes the matrix out in a wider type, so that what
+was saved on disk stays saved while the model runs.
 """
 
+import functools
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,11 +21,8 @@ from jaxtyping import Array, Float, Float32, Shaped
 
 from annotated_moe.linear import PRODUCTS, product
 
-# %% book/chapters/06_quantization.md, cell 2
-Index = tuple[Any, ...]                                     # of a stack
 
-
-# %% book/chapters/06_quantization.md, cell 10
+# %% book/chapters/06_quantization.md, cell 9
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -51,7 +51,7 @@ class QuantizedTensor:
         return LazySlice(self, (index,))
 
 
-# %% book/chapters/06_quantization.md, cell 11
+# %% book/chapters/06_quantization.md, cell 10
 def group_size(q: QuantizedTensor) -> int:
     """How many input features share a scale: D / G.
 
@@ -67,7 +67,7 @@ def group_size(q: QuantizedTensor) -> int:
     return d // groups
 
 
-# %% book/chapters/06_quantization.md, cell 12
+# %% book/chapters/06_quantization.md, cell 11
 def quantize(
     w: Float[Array, "*E D F"], groups: int = 1
 ) -> QuantizedTensor:
@@ -93,7 +93,7 @@ def quantize(
     return QuantizedTensor(q.reshape(w.shape), scales)
 
 
-# %% book/chapters/06_quantization.md, cell 13
+# %% book/chapters/06_quantization.md, cell 12
 def bfloat16_scales(
     peak: Float[Array, "*E G F"],
 ) -> Float[Array, "*E G F"]:
@@ -106,7 +106,7 @@ def bfloat16_scales(
     return jax.lax.reduce_precision(scales, 8, 7)
 
 
-# %% book/chapters/06_quantization.md, cell 14
+# %% book/chapters/06_quantization.md, cell 13
 def dequantize(
     q: QuantizedTensor, dtype: Any = jnp.float32
 ) -> Float[Array, "*E D F"]:
@@ -121,14 +121,14 @@ def dequantize(
     return w.reshape(q.shape).astype(dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 20
+# %% book/chapters/06_quantization.md, cell 19
 def step_of_each_weight(q: QuantizedTensor) -> Float32[Array, "*E D F"]:
     """What one more in a weight's integer adds: its group's scale."""
     scales = q.scales.astype(jnp.float32)                   # [*E, G, F]
     return jnp.repeat(scales, group_size(q), axis=-2)
 
 
-# %% book/chapters/06_quantization.md, cell 34
+# %% book/chapters/06_quantization.md, cell 33
 def change_bound(
     gradients: Any, quantized: Any
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
@@ -153,7 +153,10 @@ def change_bound(
     return jnp.abs(far).sum() / 2, jnp.sqrt((far**2).sum() / 12)
 
 
-# %% book/chapters/06_quantization.md, cell 42
+# %% book/chapters/06_quantization.md, cell 41
+Index = tuple[Any, ...]                                     # of a stack
+
+
 def whole_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -171,7 +174,7 @@ def whole_matmul(
     return jnp.sum(y * scales[:, None], axis=0)
 
 
-# %% book/chapters/06_quantization.md, cell 52
+# %% book/chapters/06_quantization.md, cell 51
 def read_rows(
     stack: Shaped[Array, "*E D F"],
     index: Index,
@@ -184,11 +187,25 @@ def read_rows(
     return tile.reshape(rows, stack.shape[-1])
 
 
-# %% book/chapters/06_quantization.md, cell 53
+# %% book/chapters/06_quantization.md, cell 52
 def tile_rows(group: int, target: int) -> int:
     """The divisor of `group` nearest to `target`, as a ratio."""
     divisors = [t for t in range(1, group + 1) if group % t == 0]
     return min(divisors, key=lambda t: max(t / target, target / t))
+
+
+# %% book/chapters/06_quantization.md, cell 55
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (Linux, x86).
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text("ascii", "ignore")
+    except OSError:
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    words = set(flags[1].split()) if flags else set()
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 # %% book/chapters/06_quantization.md, cell 56
@@ -197,7 +214,8 @@ def tiled_matmul(
 ) -> Float[Array, "N F"]:
     """`whole_matmul` a tile of rows at a time; one tile is ever wide.
 
-    One row is multiplied in float32, more rows in `x.dtype`; sums are
+    Up to eight rows are multiplied in float32, and any number on a
+    processor without bfloat16 units; else in `x.dtype`. Sums are
     float32 in both cases.
     """
     (n, d), f = x.shape, q.shape[-1]
@@ -205,7 +223,8 @@ def tiled_matmul(
     few_and_narrow = n < 32 and f < 1024
     target = 128 if few_and_narrow else max(128, 2**20 // f)
     rows = tile_rows(group, target)
-    dtype = jnp.float32 if n == 1 else x.dtype
+    wide = n <= 8 or not cpu_has_bfloat16()
+    dtype = jnp.float32 if wide else x.dtype
 
     def add_tile(t, total):
         start = t * rows
@@ -220,7 +239,7 @@ def tiled_matmul(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/06_quantization.md, cell 57
+# %% book/chapters/06_quantization.md, cell 62
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LazySlice:
@@ -249,7 +268,7 @@ class LazySlice:
         return LazySlice(self.stack, (*self.index, index))
 
 
-# %% book/chapters/06_quantization.md, cell 66
+# %% book/chapters/06_quantization.md, cell 64
 def cut_as_bits(
     w: Float[Array, "*L D F"], index: Index
 ) -> Float[Array, "D F"]:
@@ -259,7 +278,7 @@ def cut_as_bits(
     return jax.lax.bitcast_convert_type(bits[index], w.dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 67
+# %% book/chapters/06_quantization.md, cell 65
 def read_slice(w: LazySlice) -> Float[Array, "..."]:
     """The matrix, of which a CPU does not widen more than that."""
     stack = jnp.asarray(w.stack)
@@ -271,7 +290,7 @@ def read_slice(w: LazySlice) -> Float[Array, "..."]:
     )
 
 
-# %% book/chapters/06_quantization.md, cell 68
+# %% book/chapters/06_quantization.md, cell 66
 def quantized_matmul(
     x: Float[Array, "N D"], w: QuantizedTensor, index: Index = ()
 ) -> Float32[Array, "N F"]:
@@ -285,7 +304,7 @@ def quantized_matmul(
     )
 
 
-# %% book/chapters/06_quantization.md, cell 69
+# %% book/chapters/06_quantization.md, cell 67
 def slice_matmul(
     x: Float[Array, "N D"], w: LazySlice
 ) -> Float32[Array, "N F"]:
@@ -299,7 +318,7 @@ PRODUCTS[QuantizedTensor] = quantized_matmul
 PRODUCTS[LazySlice] = slice_matmul
 
 
-# %% book/chapters/06_quantization.md, cell 70
+# %% book/chapters/06_quantization.md, cell 68
 def as_float(w: Any) -> Float[Array, "..."]:
     """A weight of any type as an array; quantized ones as float32."""
     if isinstance(w, LazySlice):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 
-# %% book/chapters/08_model.md, cell 68
+# %% book/chapters/08_model.md, cell 71
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -25,15 +25,16 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 69
+# %% book/chapters/08_model.md, cell 72
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Keep the fewest, largest logits whose probability reaches p.
 
     At least one, however small p is. In the dtype of `logits`, which
-    should be float32. What equals the least that is kept stays too.
-    Source: Holtzman et al. (2020).
+    should be float32; where a sum meets p exactly, its rounding says
+    whether one more stays. What equals the least that is kept stays
+    too. Source: Holtzman et al. (2020).
     """
     ranked = jnp.sort(logits, axis=-1)
     below = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
@@ -44,7 +45,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 74
+# %% book/chapters/08_model.md, cell 75
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -65,7 +66,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 77
+# %% book/chapters/08_model.md, cell 78
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -75,7 +76,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 78
+# %% book/chapters/08_model.md, cell 79
 NO_TOKEN = -1                   # where logits are no finite numbers
 
 
@@ -86,7 +87,7 @@ def unless_broken(
     return jnp.where(jnp.isfinite(logits).all(-1), tokens, NO_TOKEN)
 
 
-# %% book/chapters/08_model.md, cell 79
+# %% book/chapters/08_model.md, cell 80
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -106,7 +107,7 @@ def sample(
     return unless_broken(logits, tokens)
 
 
-# %% book/chapters/08_model.md, cell 80
+# %% book/chapters/08_model.md, cell 81
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"],
@@ -117,46 +118,19 @@ def greedy(
     return unless_broken(logits, jnp.argmax(logits, axis=-1))
 
 
-# %% book/chapters/08_model.md, cell 81
-def per_row(
-    name: str, value: Any, rows: int, good: Any, need: str
-) -> np.ndarray:
-    """`value` for each row; ValueError unless all of it is `good`."""
-    a = np.asarray(value)
-    if a.shape not in ((), (rows,)):
-        raise ValueError(
-            f"{name} must be one number, or one for each of {rows} "
-            f"prompts, not {a.size}"
-        )
-    if a.dtype.kind not in "iuf" or not np.all(good(a)):
-        raise ValueError(f"{name} must be {need}, got {value!r}")
-    return np.broadcast_to(a, (rows,))
-
-
 # %% book/chapters/08_model.md, cell 82
-def sampling(
+def settings_per_row(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:
-    """One setting a row, from numbers or sequences.
+    """One setting a row, from numbers or sequences of them."""
+    seed = np.asarray(seed)
+    if seed.ndim == 0:
+        seed = seed + np.arange(rows)
 
-    A single seed counts up over the rows. ValueError for what makes no
-    sense, or for a sequence that is not as long as there are rows.
-    """
-    whole = "an integer from 0 to 2**32 - 1"
-    seeds = per_row("seed", seed, rows,
-                    lambda a: (a % 1 == 0) & (a >= 0) & (a < 2**32),
-                    whole)
-    if np.ndim(seed) == 0:
-        seeds = seeds + np.arange(rows)
-    warm = per_row("temperature", temperature, rows,
-                   lambda a: (a >= 0) & np.isfinite(a), "0 or more")
-    mass = per_row("top_p", top_p, rows,
-                   lambda a: (a > 0) & (a <= 1), "above 0, at most 1")
-    count = 2**31 - 1 if top_k is None else top_k
-    count = per_row("top_k", count, rows,
-                    lambda a: (a % 1 == 0) & (a >= 1) & (a < 2**31),
-                    "an integer >= 1, or None")
+    def each(value: Any, dtype: Any) -> np.ndarray:
+        return np.broadcast_to(np.asarray(value).astype(dtype), rows)
+
     return Sampling(
-        seeds.astype(np.uint32), warm.astype(np.float32),
-        count.astype(np.int32), mass.astype(np.float32),
+        each(seed, np.uint32), each(temperature, np.float32),
+        each(top_k or 0, np.int32), each(top_p, np.float32),
     )

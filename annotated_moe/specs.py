@@ -56,7 +56,7 @@ Size = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, above=True)]
 
 
-# %% book/chapters/05_moe.md, cell 5
+# %% book/chapters/05_moe.md, cell 90
 @dataclass(frozen=True)
 class OneOf:
     """The names that a table registers, now or in later chapters."""
@@ -70,19 +70,18 @@ class OneOf:
         return f"one of {', '.join(self.table)}"
 
 
-# %% book/chapters/08_model.md, cell 10
+# %% book/chapters/08_model.md, cell 15
 def to_json(value: Any) -> Any:
     """A spec as JSON: its fields, and the name of its class."""
     if isinstance(value, Spec):
-        own = {f.name: getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
-        plain = {name: to_json(v) for name, v in own.items()}
+        plain = {name: to_json(v) for name, v in vars(value).items()}
         return {"spec": type(value).__name__, **plain}
     if isinstance(value, tuple):
         return [to_json(v) for v in value]
     return value
 
 
-# %% book/chapters/08_model.md, cell 11
+# %% book/chapters/08_model.md, cell 16
 def from_json(raw: Any) -> Any:
     """What `to_json` wrote. ValueError for anything else.
 
@@ -97,14 +96,15 @@ def from_json(raw: Any) -> Any:
     kind = SPECS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"spec is {name!r:.60}, which is not known")
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     for field in own:
         if field not in known:
             raise ValueError(f"{name} has no field {field[:40]!r}")
     try:
         return kind(**own)
     except TypeError as error:
-        raise ValueError(str(error).replace("__init__() ", "")) from None
+        said = str(error).replace("__init__() ", "")
+        raise ValueError(said) from None
 
 
 # %% book/chapters/92_specs.md, cell 2

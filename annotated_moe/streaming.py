@@ -44,7 +44,7 @@ from numpy.lib.stride_tricks import as_strided
 from tqdm import tqdm
 
 from annotated_moe.cache import KVCache
-from annotated_moe.checkpoints import Opened, find_tokenizer
+from annotated_moe.checkpoints import Opened
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
@@ -977,7 +977,7 @@ def load_from_disk(
     params: dict[str, dict[str, Any]] = {}
     for (module, name), w in opened.read().items():
         params.setdefault(module, {})[name] = w
-    tokenizer = find_tokenizer(opened.folder)
+    tokenizer = opened.tokenizer()
     kind = STREAMED_CLASSES[type(config)]
     return kind(config, params, tokenizer, mesh)
 

@@ -1108,7 +1108,6 @@ class Tangled:
     """All generated files, and what a builder should hear of."""
 
     outputs: list[Output]
-    forward: list[Problem] = field(default_factory=list)
     large: list[str] = field(default_factory=list)
 
 
@@ -1202,9 +1201,7 @@ def largest(outputs: list[Output]) -> list[str]:
 
 
 # %% book/chapters/90_tangle.md, cell 117
-def tangle(
-    root: Path, last: int | None = None, allow_forward: bool = False
-) -> Tangled:
+def tangle(root: Path, last: int | None = None) -> Tangled:
     """Every generated file of the book under `root`; writes nothing.
 
     Raises `TangleError` with every problem of every chapter.
@@ -1213,15 +1210,14 @@ def tangle(
     book = gather(chapters)
     judge_titles(book)
     connect_all(book)
-    forward = sorted(set(book.forward), key=reading_order)
-    book.problems += [] if allow_forward else forward
+    book.problems += sorted(set(book.forward), key=reading_order)
     outputs = module_outputs(book)
     rooms = largest(outputs)
     for chapter in chapters:
         path = chapter.path.removesuffix(".md") + ".ipynb"
         text = notebook_text(chapter, address)
         outputs.append(Output(path, text, chapter.path))
-    return Tangled(outputs, forward, rooms)
+    return Tangled(outputs, rooms)
 
 
 # %% book/chapters/90_tangle.md, cell 118
@@ -1288,16 +1284,13 @@ def check(root: Path, outputs: list[Output]) -> list[str]:
 def run_options(options: argparse.Namespace) -> list[str]:
     """Tangle as the command line says; what changed, or would."""
     root, into = options.root, options.into or options.root
-    tangled = tangle(root, options.upto, options.allow_forward)
+    tangled = tangle(root, options.upto)
     if options.check:
         lines = check(root, tangled.outputs)
     else:
         lines = sync(into, tangled.outputs)
-    count = len(tangled.forward)
-    notes = [f"{count} uses of what a later chapter exports"]
-    if count or tangled.large:
-        notes = notes[:count] + tangled.large
-        print("; ".join(notes), file=sys.stderr)
+    if tangled.large:
+        print("; ".join(tangled.large), file=sys.stderr)
     return lines
 
 
@@ -1313,7 +1306,6 @@ def main(arguments: list[str] | None = None) -> int:
     say("--root", type=Path, default=Path(), help="where the book is")
     say("--upto", type=int, metavar="NN", help="the last chapter")
     say("--into", type=Path, metavar="DIR", help="an empty folder")
-    say("--allow-forward", action="store_true", help="count, as yet")
     options = parser.parse_args(arguments)
     if (options.upto is None) != (options.into is None):
         parser.error("--upto and --into go together")

@@ -28,13 +28,13 @@ print(len(list(folder.rglob("*.py"))), "modules imported")
 """
 
 
-def tangle(root: Path, number: int, into: Path, rest: list[str]) -> None:
+def tangle(root: Path, number: int, into: Path) -> None:
     """The chapters up to `number`, and the package's other files."""
     if into.exists() and not (into / "annotated_moe").is_dir() and any(into.iterdir()):
         sys.exit(f"{into} is not a folder that this script has made")
     shutil.rmtree(into, ignore_errors=True)
     script = HERE / "annotated_moe/tangle.py"
-    options = ["--root", root, "--upto", str(number), "--into", into, *rest]
+    options = ["--root", root, "--upto", str(number), "--into", into]
     subprocess.run([sys.executable, "-P", script, *options], check=True)
     for file in root.glob("annotated_moe/**/*"):
         if file.is_file() and file.suffix not in (".py", ".pyc", ".new"):
@@ -43,14 +43,16 @@ def tangle(root: Path, number: int, into: Path, rest: list[str]) -> None:
             shutil.copyfile(file, copy)
 
 
-def notebook(into: Path, number: int) -> Path:
-    """The notebook of chapter `number`, alone in a new directory."""
+def notebooks(into: Path, number: int) -> Path:
+    """A new directory with the notebooks of chapter `number`: 09, 09b, ..."""
     names = into.glob("book/chapters/*.ipynb")
-    found = [path for path in names if int(path.name.split("_")[0]) == number]
-    if len(found) != 1:
-        sys.exit(f"there is no chapter {number}, or more than one")
+    found = [path for path in names if int(path.name[:2]) == number]
+    if not found:
+        sys.exit(f"there is no chapter {number}")
     (into / "run").mkdir()
-    return Path(shutil.copy(found[0], into / "run"))
+    for path in found:
+        shutil.copy(path, into / "run")
+    return into / "run"
 
 
 def main() -> int:
@@ -58,21 +60,19 @@ def main() -> int:
     parser.add_argument("number", type=int)
     parser.add_argument("into", type=Path)
     parser.add_argument("--root", type=Path, default=HERE)
-    parser.add_argument("--allow-forward", action="store_true")
     options = parser.parse_args()
     into = options.into.resolve()
-    rest = ["--allow-forward"] if options.allow_forward else []
     environment = {**os.environ, "PYTHONPATH": str(into)}
     pytest = ["-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600"]
     try:
-        tangle(options.root, options.number, into, rest)
-        run = notebook(into, options.number)
+        tangle(options.root, options.number, into)
+        run = notebooks(into, options.number)
         for command in [
             ["-P", "-c", IMPORT, str(into / "annotated_moe")],
-            ["-P", *pytest, "-c", os.devnull, "-p", "no:cacheprovider", run.name],
+            ["-P", *pytest, "-c", os.devnull, "-p", "no:cacheprovider", "."],
         ]:
             subprocess.run(
-                [sys.executable, *command], check=True, cwd=run.parent, env=environment
+                [sys.executable, *command], check=True, cwd=run, env=environment
             )
     except subprocess.CalledProcessError as error:
         return error.returncode

@@ -305,7 +305,6 @@ def test_cycle(book):
     book(c3=page(late, module="three"))
     with pytest.raises(tangle.TangleError, match="exported only later"):
         sync(root)
-    assert tangle.tangle(root, allow_forward=True)
 
 
 def test_cycle_through_the_front_door(book):
@@ -433,7 +432,7 @@ def test_order_between_chapters_is_judged_in_the_module(book):
     first = to("one", "z = RULES")
     book(c2=page("from annotated_moe.one import RULES", first, module="two"))
     with pytest.raises(tangle.TangleError, match=r"c2.md:\d+: undefined name 'RULES'"):
-        tangle.tangle(root, allow_forward=True)
+        tangle.tangle(root)
 
 
 def test_a_name_that_a_cell_tries_to_import(book):
@@ -537,27 +536,15 @@ def test_the_book_reads_forward(book, case):
     where = f"book/chapters/c1.md:{FIRST + 3 + offset}"
     message = f"{where}: {name} is exported only later, by book/chapters/c2.md"
     assert message in refusals(root)
-    allowed = tangle.tangle(root, allow_forward=True)
-    assert message in map(str, allowed.forward)
     # In the other order there is nothing to refuse.
     (root / "book/chapters/c1.md").rename(root / "book/chapters/c3.md")
-    assert tangle.tangle(root).forward == []
+    assert tangle.tangle(root).outputs
 
 
 def test_a_local_name_is_no_forward_use(book):
     cells = ["def f(g): return g", "def h():\n    g = 1\n    return g"]
     root = book(c1=page(*cells), c2=page("g = 1", module="two"))
-    assert tangle.tangle(root).forward == []
-
-
-# A name in an exported cell that only a later chapter exports. This number goes
-# down, and at 0 `--allow-forward` goes away.
-FORWARD_USES = 161
-
-
-def test_forward_uses_do_not_grow():
-    forward = tangle.tangle(REPOSITORY, allow_forward=True).forward
-    assert len(forward) <= FORWARD_USES, "\n".join(map(str, forward))
+    assert tangle.tangle(root).outputs
 
 
 def test_large_modules_are_named(book, capsys):
@@ -804,7 +791,7 @@ def test_a_page_read_differently_is_refused(book):
 
 def test_the_tangler_tangles_itself(tmp_path):
     """The installed tangler and the one in the chapter agree to the byte."""
-    here = tangle.tangle(REPOSITORY, allow_forward=True).outputs
+    here = tangle.tangle(REPOSITORY).outputs
     (own,) = [o for o in here if o.path == "annotated_moe/tangle.py"]
     assert (REPOSITORY / own.path).read_text(encoding="utf-8") == own.text
     script = tmp_path / "tangle.py"
@@ -815,7 +802,7 @@ def test_the_tangler_tangles_itself(tmp_path):
     for path in CHAPTERS:
         (root / "book/chapters" / path.name).write_bytes(path.read_bytes())
     subprocess.run(
-        [sys.executable, "-P", script, "--root", root, "--allow-forward"],
+        [sys.executable, "-P", script, "--root", root],
         check=True,
         capture_output=True,
     )
@@ -824,7 +811,7 @@ def test_the_tangler_tangles_itself(tmp_path):
 
 
 def test_no_drift():
-    outputs = tangle.tangle(REPOSITORY, allow_forward=True).outputs
+    outputs = tangle.tangle(REPOSITORY).outputs
     assert tangle.check(REPOSITORY, outputs) == []
 
 

@@ -10,7 +10,7 @@ from annotated_moe.families.mixtral import MIXTRALS
 from annotated_moe.families.olmoe import OLMOES
 from annotated_moe.families.qwen import QWENS
 
-# %% book/chapters/08_model.md, cell 111
+# %% book/chapters/08_model.md, cell 8
 PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 
 
@@ -18,9 +18,9 @@ PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 PRESETS |= LLAMAS
 
 
-# %% book/chapters/16_mixtral.md, cell 17
+# %% book/chapters/16_mixtral.md, cell 83
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
 
-# %% book/chapters/18_llama4.md, cell 65
+# %% book/chapters/18_llama4.md, cell 69
 PRESETS |= LLAMA_4S

@@ -20,7 +20,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% book/chapters/08_model.md, cell 105
+# %% book/chapters/08_model.md, cell 7
 def grok_config(
     vocab_size: int = 131072,
     context: int = 8192,

@@ -128,8 +128,10 @@ def projections(
         matrix = changes.get(a, "transpose")
         vector = "as is" if matrix == "transpose" else matrix
         found += [
-            WeightName(f"{theirs}{a}_proj.weight", f"{ours}{b}/w", matrix),
-            WeightName(f"{theirs}{a}_proj.bias", f"{ours}{b}/b", vector),
+            WeightName(
+                f"{theirs}{a}_proj.weight", f"{ours}{b}/w", matrix),
+            WeightName(
+                f"{theirs}{a}_proj.bias", f"{ours}{b}/b", vector),
         ]
     return tuple(found)
 

@@ -892,7 +892,9 @@ class SeeingFamily(Family):
             name: fields.get(name) for name in ("dtype", "torch_dtype")
         }
         fields.get("tie_word_embeddings")
-        own = {k: v for k, v in text.raw.items() if k not in dtypes or v}
+        own = {
+            k: v for k, v in text.raw.items() if k not in dtypes or v
+        }
         text = Fields(text.where, dtypes | own)
         config = self.decoder.configure(text)
         text.finish()

@@ -1,4 +1,4 @@
-# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """Stack the weights of one matrix of Grok-1's 64 layers, and the host
 holds 103 GB before the first of eight devices has its 13. And nothing
 in the files says which tensor is which parameter: their order does, if
@@ -43,6 +43,12 @@ from annotated_moe.formats.lazy import (
     as_bytes,
     first_not_finite,
     iter_blocks,
+)
+from annotated_moe.formats.meta import (
+    find_meta,
+    meta_companions,
+    meta_config,
+    read_meta,
 )
 from annotated_moe.formats.native import (
     FORMAT,
@@ -244,17 +250,30 @@ def place(
 
 
 # %% book/chapters/09c_layouts.md, cell 33
+def find_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a folder, if there is one."""
+    try:
+        return open_tokenizer(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
 class Layout(NamedTuple):
     """A layout of folders: whose it is, and how it is read.
 
     `find` gives the folder of the weights, or None for another
-    layout. `config` reads the configuration of the folder around.
+    layout. `config` reads the configuration of the folder around,
+    `tokenizer` finds what cuts texts for that model.
     """
 
     name: str
     find: Callable[[Path, set[str]], Path | None]
     config: Callable[[Path], ModelConfig]
     read: Callable[[Path, ModelConfig], Tensors]
+    tokenizer: Callable[
+        [Path, ModelConfig], Tokenizer | None] = find_tokenizer
 
 
 # %% book/chapters/09c_layouts.md, cell 34
@@ -309,6 +328,10 @@ class Opened(NamedTuple):
         check_tensors(self.weights, tensors, self.config)
         return tensors
 
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, if there is one."""
+        return self.layout.tokenizer(self.folder, self.config)
+
 
 # %% book/chapters/09c_layouts.md, cell 37
 def open_checkpoint(path: str | os.PathLike[str]) -> Opened:
@@ -334,14 +357,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Opened:
 def small_model() -> Path:
     """The folder of the trained model inside this package."""
     return Path(str(files("annotated_moe") / "small"))
-
-
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, if there is one."""
-    try:
-        return open_tokenizer(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(error)) from None
 
 
 # %% book/chapters/09c_layouts.md, cell 43
@@ -425,7 +440,7 @@ def load_into_memory(
         except CheckpointError as error:
             raise CheckpointError(f"{opened.weights}: {error}") from None
         params.setdefault(module, {})[name] = own
-    tokenizer = find_tokenizer(opened.folder)
+    tokenizer = opened.tokenizer()
     kind = MODEL_CLASSES[type(config)]
     return kind(config, params, tokenizer, mesh)
 
@@ -615,3 +630,20 @@ LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
 
 # %% book/chapters/14_hub.md, cell 41
 FINDERS.append(fetch_from_hub)
+
+
+# %% book/chapters/15_meta.md, cell 68
+def meta_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer in the folder, or one folder up."""
+    found = find_tokenizer(folder) or find_tokenizer(folder / "..")
+    if found is not None and config is not None:
+        for name, data in meta_companions(config).items():
+            found.companions.setdefault(name, data)
+    return found
+
+
+LAYOUTS.append(
+    Layout("Meta", find_meta, meta_config, read_meta, meta_tokenizer)
+)

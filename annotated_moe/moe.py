@@ -133,8 +133,10 @@ def every_expert(
     pick = jax.nn.one_hot(experts.reshape(-1), count)       # [N*A, E]
 
     def chosen(xs: Array, name: str, axes: Axes) -> Array:
-        every = jax.vmap(lambda m: matmul(xs, m, axes))(w[name])
-        return jnp.einsum("end,ne->nd", every.astype(xs.dtype), pick)
+        every = jnp.stack(
+            [matmul(xs, w[name][e], axes) for e in range(count)]
+        ).astype(xs.dtype)                                # [E, N*A, F]
+        return jnp.einsum("end,ne->nd", every, pick)
 
     xs = jnp.repeat(x, a, axis=0)                           # [N*A, D]
     gate = chosen(xs, "linear", ("embed", "mlp"))           # float32

@@ -28,12 +28,12 @@ def only_imports(source: str) -> bool:
 
 
 def one_thought(cell: tangle.Cell) -> bool:
-    """One exported class, function or pair of tables, and at most 60 lines."""
-    if "export" not in cell.tags or cell.source.count("\n") > 60:
+    """A class or function with what registers it, or a few small ones."""
+    if "export" not in cell.tags:
         return False
     kinds = [type(node) for node in ast.parse(cell.source).body]
     longer = kinds.count(ast.ClassDef) + kinds.count(ast.FunctionDef)
-    return longer <= 1
+    return cell.source.count("\n") < (110 if longer <= 1 else 45)
 
 
 def read(path: Path) -> tangle.Chapter:

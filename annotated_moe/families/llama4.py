@@ -1,4 +1,4 @@
-# Generated from book/chapters/18_llama4.md by `make sync`; edit the chapter.
+# Generated from book/chapters/18_llama4.md, book/chapters/93_images.md by `make sync`; edit the chapters.
 """Llama 4 Scout Instruct was published with a context of 10,485,760
 tokens. Keep the keys and values of its 48 layers for that many and they
 fill 1,920 GiB, more than nine times what its weights fill. And memory
@@ -13,8 +13,12 @@ their files as models, a cache a quarter the size, and a test for a
 mistake that Meta's own code makes from the second chunk on.
 """
 
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from annotated_moe.attention import Chunk, UnitAttentionSpec
 from annotated_moe.config import LayerSpec, ModelConfig, as_segments
@@ -26,8 +30,36 @@ from annotated_moe.families.llama import (
     projections,
     write_attention,
 )
-from annotated_moe.families.vision import SeeingFamily
-from annotated_moe.formats.hub import FAMILIES, Fields, WeightName
+from annotated_moe.families.vision import (
+    VISION_META,
+    SeeingConfig,
+    SeeingFamily,
+    VisionSpec,
+    preprocessor_config,
+    seeing,
+)
+from annotated_moe.formats.files import CheckpointError
+from annotated_moe.formats.hub import (
+    FAMILIES,
+    TRANSFORMS,
+    Fields,
+    WeightName,
+    WeightTransform,
+    halves,
+    unchanged,
+)
+from annotated_moe.formats.meta import (
+    META_COMPANIONS,
+    META_ENDS,
+    META_FAMILIES,
+    META_LAYER,
+    STOPS,
+    MetaFamily,
+    dense_width,
+    ffn_width,
+    read_heads,
+    read_rope_base,
+)
 from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.rope import Llama3Rope, Rope
 
@@ -289,3 +321,278 @@ FAMILIES["Llama4ForCausalLM"] = Llama4Family()
 FAMILIES["Llama4ForConditionalGeneration"] = SeeingFamily(
     Llama4Family(), "llama4"
 )
+
+
+# %% book/chapters/18_llama4.md, cell 80
+def part_of_qkv(
+    w: np.ndarray, spec: LayerSpec, which: int
+) -> np.ndarray:
+    """Queries (0), keys (1) or values (2) of one file's wqkv."""
+    attention = spec.attention
+    heads = (
+        attention.q_heads, attention.kv_heads, attention.kv_heads
+    )
+    sizes = [len(w) * n // sum(heads) for n in heads]
+    if sum(sizes) != len(w) or any(n % attention.head_size for n in sizes):
+        raise CheckpointError(
+            f"has {len(w)} outputs in a file, which are no whole heads "
+            f"of {attention.head_size}, {' + '.join(map(str, heads))} "
+            "of them in all files"
+        )
+    start = sum(sizes[:which])
+    return w[start : start + sizes[which]]
+
+
+def halves_of_qkv(which: int) -> WeightTransform:
+    """Queries or keys, in the order of chapter 3."""
+    turn = TRANSFORMS["halves"].read
+    return WeightTransform(
+        lambda w, spec: turn(part_of_qkv(w, spec, which), spec),
+        unchanged,
+    )
+
+
+# %% book/chapters/18_llama4.md, cell 81
+def by_expert(w: np.ndarray, spec: LayerSpec) -> np.ndarray:
+    """[E * in, out] as [E, in, out]."""
+    assert isinstance(spec.feed_forward, MoESpec)
+    experts = spec.feed_forward.num_experts
+    if math.prod(w.shape[:-1]) % experts:
+        raise CheckpointError(
+            f"has shape {w.shape}, which {experts} experts do not "
+            "divide"
+        )
+    return w.reshape(experts, -1, w.shape[-1])
+
+
+TRANSFORMS |= {
+    "queries of three": halves_of_qkv(0),
+    "keys of three": halves_of_qkv(1),
+    "values of three": WeightTransform(
+        lambda w, spec: part_of_qkv(w, spec, 2).T, unchanged),
+    "first of two": WeightTransform(
+        lambda w, spec: halves(w.T)[0], unchanged),
+    "second of two": WeightTransform(
+        lambda w, spec: halves(w.T)[1], unchanged),
+    "experts": WeightTransform(by_expert, unchanged),
+}
+
+
+# %% book/chapters/18_llama4.md, cell 82
+ATTENTION_OF_THREE = (
+    WeightName("attention.wqkv.layer_norm_weight", "rms_norm/scale"),
+    *(
+        WeightName("attention.wqkv.weight",
+                   f"multi_head_attention/{ours}/w", change)
+        for ours, change in (
+            ("query", "queries of three"), ("key", "keys of three"),
+            ("value", "values of three"))
+    ),
+    WeightName("attention.wo.weight", "multi_head_attention/linear/w",
+               "transpose"),
+)
+TRAINED_DENSE = ATTENTION_OF_THREE + (
+    WeightName("feed_forward.mlp.layer_norm_weight", "rms_norm_2/scale"),
+    WeightName("feed_forward.mlp.fc1_weight", "linear/w",
+               "first of two"),
+    WeightName("feed_forward.mlp.fc1_weight", "linear_v/w",
+               "second of two"),
+    WeightName("feed_forward.mlp.fc2_weight", "linear_1/w",
+               "transpose"),
+)
+
+
+# %% book/chapters/18_llama4.md, cell 83
+def meta_expert_names(
+    router: str, experts: dict[str, str], shared: dict[str, str]
+) -> tuple[WeightName, ...]:
+    """Names of a router, of experts and of the shared expert."""
+    return (
+        WeightName(f"feed_forward.{router}", "router/w"),
+        *(
+            WeightName(f"feed_forward.{theirs}", f"moe/{ours}/w",
+                       "experts")
+            for ours, theirs in experts.items()
+        ),
+        *(
+            WeightName(f"feed_forward.{theirs}.weight",
+                       f"shared/{ours}/w", "transpose")
+            for ours, theirs in shared.items()
+        ),
+    )
+
+
+TRAINED_EXPERTS = ATTENTION_OF_THREE + (
+    WeightName("feed_forward.norm.weight", "rms_norm_2/scale"),
+) + meta_expert_names(
+    "router_DE",
+    {"linear": "experts.moe_w_in_eD_F",
+     "linear_v": "experts.moe_w_swiglu_eD_F",
+     "linear_1": "experts.moe_w_out_eF_D"},
+    {"linear": "w_in_shared_FD", "linear_v": "w_swiglu_FD",
+     "linear_1": "w_out_shared_DF"},
+)
+SAVED_EXPERTS = tuple(
+    name for name in META_LAYER
+    if not name.theirs.startswith("feed_forward.")
+) + meta_expert_names(
+    "router_DE",
+    {"linear": "experts.w1", "linear_v": "experts.w3",
+     "linear_1": "experts.w2"},
+    {"linear": "shared_expert.w1", "linear_v": "shared_expert.w3",
+     "linear_1": "shared_expert.w2"},
+)
+
+
+# %% book/chapters/18_llama4.md, cell 84
+def read_moe_args(
+    fields: Fields
+) -> tuple[SharedMoESpec, int]:
+    """The experts, and that each so-many-th layer has them."""
+    inner = fields.inner("moe_args")
+    if inner is None:
+        raise fields.error("moe_args must describe the experts")
+    number = inner.size("num_experts")
+    share = inner.number("capacity_factor", 1.0) + 1
+    width = ffn_width(
+        int(fields.number("ffn_exp") * fields.size("dim")),
+        fields.number("ffn_dim_multiplier"),
+        fields.size("multiple_of", 256),
+        share if inner.flag("auto_scale_F", True) else 1.0,
+    )
+    every = inner.size("interleave_moe_layer_step", 1)
+    top_k = inner.size("top_k", 1)
+    inner.finish(frozenset())
+    return SharedMoESpec(
+        number, top_k, width, "silu", "sigmoid",
+        shared=FeedForwardSpec(width, "silu"), gate_input=True,
+    ), every
+
+
+# %% book/chapters/18_llama4.md, cell 85
+def read_meta_attention(fields: Fields) -> UnitAttentionSpec:
+    """Attention, as a layer with RoPE has it and one without."""
+    heads, kv_heads, size = read_heads(fields)
+    base, eps = read_rope_base(fields), fields.number("norm_eps", 1e-5)
+    factor = fields.number("rope_scaling_factor", 16.0)
+    high = fields.number("rope_high_freq_factor", 1.0)
+    rope = Rope(base)
+    if fields.flag("use_scaled_rope"):
+        rope = Llama3Rope(base, factor, 1.0, high, 8192)
+    floor = fields.number("floor_scale", 8192)
+    if floor % 1:
+        raise fields.error(f"floor_scale must be whole: {floor}")
+    growing = fields.flag("attn_temperature_tuning")
+    return UnitAttentionSpec(
+        heads, kv_heads, size, size**-0.5, rope=rope,
+        qk_norm_eps=eps if fields.flag("use_qk_norm") else None,
+        floor=int(floor) if growing else None,
+        scale=fields.number("attn_scale", 0.1),
+    )
+
+
+# %% book/chapters/18_llama4.md, cell 86
+def read_meta_layers(fields: Fields) -> list[LayerSpec]:
+    """What each layer is."""
+    n = fields.size("n_layers")
+    attention = read_meta_attention(fields)
+    experts, every = read_moe_args(fields)
+    dense = FeedForwardSpec(dense_width(fields), "silu")
+    chunk = bare = None
+    if fields.get("attention_chunk_size") is not None:
+        chunk = fields.size("attention_chunk_size")
+    if fields.get("nope_layer_interval") is not None:
+        bare = fields.size("nope_layer_interval")
+    return llama4_layers(
+        n, attention, chunk, dense, experts,
+        set(range(bare - 1, n, bare)) if bare else set(),
+        set(range(every - 1, n, every)),
+        fields.number("norm_eps", 1e-5),
+    )
+
+
+# %% book/chapters/18_llama4.md, cell 87
+def read_side(fields: Fields, name: str) -> int:
+    """The side of a square; CheckpointError for another shape."""
+    size = fields.inner(name)
+    if size is None:
+        raise fields.error(f"lacks the field {name!r}")
+    height = size.size("height")
+    if size.size("width") != height:
+        raise fields.error(f"{name} must be a square")
+    return height
+
+
+def read_vision_args(
+    fields: Fields, d_model: int, vocab_size: int
+) -> VisionSpec:
+    """The encoder that `vision_args` describe."""
+    ratio = 1 / fields.number("pixel_shuffle_ratio")
+    if ratio % 1:
+        raise fields.error("pixel_shuffle_ratio must be 1 / n")
+    width = fields.size("dim")
+    spec = VisionSpec(
+        image_size=read_side(fields, "image_size"),
+        patch_size=read_side(fields, "patch_size"),
+        width=width, layers=fields.size("n_layers"),
+        heads=fields.size("n_heads"),
+        d_ff=int(width * fields.number("mlp_ratio")),
+        shuffle=int(ratio), adapter_width=fields.size("output_dim"),
+        d_model=d_model, image_id=min(200092, vocab_size - 1),
+    )
+    fields.finish(frozenset())
+    return spec
+
+
+# %% book/chapters/18_llama4.md, cell 88
+class MetaLlama4(MetaFamily):
+    """Llama 4 as Meta publishes it; `trained`: by the names of the
+    program that trained it, or of the published one.
+    """
+
+    ends = META_ENDS + VISION_META
+
+    def __init__(self, trained: bool) -> None:
+        self.trained = trained
+
+    def matches(
+        self, raw: Mapping[str, Any], names: Collection[str]
+    ) -> bool:
+        joined = any(".wqkv." in name for name in names)
+        return "moe_args" in raw and joined == self.trained
+
+    def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
+        if isinstance(spec.feed_forward, MoESpec):
+            return TRAINED_EXPERTS if self.trained else SAVED_EXPERTS
+        return TRAINED_DENSE if self.trained else META_LAYER
+
+    def read(self, fields: Fields) -> ModelConfig:
+        words, width = fields.size("vocab_size"), fields.size("dim")
+        scaled = fields.flag("use_scaled_rope")
+        config = ModelConfig(
+            words, 10485760 if scaled else 1048576, width,
+            as_segments(read_meta_layers(fields)),
+            norm_eps=fields.number("norm_eps", 1e-5),
+            pad_id=200018 if words == 202048 else 0,
+            eos_ids=STOPS.get(words, (2,)),
+        )
+        vision = fields.inner("vision_args")
+        if vision is None:
+            return config
+        spec = read_vision_args(vision, width, words)
+        return seeing(config, spec)
+
+
+META_FAMILIES[:0] = [MetaLlama4(True), MetaLlama4(False)]
+STOPS[202048] = (200001, 200007, 200008)
+
+
+# %% book/chapters/93_images.md, cell 12
+def image_companion(config: ModelConfig) -> bytes | None:
+    """`preprocessor_config.json`, for a model that sees."""
+    if isinstance(config, SeeingConfig):
+        return preprocessor_config(config.vision)
+    return None
+
+
+META_COMPANIONS["preprocessor_config.json"] = image_companion

@@ -14,7 +14,7 @@ from annotated_moe.families.qwen import QWENS
 PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 
 
-# %% book/chapters/15_llama.md, cell 54
+# %% book/chapters/15_llama.md, cell 44
 PRESETS |= LLAMAS
 
 

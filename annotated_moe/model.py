@@ -190,7 +190,7 @@ def slot_params(params: Params, slot: Slot) -> Params:
     """
     found = {
         module: leaves for module, leaves in params.items()
-        if module.startswith(f"{slot.name}/")
+        if f"{module}/".startswith(f"{slot.name}/")
     }
     for module, leaves in found.items():
         for name, w in leaves.items():

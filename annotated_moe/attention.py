@@ -383,7 +383,61 @@ class Attention(hk.Module):
                           s.multiplier, s.softcap, s.mask.sees)
 
 
+# %% book/chapters/16_mixtral.md, cell 7
+def within_window(
+    q: Int32[Array, "B T 1"], k: Int32[Array, "#B 1 S"], size: int
+) -> Bool[Array, "B T S"]:
+    """True where a key is one of the last `size` up to its query."""
+    return is_past(q, k) & (k > q - size)
+
+
 # %% book/chapters/16_mixtral.md, cell 13
+@dataclass(frozen=True)
+class Window(Causal):
+    """The last `size` positions, a layer's own among them."""
+
+    size: Size = 4096
+
+    def sees(
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "#B 1 S"]
+    ) -> Bool[Array, "B T S"]:
+        return within_window(q, k, self.size)
+
+    def empty_cache(
+        self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
+        dtype: Any,
+    ) -> KVCache:
+        """A ring of `size` slots, or fewer slots that hold all."""
+        if k_shape[2] < self.size:
+            return super().empty_cache(k_shape, v_shape, dtype)
+        k, v = (
+            jnp.zeros((*shape[:2], self.size, *shape[3:]), dtype)
+            for shape in (k_shape, v_shape)
+        )
+        return RingCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
+
+
+# %% book/chapters/16_mixtral.md, cell 46
+def norm_qk(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B T K H"],
+    eps: float,
+    whole: bool = False,
+) -> tuple[Array, Array]:
+    """Queries and keys through a norm of their own, before RoPE.
+
+    One gain a feature of a head, `scale` [H], the same for all heads
+    (Qwen3), or with `whole` the norm of the whole projection, [Q*H] and
+    [K*H] (OLMoE). Inside a Haiku transform.
+    """
+    def normed(x: Array, name: str) -> Array:
+        wide = x.reshape(*x.shape[:2], -1) if whole else x
+        return RMSNorm(eps, name)(wide).reshape(x.shape)
+
+    return normed(q, "query_norm"), normed(k, "key_norm")
+
+
+# %% book/chapters/16_mixtral.md, cell 51
 @dataclass(frozen=True)
 class NormedAttentionSpec(AttentionSpec):
     """Attention whose queries and keys are normed, and maybe clipped.
@@ -420,51 +474,7 @@ class NormedAttention(Attention):
         return super().prepare(q, k, v, positions)
 
 
-# %% book/chapters/16_mixtral.md, cell 47
-@dataclass(frozen=True)
-class Window(Causal):
-    """The last `size` positions, a layer's own among them."""
-
-    size: Size = 4096
-
-    def sees(
-        self, q: Int32[Array, "B T 1"], k: Int32[Array, "B 1 S"]
-    ) -> Bool[Array, "B T S"]:
-        return is_past(q, k) & (k > q - self.size)
-
-    def empty_cache(
-        self, k_shape: tuple[int, ...], v_shape: tuple[int, ...],
-        dtype: Any,
-    ) -> KVCache:
-        slots = min(self.size, k_shape[2])
-        k, v = (
-            jnp.zeros((*shape[:2], slots, *shape[3:]), dtype)
-            for shape in (k_shape, v_shape)
-        )
-        return RingCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
-
-
-# %% book/chapters/16_mixtral.md, cell 48
-def norm_qk(
-    q: Float[Array, "B T Q H"],
-    k: Float[Array, "B T K H"],
-    eps: float,
-    whole: bool = False,
-) -> tuple[Array, Array]:
-    """Queries and keys through a norm of their own, before RoPE.
-
-    One gain a feature of a head, `scale` [H], the same for all heads
-    (Qwen3), or with `whole` the norm of the whole projection, [Q*H] and
-    [K*H] (OLMoE). Inside a Haiku transform.
-    """
-    def normed(x: Array, name: str) -> Array:
-        wide = x.reshape(*x.shape[:2], -1) if whole else x
-        return RMSNorm(eps, name)(wide).reshape(x.shape)
-
-    return normed(q, "query_norm"), normed(k, "key_norm")
-
-
-# %% book/chapters/18_llama4.md, cell 10
+# %% book/chapters/18_llama4.md, cell 12
 @dataclass(frozen=True)
 class Chunk(Window):
     """Of the last `size` positions those of a layer's own chunk.
@@ -479,7 +489,7 @@ class Chunk(Window):
         return is_past(q, k) & (q // self.size == k // self.size)
 
 
-# %% book/chapters/18_llama4.md, cell 34
+# %% book/chapters/18_llama4.md, cell 36
 def scale_queries_by_position(
     q: Float[Array, "B T Q H"],
     positions: Int32[Array, "B T"],
@@ -496,7 +506,7 @@ def scale_queries_by_position(
     return q * growth[..., None, None]
 
 
-# %% book/chapters/18_llama4.md, cell 44
+# %% book/chapters/18_llama4.md, cell 49
 @dataclass(frozen=True)
 class UnitAttentionSpec(AttentionSpec):
     """Attention as in Llama 4: heads of unit RMS after RoPE, and where

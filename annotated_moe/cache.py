@@ -141,7 +141,7 @@ class KVCache:
         return replace(self, length=set_length(self.length, row, 0))
 
 
-# %% book/chapters/16_mixtral.md, cell 41
+# %% book/chapters/16_mixtral.md, cell 27
 def ring_positions(
     end: Int32[Array, " B"], slots: int
 ) -> Int32[Array, "B {slots}"]:
@@ -153,7 +153,7 @@ def ring_positions(
     return last - (last - jnp.arange(slots)) % slots
 
 
-# %% book/chapters/16_mixtral.md, cell 42
+# %% book/chapters/16_mixtral.md, cell 30
 def end_after(
     length: Int32[Array, " B"], positions: Int32[Array, "B T"]
 ) -> Int32[Array, " B"]:
@@ -165,7 +165,7 @@ def end_after(
     return jnp.maximum(length, after.max(axis=1))
 
 
-# %% book/chapters/16_mixtral.md, cell 45
+# %% book/chapters/16_mixtral.md, cell 31
 def write_ring(
     stack: Float[Array, "L B S K H"],
     layer: int | Int32[Array, ""],
@@ -185,7 +185,7 @@ def write_ring(
     return write_cache(stack, layer, x, at)
 
 
-# %% book/chapters/16_mixtral.md, cell 46
+# %% book/chapters/16_mixtral.md, cell 34
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RingCache(KVCache):
@@ -202,31 +202,38 @@ class RingCache(KVCache):
         v: Float[Array, "B T K V"],
         positions: Int32[Array, "B T"],
     ) -> Update:
-        """For T = 1 the ring, S slots, written first; else the ring as
-        it was and the new tokens, S + T.
+        """With these keys and values; and what a layer then looks at.
+
+        For T = 1 the ring, S slots, written first; else the ring as it
+        was and the new tokens, S + T.
         """
-        end, slots = end_after(self.length, positions), self.slots
+        end = end_after(self.length, positions)
         new = replace(
             self,
             k=write_ring(self.k, layer, k, positions, end),
             v=write_ring(self.v, layer, v, positions, end),
         )
         if k.shape[1] == 1:
-            at = ring_positions(end, slots)
+            at = ring_positions(end, self.slots)
             return new, new.k[layer], new.v[layer], at
-        keys = jnp.concatenate(
-            [self.k[layer], k.astype(self.k.dtype)], axis=1
+        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
+        old = ring_positions(self.length, self.slots)
+        return (
+            new,
+            jnp.concatenate([self.k[layer], k], axis=1),
+            jnp.concatenate([self.v[layer], v], axis=1),
+            jnp.concatenate([old, positions], axis=1),
         )
-        values = jnp.concatenate(
-            [self.v[layer], v.astype(self.v.dtype)], axis=1
-        )
-        old = ring_positions(self.length, slots)
-        at = jnp.concatenate([old, positions], axis=1)
-        return new, keys, values, at
 
-    def insert(self, row: int | Int[Array, ""], other: "KVCache") -> "KVCache":
-        """As for a full cache; ValueError unless rings are alike."""
-        if other.slots != self.slots:
+    def insert(
+        self, row: int | Int[Array, ""], other: KVCache
+    ) -> KVCache:
+        """Batch row `row` becomes row 0 of `other`.
+
+        ValueError unless that is as large a ring, or a full cache that
+        is no larger: in these a position is in the same slot.
+        """
+        if isinstance(other, RingCache) and other.slots != self.slots:
             raise ValueError(
                 f"a ring of {other.slots} slots is none of {self.slots}"
             )

@@ -1,4 +1,4 @@
-# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/09c_layouts.md, book/chapters/14_hub.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """Stack the weights of one matrix of Grok-1's 64 layers, and the host
 holds 103 GB before the first of eight devices has its 13. And nothing
 in the files says which tensor is which parameter: their order does, if
@@ -43,6 +43,12 @@ from annotated_moe.formats.lazy import (
     as_bytes,
     first_not_finite,
     iter_blocks,
+)
+from annotated_moe.formats.meta import (
+    find_meta,
+    meta_companions,
+    meta_config,
+    read_meta,
 )
 from annotated_moe.formats.native import (
     FORMAT,
@@ -244,17 +250,30 @@ def place(
 
 
 # %% book/chapters/09c_layouts.md, cell 33
+def find_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a folder, if there is one."""
+    try:
+        return open_tokenizer(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
 class Layout(NamedTuple):
     """A layout of folders: whose it is, and how it is read.
 
     `find` gives the folder of the weights, or None for another
-    layout. `config` reads the configuration of the folder around.
+    layout. `config` reads the configuration of the folder around,
+    `tokenizer` finds what cuts texts for that model.
     """
 
     name: str
     find: Callable[[Path, set[str]], Path | None]
     config: Callable[[Path], ModelConfig]
     read: Callable[[Path, ModelConfig], Tensors]
+    tokenizer: Callable[
+        [Path, ModelConfig], Tokenizer | None] = find_tokenizer
 
 
 # %% book/chapters/09c_layouts.md, cell 34
@@ -309,6 +328,10 @@ class Opened(NamedTuple):
         check_tensors(self.weights, tensors, self.config)
         return tensors
 
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, if there is one."""
+        return self.layout.tokenizer(self.folder, self.config)
+
 
 # %% book/chapters/09c_layouts.md, cell 37
 def open_checkpoint(path: str | os.PathLike[str]) -> Opened:
@@ -336,14 +359,6 @@ def small_model() -> Path:
     return Path(str(files("annotated_moe") / "small"))
 
 
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, if there is one."""
-    try:
-        return open_tokenizer(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(error)) from None
-
-
 # %% book/chapters/09c_layouts.md, cell 43
 def parts_along(axis: MeshAxis, mesh: Mapping[str, int]) -> int:
     """How many parts the mesh axes named by `axis` cut a size into."""
@@ -369,13 +384,15 @@ def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
     for slot in all_slots(c):
         heads, model = slot.spec.attention.q_heads, mesh["model"]
         if heads % model:
-            return f"model = {model} does not divide {heads} query heads"
+            return (
+                f"model = {model} does not divide {heads} query heads"
+            )
     return ""
 
 
 # %% book/chapters/09c_layouts.md, cell 44
 def fitting_meshes(c: ModelConfig, n: int) -> Iterator[str]:
-    """Meshes of n devices that divide a model: data x expert x model."""
+    """Meshes of n devices that divide a model, each as a text."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     for data in divisors:
         for expert in divisors:
@@ -423,9 +440,10 @@ def load_into_memory(
         try:
             own = place(full, w, spec, mesh, dtype)
         except CheckpointError as error:
-            raise CheckpointError(f"{opened.weights}: {error}") from None
+            why = f"{opened.weights}: {error}"
+            raise CheckpointError(why) from None
         params.setdefault(module, {})[name] = own
-    tokenizer = find_tokenizer(opened.folder)
+    tokenizer = opened.tokenizer()
     kind = MODEL_CLASSES[type(config)]
     return kind(config, params, tokenizer, mesh)
 
@@ -615,3 +633,20 @@ LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
 
 # %% book/chapters/14_hub.md, cell 41
 FINDERS.append(fetch_from_hub)
+
+
+# %% book/chapters/15_meta.md, cell 69
+def meta_tokenizer(
+    folder: Path, config: ModelConfig | None = None
+) -> Tokenizer | None:
+    """The tokenizer in the folder, or one folder up."""
+    found = find_tokenizer(folder) or find_tokenizer(folder / "..")
+    if found is not None and config is not None:
+        for name, data in meta_companions(config).items():
+            found.companions.setdefault(name, data)
+    return found
+
+
+LAYOUTS.append(
+    Layout("Meta", find_meta, meta_config, read_meta, meta_tokenizer)
+)

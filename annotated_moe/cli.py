@@ -116,7 +116,7 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 # %% book/chapters/99_command_line.md, cell 8
-def mesh_of(devices: int) -> Mesh | None:
+def mesh_for(devices: int) -> Mesh | None:
     """`devices` devices, simulated where there are only CPUs."""
     if not 1 <= devices <= 512:
         raise ValueError(f"--devices must be 1 to 512, not {devices}")
@@ -129,12 +129,12 @@ def mesh_of(devices: int) -> Mesh | None:
 
 
 # %% book/chapters/99_command_line.md, cell 9
-def open_model(
+def load_model(
     path: str | None, devices: int, dtype: str | None, stream: bool
 ) -> tuple[Model, str]:
     """The model, and a sentence about it."""
     start = time.perf_counter()
-    model = load(path, mesh_of(devices), dtype, stream)
+    model = load(path, mesh_for(devices), dtype, stream)
     spent = time.perf_counter() - start
     kind = jax.devices()[0].platform.upper()
     total, _ = parameter_counts(model.config)
@@ -157,7 +157,7 @@ def message_parts(prompt: str) -> list[dict[str, str]]:
     ]
 
 
-def prompt_ids(
+def ids_of_prompt(
     model: Model, args: argparse.Namespace, images: list[Any]
 ) -> tuple[list[int], Any]:
     """Ids and tiles of the prompt, or the conversation it opens."""
@@ -211,10 +211,10 @@ def rate(times: list[float]) -> str:
 # %% book/chapters/99_command_line.md, cell 14
 def run_generate(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.image]
-    model, status = open_model(
+    model, status = load_model(
         args.model, args.devices, args.dtype, args.stream
     )
-    prompt, tiles = prompt_ids(model, args, images)
+    prompt, tiles = ids_of_prompt(model, args, images)
     stop = model.config.eos_ids
     if args.chat:
         stop += model.require_tokenizer().stop_ids
@@ -295,7 +295,8 @@ def run_info(args: argparse.Namespace) -> None:
     sizes["bytes of weights"] = sum(sizes.values())
     about |= {name: f"{size:,}" for name, size in sizes.items()}
     if args.verify:
-        about["checksums"] = f"{verify(folder):,} tensors are as written"
+        count = verify(folder)
+        about["checksums"] = f"{count:,} tensors are as written"
     for name, value in about.items():
         print(f"{name:22s}{value}")
     for name, value in lines_of(to_json(opened.config)):
@@ -319,16 +320,18 @@ COMMANDS["info"] = add_info
 
 
 # %% book/chapters/99_command_line.md, cell 22
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTE_UNITS = {
+    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}
 
 
 def bytes_in(word: str) -> int:
     """"5GB" as a number of bytes; ValueError for anything else."""
     number = word.upper().rstrip("KMGTB")
     unit = word.upper()[len(number) :]
-    if unit not in UNITS or not number.isdecimal():
+    if unit not in BYTE_UNITS or not number.isdecimal():
         raise ValueError(f"no size: {word!r}; write 500MB, or 5GB")
-    return int(number) * UNITS[unit]
+    return int(number) * BYTE_UNITS[unit]
 
 
 @contextlib.contextmanager
@@ -361,7 +364,8 @@ def add_convert(commands: Any) -> None:
     add = sub.add_argument
     add("source", metavar="SRC", help="checkpoint folder, any layout")
     add("target", metavar="DST", help="new folder")
-    add("--to", choices=list(TARGETS), default="native", help="[native]")
+    add("--to", choices=list(TARGETS), default="native",
+        help="[native]")
     add("--max-shard-size", metavar="SIZE",
         help="of a file, such as 500MB; with --to hf [5GB]")
 

@@ -1,4 +1,4 @@
-# Generated from book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/10_convert.md, book/chapters/14_hub.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """Grok-1 takes 318 GB on disk, so a program that loads it to write it
 down again in another layout needs a machine with 318 GB of memory, and
 some hours in which nothing may happen. This chapter holds a block of 16
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 from annotated_moe.checkpoints import (
     Tensors,
     groups_for,
+    meta_tokenizer,
     open_checkpoint,
 )
 from annotated_moe.config import ModelConfig
@@ -49,6 +50,7 @@ from annotated_moe.formats.hub import (
     entries,
 )
 from annotated_moe.formats.lazy import ConcatenatedArray, StackedArray
+from annotated_moe.formats.meta import find_meta, meta_companions
 from annotated_moe.formats.native import flat_arrays, native_settings
 from annotated_moe.formats.safetensors import (
     DTYPE_CODES,
@@ -145,8 +147,8 @@ def pickle_parts(w: Any, name: str) -> list[Part]:
 
 
 # %% book/chapters/10_convert.md, cell 15
-Plan = dict[str, list[Part]]                # file -> what it holds
-Planner = Callable[[Tensors, ModelConfig, int], Plan]
+FilePlan = dict[str, list[Part]]                # file -> what it holds
+Planner = Callable[[Tensors, ModelConfig, int], FilePlan]
 Describer = Callable[[ModelConfig], dict[str, Any]]
 
 
@@ -165,7 +167,7 @@ def slice_of(w: Any, index: tuple[int, ...]) -> Any:
 # %% book/chapters/10_convert.md, cell 17
 def plan_native(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """One file in our own layout."""
     return {ONE_FILE: safetensors_parts(flat_arrays(tensors))}
 
@@ -173,7 +175,7 @@ def plan_native(
 # %% book/chapters/10_convert.md, cell 18
 def plan_release(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """A pickle for each tensor of each layer, as Grok-1's release."""
     paths = {"/".join(path): path for path in tensors}
     plan = {}
@@ -345,7 +347,7 @@ def check_target(source: Path, target: Path) -> None:
 
 
 # %% book/chapters/10_convert.md, cell 29
-def check_room(target: Path, needed: int) -> None:
+def check_disk_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise CheckpointError(
@@ -355,22 +357,20 @@ def check_room(target: Path, needed: int) -> None:
 
 
 # %% book/chapters/10_convert.md, cell 30
-WEIGHTS = {
-    "config.json", "checksums.json", INDEX, "ckpt-0",
-    "params.json", "checklist.chk",             # Meta's
-}
+WEIGHTS = {"config.json", "checksums.json", INDEX, "ckpt-0"}
+WEIGHT_SUFFIXES = {".safetensors"}
+
 
 def companions(folder: Path) -> list[Path]:
     """The tokenizer and whatever else lies beside the weights."""
     names = list_folder(folder) - WEIGHTS
     files = [folder / n for n in sorted(names) if n[0] != "."]
-    weights = {".safetensors", ".pth"}
-    other = [p for p in files if p.suffix not in weights]
+    other = [p for p in files if p.suffix not in WEIGHT_SUFFIXES]
     return [path for path in other if path.is_file()]
 
 
 # %% book/chapters/10_convert.md, cell 31
-def write_plan(new: Path, plan: Plan, journal: Journal) -> None:
+def write_plan(new: Path, plan: FilePlan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
         path = new / name
@@ -464,13 +464,13 @@ def check_options(to: str, most: int | None) -> int:
 
 
 # %% book/chapters/10_convert.md, cell 38
-FileMaker = Callable[[Path, ModelConfig], Plan]
+FileMaker = Callable[[Path, ModelConfig], FilePlan]
 FILE_MAKERS: list[FileMaker] = []
 
 
-def added_files(folder: Path, config: ModelConfig) -> Plan:
+def added_files(folder: Path, config: ModelConfig) -> FilePlan:
     """Files that a folder's layout has not and a copy should have."""
-    plan: Plan = {}
+    plan: FilePlan = {}
     for make in FILE_MAKERS:
         plan |= make(folder, config)
     return plan
@@ -507,7 +507,7 @@ def convert(
 def carry_out(
     folder: Path,
     target: Path,
-    plan: Plan,
+    plan: FilePlan,
     settings: dict[str, Any],
     job: Callable[[], str],
     tell: Callable[[int, int], None],
@@ -516,7 +516,7 @@ def carry_out(
     new = target.parent / f".{target.name}.partial"
     total = sum(part.size for parts in plan.values() for part in parts)
     if not new.is_dir():
-        check_room(target, total)
+        check_disk_space(target, total)
     with locked(new) as file:
         journal, before = Journal(file, counter(total, tell)), job()
         begin(journal, new, before)
@@ -551,14 +551,14 @@ class Rounded:
     @property
     def dtype(self) -> np.dtype:
         eight = np.dtype(np.int8)
-        return eight if self.what == "weight" else BFLOAT16
+        return eight if self.what == "weight" else BF16
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return rounded(np.asarray(self.source), self)
 
 
 # %% book/chapters/10_convert.md, cell 53
-BFLOAT16 = DTYPE_CODES["BF16"]
+BF16 = DTYPE_CODES["BF16"]
 
 
 # %% book/chapters/10_convert.md, cell 54
@@ -639,7 +639,8 @@ def write_tensor(w: Any, entry: Entry) -> list[Any]:
     w = slice_of(w, entry.index)
     change = TRANSFORMS[entry.transform].write
     if isinstance(w, QuantizedTensor):
-        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+        both = w.weight, w.scales
+        return [change(part, entry.spec) for part in both]
     return [change(w, entry.spec)]
 
 
@@ -707,7 +708,7 @@ def in_shards(
 
 def plan_hub(
     tensors: Tensors, config: ModelConfig, most: int
-) -> Plan:
+) -> FilePlan:
     """One file, or shards and their index."""
     family = FAMILIES[architecture_of(config)]
     arrays = dict(hub_tensors(family, tensors, config))
@@ -715,7 +716,7 @@ def plan_hub(
     about = {"format": "pt"}                # as transformers writes it
     if len(groups) == 1:
         return {ONE_FILE: safetensors_parts(groups[0], about)}
-    plan: Plan = {}
+    plan: FilePlan = {}
     index: dict[str, str] = {}
     total = sum(Part(w).size for w in arrays.values())
     for i, group in enumerate(groups, 1):
@@ -729,3 +730,28 @@ def plan_hub(
 
 
 TARGETS["hf"] = plan_hub, hub_settings
+
+
+# %% book/chapters/15_meta.md, cell 32
+WEIGHTS |= {
+    "params.json", "checklist.chk", "pytorch_model.bin.index.json"
+}
+WEIGHT_SUFFIXES |= {".pth", ".bin"}
+
+
+# %% book/chapters/15_meta.md, cell 70
+def meta_files(folder: Path, config: ModelConfig) -> FilePlan:
+    """What stands beside the weights elsewhere, and not here."""
+    names = list_folder(folder)
+    if find_meta(folder, names) is None:
+        return {}
+    files = meta_companions(config)
+    if tokenizer := meta_tokenizer(folder, config):
+        files[tokenizer.format.file_name] = tokenizer.model_bytes
+    return {
+        name: [Part(np.frombuffer(data, np.uint8))]
+        for name, data in files.items() if name not in names
+    }
+
+
+FILE_MAKERS.append(meta_files)

@@ -153,7 +153,9 @@ WIDTHS = {
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
     "f64": 8,
 }
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+ARRAY_SHAPE = re.compile(
+    r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?"
+)
 
 
 def integers(text: str) -> list[int]:
@@ -180,14 +182,15 @@ def array_bytes(kind: str, sizes: str, order: str, tail: str) -> int:
 
 def value_bytes(shape: str) -> int:
     """Bytes of a printed shape, which may be a tuple of arrays."""
-    return sum(array_bytes(*found) for found in ARRAY.findall(shape))
+    found = ARRAY_SHAPE.findall(shape)
+    return sum(array_bytes(*parts) for parts in found)
 
 
 def plain_bytes(shape: str) -> int:
     """Bytes of a printed shape wherever it lies, without padding."""
     return sum(
         math.prod(integers(sizes)) * WIDTHS.get(kind, 0)
-        for kind, sizes, _, _ in ARRAY.findall(shape)
+        for kind, sizes, _, _ in ARRAY_SHAPE.findall(shape)
     )
 
 
@@ -296,7 +299,7 @@ def instruction_bytes(
         return 2 * whole[UPDATES[one.kind]]
     if one.kind.endswith("-start"):
         # (operands, results, ...): what is read is not written again.
-        landed = ARRAY.findall(one.shape)[:1]
+        landed = ARRAY_SHAPE.findall(one.shape)[:1]
         return sum(whole) + sum(array_bytes(*a) for a in landed)
     return sum(whole) + value_bytes(one.shape)
 

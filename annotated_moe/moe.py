@@ -135,7 +135,7 @@ def every_expert(
     def chosen(xs: Array, name: str, axes: Axes) -> Array:
         every = jnp.stack(
             [matmul(xs, w[name][e], axes) for e in range(count)]
-        ).astype(xs.dtype)                                  # [E, N*A, F]
+        ).astype(xs.dtype)                                # [E, N*A, F]
         return jnp.einsum("end,ne->nd", every, pick)
 
     xs = jnp.repeat(x, a, axis=0)                           # [N*A, D]
@@ -623,7 +623,6 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 9
 ACTIVATIONS["silu"] = swiglu
 
 
@@ -647,7 +646,7 @@ def route_renormalised(
 ROUTERS["top_k_softmax"] = route_renormalised
 
 
-# %% book/chapters/18_llama4.md, cell 48
+# %% book/chapters/18_llama4.md, cell 52
 def route_sigmoid(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int
 ) -> Route:
@@ -665,7 +664,7 @@ def route_sigmoid(
 ROUTERS["sigmoid"] = route_sigmoid
 
 
-# %% book/chapters/18_llama4.md, cell 58
+# %% book/chapters/18_llama4.md, cell 62
 @dataclass(frozen=True)
 class SharedMoESpec(MoESpec):
     """Experts of which one more, `shared`, reads every token."""
@@ -692,7 +691,7 @@ class Shared(hk.Module):
         return network(x, self.spec)
 
 
-# %% book/chapters/18_llama4.md, cell 59
+# %% book/chapters/18_llama4.md, cell 63
 class SharedMoE(MoE):
     """Experts as in Llama 4: gates may scale what an expert reads."""
 

@@ -236,18 +236,24 @@ class OneOfMany(OneDevice):
         y = product(x, w)
         return self.total(y, axes[0] or "") if summed else y
 
+    def along(self, *axes: str) -> tuple[str, ...]:
+        """The mesh axes that cut these."""
+        found = [self.cut.get(axis) or () for axis in axes]
+        each = [(f,) if isinstance(f, str) else f for f in found]
+        return sum(each, ())
+
     def total(self, y: Array, *axes: str) -> Array:
-        along = [self.cut[a] for a in axes if self.cut.get(a)]
-        return jax.lax.psum(y, tuple(along)) if along else y
+        along = self.along(*axes)
+        return jax.lax.psum(y, along) if along else y
 
     def once(self, y: Array, axis: str) -> Array:
-        along = self.cut.get(axis)
+        along = self.along(axis)
         if not along:
             return y
         return jnp.where(jax.lax.axis_index(along) == 0, y, 0)
 
     def first(self, count: int, axis: str) -> Any:
-        along = self.cut.get(axis)
+        along = self.along(axis)
         return jax.lax.axis_index(along) * count if along else 0
 
 
@@ -267,6 +273,7 @@ def is_weight(w: Any) -> bool:
     return isinstance(w, (QuantizedTensor, LazySlice))
 
 
+# %% book/chapters/07_sharding.md, cell 57
 def split_over(
     mesh: AnyMesh, function: Callable[..., Any], in_axes: Any,
     out_axes: Any,
@@ -296,7 +303,9 @@ def split_over(
             finally:
                 PART.reset(token)
 
-        specs = jax.tree.map(spec_of, arrays, in_axes, is_leaf=is_weight)
+        specs = jax.tree.map(
+            spec_of, arrays, in_axes, is_leaf=is_weight
+        )
         out = jax.tree.map(
             lambda axes: P(*(cut.get(a) for a in axes)),
             out_axes, is_leaf=is_axes,
@@ -309,7 +318,7 @@ def split_over(
     return run
 
 
-# %% book/chapters/07_sharding.md, cell 57
+# %% book/chapters/07_sharding.md, cell 58
 @dataclass(frozen=True)
 class OnMesh(OneDevice):
     """On all devices of a mesh; arrays look whole."""
@@ -350,7 +359,7 @@ class OnMesh(OneDevice):
         return self.constrain(k, axes), self.constrain(v, axes)
 
 
-# %% book/chapters/07_sharding.md, cell 58
+# %% book/chapters/07_sharding.md, cell 59
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -368,7 +377,7 @@ def find_mesh() -> OneDevice | None:
 PLACEMENTS.append(find_mesh)
 
 
-# %% book/chapters/07_sharding.md, cell 65
+# %% book/chapters/07_sharding.md, cell 66
 def copies_of_heads(
     kv_heads: int, q_heads: int, mesh: AnyMesh
 ) -> int:
@@ -380,7 +389,7 @@ def copies_of_heads(
     return math.lcm(kv_heads, axis_size(mesh, axis)) // kv_heads
 
 
-# %% book/chapters/07_sharding.md, cell 66
+# %% book/chapters/07_sharding.md, cell 67
 def gather_parted_heads(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K V"],
     q_heads: int, mesh: AnyMesh,

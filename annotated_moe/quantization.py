@@ -1,12 +1,12 @@
 # Generated from book/chapters/06_quantization.md by `make sync`; edit the chapter.
-"""Grok-1 has 316 billion weights. In float32 they fill 1.3 terabytes,
+"""Grok-1 has 315.7 billion weights. In float32 they fill 1.3 terabytes,
 in bfloat16 half of that, and the published files half of that again,
 because nearly every weight is an eight-bit integer that shares a scale
 with its neighbours. This chapter builds the format, derives how wrong
 it can make a matrix product and a logit, and measures that neither is
-worse. It ends with a product that reads the integers a tile at a time
-and never writes the matrix out in a wider type, so that what was saved
-on disk stays saved while the model runs.
+worse. By its end you will have a product that reads the integers a tile
+at a time and never writes the matrix out in a wider type, so that what
+was saved on disk stays saved while the model runs.
 """
 
 import functools
@@ -21,11 +21,8 @@ from jaxtyping import Array, Float, Float32, Shaped
 
 from annotated_moe.linear import PRODUCTS, product
 
-# %% book/chapters/06_quantization.md, cell 2
-Index = tuple[Any, ...]                                     # of a stack
 
-
-# %% book/chapters/06_quantization.md, cell 10
+# %% book/chapters/06_quantization.md, cell 9
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -54,7 +51,7 @@ class QuantizedTensor:
         return LazySlice(self, (index,))
 
 
-# %% book/chapters/06_quantization.md, cell 11
+# %% book/chapters/06_quantization.md, cell 10
 def group_size(q: QuantizedTensor) -> int:
     """How many input features share a scale: D / G.
 
@@ -70,7 +67,7 @@ def group_size(q: QuantizedTensor) -> int:
     return d // groups
 
 
-# %% book/chapters/06_quantization.md, cell 12
+# %% book/chapters/06_quantization.md, cell 11
 def quantize(
     w: Float[Array, "*E D F"], groups: int = 1
 ) -> QuantizedTensor:
@@ -96,7 +93,7 @@ def quantize(
     return QuantizedTensor(q.reshape(w.shape), scales)
 
 
-# %% book/chapters/06_quantization.md, cell 13
+# %% book/chapters/06_quantization.md, cell 12
 def bfloat16_scales(
     peak: Float[Array, "*E G F"],
 ) -> Float[Array, "*E G F"]:
@@ -109,7 +106,7 @@ def bfloat16_scales(
     return jax.lax.reduce_precision(scales, 8, 7)
 
 
-# %% book/chapters/06_quantization.md, cell 14
+# %% book/chapters/06_quantization.md, cell 13
 def dequantize(
     q: QuantizedTensor, dtype: Any = jnp.float32
 ) -> Float[Array, "*E D F"]:
@@ -124,14 +121,14 @@ def dequantize(
     return w.reshape(q.shape).astype(dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 20
+# %% book/chapters/06_quantization.md, cell 19
 def step_of_each_weight(q: QuantizedTensor) -> Float32[Array, "*E D F"]:
     """What one more in a weight's integer adds: its group's scale."""
     scales = q.scales.astype(jnp.float32)                   # [*E, G, F]
     return jnp.repeat(scales, group_size(q), axis=-2)
 
 
-# %% book/chapters/06_quantization.md, cell 34
+# %% book/chapters/06_quantization.md, cell 33
 def change_bound(
     gradients: Any, quantized: Any
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
@@ -156,7 +153,10 @@ def change_bound(
     return jnp.abs(far).sum() / 2, jnp.sqrt((far**2).sum() / 12)
 
 
-# %% book/chapters/06_quantization.md, cell 42
+# %% book/chapters/06_quantization.md, cell 41
+Index = tuple[Any, ...]                                     # of a stack
+
+
 def whole_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -174,7 +174,7 @@ def whole_matmul(
     return jnp.sum(y * scales[:, None], axis=0)
 
 
-# %% book/chapters/06_quantization.md, cell 52
+# %% book/chapters/06_quantization.md, cell 51
 def read_rows(
     stack: Shaped[Array, "*E D F"],
     index: Index,
@@ -187,14 +187,14 @@ def read_rows(
     return tile.reshape(rows, stack.shape[-1])
 
 
-# %% book/chapters/06_quantization.md, cell 53
+# %% book/chapters/06_quantization.md, cell 52
 def tile_rows(group: int, target: int) -> int:
     """The divisor of `group` nearest to `target`, as a ratio."""
     divisors = [t for t in range(1, group + 1) if group % t == 0]
     return min(divisors, key=lambda t: max(t / target, target / t))
 
 
-# %% book/chapters/06_quantization.md, cell 56
+# %% book/chapters/06_quantization.md, cell 55
 @functools.cache
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 itself (Linux, x86).
@@ -208,7 +208,7 @@ def cpu_has_bfloat16() -> bool:
     return not words.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
-# %% book/chapters/06_quantization.md, cell 57
+# %% book/chapters/06_quantization.md, cell 56
 def tiled_matmul(
     x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
 ) -> Float[Array, "N F"]:
@@ -239,7 +239,7 @@ def tiled_matmul(
     return jax.lax.fori_loop(0, d // rows, add_tile, zero)
 
 
-# %% book/chapters/06_quantization.md, cell 58
+# %% book/chapters/06_quantization.md, cell 62
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LazySlice:
@@ -268,7 +268,7 @@ class LazySlice:
         return LazySlice(self.stack, (*self.index, index))
 
 
-# %% book/chapters/06_quantization.md, cell 67
+# %% book/chapters/06_quantization.md, cell 64
 def cut_as_bits(
     w: Float[Array, "*L D F"], index: Index
 ) -> Float[Array, "D F"]:
@@ -278,7 +278,7 @@ def cut_as_bits(
     return jax.lax.bitcast_convert_type(bits[index], w.dtype)
 
 
-# %% book/chapters/06_quantization.md, cell 68
+# %% book/chapters/06_quantization.md, cell 65
 def read_slice(w: LazySlice) -> Float[Array, "..."]:
     """The matrix, of which a CPU does not widen more than that."""
     stack = jnp.asarray(w.stack)
@@ -290,7 +290,7 @@ def read_slice(w: LazySlice) -> Float[Array, "..."]:
     )
 
 
-# %% book/chapters/06_quantization.md, cell 69
+# %% book/chapters/06_quantization.md, cell 66
 def quantized_matmul(
     x: Float[Array, "N D"], w: QuantizedTensor, index: Index = ()
 ) -> Float32[Array, "N F"]:
@@ -304,7 +304,7 @@ def quantized_matmul(
     )
 
 
-# %% book/chapters/06_quantization.md, cell 70
+# %% book/chapters/06_quantization.md, cell 67
 def slice_matmul(
     x: Float[Array, "N D"], w: LazySlice
 ) -> Float32[Array, "N F"]:
@@ -318,7 +318,7 @@ PRODUCTS[QuantizedTensor] = quantized_matmul
 PRODUCTS[LazySlice] = slice_matmul
 
 
-# %% book/chapters/06_quantization.md, cell 71
+# %% book/chapters/06_quantization.md, cell 68
 def as_float(w: Any) -> Float[Array, "..."]:
     """A weight of any type as an array; quantized ones as float32."""
     if isinstance(w, LazySlice):

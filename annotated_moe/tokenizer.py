@@ -137,9 +137,9 @@ NO_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
 
 
 # %% book/chapters/01_tokenizer.md, cell 51
-def split_at(text: str, marks: Iterable[str]) -> list[str]:
-    """`text` cut around every mark, the longest first."""
-    ordered = sorted(filter(None, marks), key=len, reverse=True)
+def split_at(text: str, separators: Iterable[str]) -> list[str]:
+    """`text` cut around every separator, the longest first."""
+    ordered = sorted(filter(None, separators), key=len, reverse=True)
     if not ordered:
         return [text]
     return re.split(f"({'|'.join(map(re.escape, ordered))})", text)

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from annotated_moe.meta import NAMES, name_of, open_pth, pth_bytes, pth_program
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -41,6 +40,13 @@ from annotated_moe.formats.pickles import (
     Interpreted,
     interpret,
     read_pickled,
+)
+from annotated_moe.formats.pth import (
+    TORCH_NAMES,
+    global_op,
+    open_pth,
+    pth_bytes,
+    pth_program,
 )
 from annotated_moe.formats.safetensors import open_arrays, safetensors_parts
 from annotated_moe.quantization import QuantizedTensor
@@ -172,7 +178,8 @@ SOME = {
     "b": np.ones((2, 2), ml_dtypes.bfloat16),
 }
 PTH_WORDS = st.sampled_from([
-    *map(name_of, sorted(NAMES)), *(bytes([c]) for c in OPCODES), b"cos\nsystem\n",
+    *map(global_op, sorted(TORCH_NAMES)), *(bytes([c]) for c in OPCODES),
+    b"cos\nsystem\n",
     b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"\xff" * 8,
     b"x/data/0", b"x/data.pkl", b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
     b"r\xff\xff\xff\x7f",

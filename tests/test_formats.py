@@ -25,6 +25,7 @@ from annotated_moe.formats.lazy import (
     first_not_finite,
 )
 from annotated_moe.formats.pickles import read_pickled
+from annotated_moe.formats.pth import open_pth
 from annotated_moe.formats.safetensors import (
     open_arrays,
     open_folder,
@@ -32,7 +33,6 @@ from annotated_moe.formats.safetensors import (
     safetensors_parts,
 )
 from annotated_moe.formats.writing import Watcher, write_file
-from annotated_moe.meta import open_pth, pth_bytes
 from annotated_moe.model import init_params
 
 POINTER = b"""version https://git-lfs.github.com/spec/v1
@@ -236,21 +236,6 @@ def test_an_empty_array_in_a_pickle(tmp_path):
 
 
 # Which files are the model
-
-
-@pytest.mark.parametrize("names", [
-    ["pytorch_model.bin"],
-    ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin",
-     "pytorch_model.bin.index.json"],
-])  # fmt: skip
-def test_only_bin_files(copy, names):
-    folder = copy("hf")
-    (folder / "model.safetensors").unlink()
-    for name in names:
-        (folder / name).write_bytes(pth_bytes(SMALL))
-    words = "pickles of PyTorch", "save_pretrained"
-    refused(lambda: am.load(folder), folder, names[0], *words)
-    refused(lambda: convert(folder, folder.parent / "x", "ours"), names[0], *words)
 
 
 @pytest.mark.parametrize("name, word", [

@@ -1,8 +1,7 @@
-"""Llama 4: chunks, heat, the norm without gains, the gate on the input."""
+"""Llama 4 against its published formulas, written out in float64."""
 
-import inspect
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,41 +9,55 @@ import numpy as np
 import pytest
 
 import annotated_moe as am
-from annotated_moe import llama4, sharding
-from annotated_moe.attention import KVCache
-from annotated_moe.llama import swiglu
-from annotated_moe.mixtral import attend_near
+from annotated_moe.attention import (
+    Causal,
+    Chunk,
+    UnitAttentionSpec,
+    attend,
+    attend_blockwise,
+    is_past,
+    scale_queries_by_position,
+)
+from annotated_moe.cache import RingCache
+from annotated_moe.config import LayerSpec, ModelConfig, as_segments
+from annotated_moe.convert import architecture_of
+from annotated_moe.families.llama4 import LLAMA_4S, llama4_layers
+from annotated_moe.families.vision import VisionSpec, seeing
+from annotated_moe.formats.files import CheckpointError
+from annotated_moe.formats.hub import FAMILIES, Fields
 from annotated_moe.model import (
-    ModelConfig,
     all_logits,
     decode_step,
-    embed,
+    forward_to_train,
     init_cache,
-    init_params,
-    kinds,
-    period,
-    place_of,
+    param_specs,
     prefill,
-    run_layer,
-    split_params,
-    unembed,
 )
-from annotated_moe.moe import Experts, Style, capacity_and_drop, expert, sort_and_tile
-from annotated_moe.rms_norm import rms_norm
-from annotated_moe.rope import rope
+from annotated_moe.moe import (
+    FeedForwardSpec,
+    SharedMoESpec,
+    route_sigmoid,
+)
+from annotated_moe.parallel import partition_specs, shardings
+from annotated_moe.plan import parameter_counts
+from annotated_moe.rope import Llama3Rope, Rope
 
-TINY = ModelConfig(
-    **llama4.PRESETS["llama-4-maverick"]
-    | {
-        "vocab_size": 32, "context": 64, "d_model": 16, "d_ff": 12, "dense_ff": 20,
-        "num_layers": 2, "nope_every": 2, "q_heads": 4, "kv_heads": 2, "head_size": 8,
-        "attn_multiplier": 8**-0.5, "num_experts": 3, "qk_norm": "after_rope",
-        "rope_base": 100.0, "rope_scaling": (4.0, 1.0, 2.0, 16), "attn_chunk": 6,
-        "attn_temperature": (4, 0.3), "pad_id": 0, "eos_id": 1, "dtype": "float32",
-    }
-)  # fmt: skip
+CHUNK, FLOOR, SCALE, BASE, SCALING = 6, 4, 0.3, 100.0, (4.0, 1.0, 2.0, 16)
+HEADS, KEYS, SIZE, EXPERTS = 4, 2, 8, 3
+ATTENTION = UnitAttentionSpec(
+    HEADS, KEYS, SIZE, SIZE**-0.5, rope=Llama3Rope(BASE, *SCALING),
+    qk_norm_eps=1e-3, floor=FLOOR, scale=SCALE,
+)
+MOE = SharedMoESpec(
+    EXPERTS, 1, 12, "silu", "sigmoid", shared=FeedForwardSpec(10, "silu"),
+    gate_input=True,
+)
+LAYERS = llama4_layers(                     # near and dense, far and sparse
+    2, ATTENTION, CHUNK, FeedForwardSpec(20, "silu"), MOE, bare={1}, sparse={1},
+)
+TINY = ModelConfig(32, 64, 16, as_segments(LAYERS * 2), dtype="float32")
 TOKENS = np.random.default_rng(0).integers(2, 32, (4, 24))
-LENGTHS = np.array([4, 9, 15, 1])                           # chunk 6
+LENGTHS = np.array([4, 9, 15, 1])
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -54,16 +67,108 @@ def normal(*shape, seed=0, scale=1.0):
 
 def random_params(config):
     rng = np.random.default_rng(1)
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(partial(init_params, config=config), key)
 
-    def draw(path, w):
-        if path[-1].key == "scale":
-            return jnp.asarray(rng.uniform(0.5, 1.5, w.shape), jnp.float32)
-        width = w.shape[-1] if path[-1].key == "embeddings" else w.shape[-2]
-        return jnp.asarray(rng.standard_normal(w.shape) / width**0.5, jnp.float32)
+    def draw(spec):
+        if len(spec.shape) == 1 or spec.axes == ("layers", None):
+            return jnp.asarray(rng.uniform(0.5, 1.5, spec.shape), jnp.float32)
+        w = rng.standard_normal(spec.shape) * 1.5 / spec.shape[-2] ** 0.5
+        return jnp.asarray(w, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return {
+        module: {name: draw(spec) for name, spec in leaves.items()}
+        for module, leaves in param_specs(config).items()
+    }
+
+
+# The published formulas
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def rms(x, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
+def published_rope(x):
+    """Complex turns of the pairs (i, i + H/2), slowed as in Llama 3.1."""
+    factor, low, high, context = SCALING
+    rates = BASE ** -(np.arange(0, SIZE, 2) / SIZE)
+    turns = context * rates / (2 * np.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    rates = keep * rates + (1 - keep) * rates / factor
+    a, b = np.split(x, 2, axis=-1)
+    z = (a + 1j * b) * np.exp(1j * np.outer(np.arange(len(x)), rates))[:, None]
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def published_attention(x, w, bare):
+    """Of one text [T, D], token by token; every fact is said once more here."""
+    q, k, v = (
+        (x @ w[name]).reshape(len(x), -1, SIZE) for name in ("query", "key", "value")
+    )
+    if bare:
+        place = np.arange(len(x))
+        grown = 1 + SCALE * np.log(1 + np.floor((place + 1) / FLOOR))
+        q = q * grown[:, None, None]
+    else:
+        q, k = (rms(published_rope(z), 1e-3) for z in (q, k))
+    y = np.zeros((len(x), HEADS, SIZE))
+    for t in range(len(x)):
+        start = 0 if bare else t // CHUNK * CHUNK
+        for head in range(HEADS):
+            own = head // (HEADS // KEYS)
+            s = k[start : t + 1, own] @ q[t, head] / SIZE**0.5
+            p = np.exp(s - s.max())
+            y[t, head] = p / p.sum() @ v[start : t + 1, own]
+    return y.reshape(len(x), -1) @ w["linear"]
+
+
+def published_glu(x, gate, up, down):
+    return (x @ gate * sigmoid(x @ gate) * (x @ up)) @ down
+
+
+def published_experts(x, w):
+    """One expert hears what its own logit lets through; another hears all."""
+    y = published_glu(x, *w["shared"])
+    logits = x @ w["router"]
+    for n, e in enumerate(logits.argmax(1)):
+        heard = x[n] * sigmoid(logits[n, e])
+        y[n] += published_glu(heard, *(stack[e] for stack in w["moe"]))
+    return y
+
+
+def published_logits(tokens, params):
+    """Of one text, in float64, from our parameters."""
+
+    def take(path, i=...):
+        module, name = path.rsplit("/", 1)
+        return np.float64(params[module][name])[i]
+
+    h = take("in_out_embed/embeddings")[tokens]
+    for i in range(TINY.num_layers):
+        place, at = i % 2, i // 2
+        lead = f"decoder_layer_{place}/" if place else "decoder_layer/"
+
+        def glu(path, lead=lead, at=at):
+            names = "linear", "linear_v", "linear_1"
+            return [take(f"{lead}{path}{name}/w", at) for name in names]
+
+        names = "query", "key", "value", "linear"
+        w = {name: take(f"{lead}multi_head_attention/{name}/w", at) for name in names}
+        x = rms(h, 1e-5) * take(f"{lead}rms_norm/scale", at)
+        h = h + published_attention(x, w, bare=place == 1)
+        x = rms(h, 1e-5) * take(f"{lead}rms_norm_2/scale", at)
+        if place == 1:
+            h = h + published_experts(x, {
+                "router": take(f"{lead}router/w", at),
+                "moe": glu("moe/"), "shared": glu("shared/"),
+            })
+        else:
+            h = h + published_glu(x, *glu(""))
+    x = rms(h, 1e-5) * take("rms_norm/scale")
+    return x @ take("lm_head/embeddings").T
 
 
 @pytest.fixture(scope="module")
@@ -72,257 +177,312 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def whole(params):
-    return np.asarray(all_logits(params, TOKENS, TINY))
+def published(params):
+    return np.stack([published_logits(row, params) for row in TOKENS])
 
 
-# The chunk rule
+def test_matches_the_published_model(params, published):
+    logits = all_logits(params, TOKENS, TINY)
+    assert published.std() > 1
+    np.testing.assert_allclose(logits, published, atol=2e-4)
 
 
-def test_chunks_stand_still():
-    at = jnp.arange(10)[None]
-    same = llama4.within_chunk(4, at[..., None], at[:, None])[0]
-    wanted = np.kron(np.eye(3, dtype=bool), np.ones((4, 4), bool))[:10, :10]
-    np.testing.assert_array_equal(same, wanted)
+def test_training_computes_the_same(params, published):
+    """By seats, with the gate on the input; here everyone finds one."""
+    roomy = replace(MOE, capacity_factor=9.0)
+    config = changed(lambda layer: (
+        replace(layer, feed_forward=roomy) if layer.feed_forward == MOE else layer
+    ))
+    logits, losses = forward_to_train(params, jnp.asarray(TOKENS), config)
+    np.testing.assert_allclose(logits, published, atol=2e-4)
+    assert set(losses) == {"balance", "z"}
 
 
-def test_a_token_hears_nothing_from_another_chunk_without_global_layers(params):
-    """Change the first chunk: chunked layers alone carry none of it on."""
-    other = TOKENS.copy()
-    other[:, :6] = (other[:, :6] + 7) % 30 + 2
-    deaf = replace(TINY, nope_layers=(), nope_every=0)
-    apart = all_logits(params, TOKENS, deaf) - all_logits(params, other, deaf)
-    assert np.abs(apart[:, :6]).max() > 0.1 and np.abs(apart[:, 6:]).max() == 0
-    apart = all_logits(params, TOKENS, TINY) - all_logits(params, other, TINY)
-    assert (np.abs(apart).max(axis=-1) > 1e-3).all()
+def changed(change):
+    """TINY with `change` made to each layer."""
+    layers = [change(layer) for layer in LAYERS] * 2
+    return replace(TINY, layers=as_segments(layers))
 
 
-def check_cached(params, whole):
-    """Prompts shorter and longer than a chunk, then 9 steps, as uncached."""
+def attends(**fields):
+    """Other attention, in the layers where it is there to be changed."""
+
+    def change(layer):
+        near = layer.attention.rope is not None
+        own = {k: v for k, v in fields.items() if near or k in ("floor", "scale")}
+        return replace(layer, attention=replace(layer.attention, **own))
+
+    return changed(change)
+
+
+def thinks(**fields):
+    def change(layer):
+        part = layer.feed_forward
+        part = replace(part, **fields) if isinstance(part, SharedMoESpec) else part
+        return replace(layer, feed_forward=part)
+
+    return changed(change)
+
+
+VARIANTS = {
+    "chunk": attends(mask=Chunk(CHUNK + 1)),
+    "rope": attends(rope=Rope(BASE)),
+    "norm": attends(qk_norm_eps=None),
+    "norm's eps": attends(qk_norm_eps=1e-5),
+    "growing queries": attends(floor=None),
+    "their scale": attends(scale=0.1),
+    "router": thinks(router="softmax_top_k"),
+    "gate": thinks(gate_input=False),
+    "activation": thinks(activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_setting_matters(params, published, name):
+    logits = all_logits(params, TOKENS, VARIANTS[name])
+    assert np.abs(logits - published).max() > 0.02
+
+
+# The cache
+
+
+def check_cached(params, published):
+    """Prompts shorter and longer than a chunk, then 9 steps."""
     rows = np.arange(len(LENGTHS))
     prompt = np.where(np.arange(16) < LENGTHS[:, None], TOKENS[:, :16], 0)
     cache = init_cache(TINY, len(rows), 24)
-    assert cache.near_k.shape == (1, 4, 6, 2, 8) == cache.near_v.shape
-    assert cache.k.shape == (1, 4, 24, 2, 8)
     logits, cache = prefill(params, prompt, LENGTHS, cache, TINY)
     for step in range(9):
-        np.testing.assert_allclose(logits, whole[rows, LENGTHS - 1 + step], atol=2e-5)
+        want = published[rows, LENGTHS - 1 + step]
+        np.testing.assert_allclose(logits, want, atol=2e-4)
         column = TOKENS[rows, LENGTHS + step]
         logits, cache = decode_step(params, column, cache, TINY)
 
 
-def test_ragged_rows_cross_borders_in_the_cache(params, whole):
-    check_cached(params, whole)
+def test_rows_cross_borders_in_the_cache_each_at_its_own_time(params, published):
+    check_cached(params, published)
 
 
-def test_a_second_prompt_continues_the_first(params, whole):
+def test_a_second_prompt_continues_the_first(params, published):
     cache, eight = init_cache(TINY, 4, 24), np.full(4, 8)
     _, cache = prefill(params, TOKENS[:, :8], eight, cache, TINY)
     logits, _ = prefill(params, TOKENS[:, 8:16], eight, cache, TINY)
-    np.testing.assert_allclose(logits, whole[:, 15], atol=2e-5)
+    np.testing.assert_allclose(logits, published[:, 15], atol=2e-4)
 
 
-def test_without_the_rule_decoding_departs_at_the_second_chunk(params, whole):
-    """What Meta's code does, which passes no mask with a single token."""
-    broken = replace(TINY, attn_chunk=None)
-    cache, gaps = init_cache(broken, 4, 24), []
-    for t in range(12):
-        logits, cache = decode_step(params, TOKENS[:, t], cache, broken)
-        gaps.append(np.abs(logits - whole[:, t]).max())
-    assert max(gaps[:6]) < 2e-5 and min(gaps[6:]) > 0.05
+def test_a_row_that_moves_in_keeps_its_chunks(params, published):
+    """Rings and full caches take in a row, and go on at its own border."""
+    one = init_cache(TINY, 1, 24)
+    _, one = prefill(params, TOKENS[2:3, :11], np.array([11]), one, TINY)
+    cache = init_cache(TINY, 2, 24)
+    first = TOKENS[:2, :9]
+    _, cache = prefill(params, first, np.array([9, 4]), cache, TINY)
+    cache = cache.evict(1).insert(1, one)
+    for t in range(3):
+        column = np.array([TOKENS[0, 9 + t], TOKENS[2, 11 + t]])
+        logits, cache = decode_step(params, column, cache, TINY)
+        want = published[[0, 2], [9 + t, 11 + t]]
+        np.testing.assert_allclose(logits, want, atol=2e-4)
 
 
-def test_many_keys_in_blocks_keep_the_chunk_rule(monkeypatch):
+def test_only_layers_without_rope_keep_all():
+    slots = init_cache(TINY, 2, 24).slots
+    assert [type(slot) is RingCache for slot in slots] == [True, False]
+    assert [slot.slots for slot in slots] == [CHUNK, 24]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2)])
+def test_on_a_mesh(params, published, shape):
+    mesh = am.make_mesh(*shape)
+    specs = partition_specs(params, param_specs(TINY), mesh)
+    placed = jax.device_put(params, shardings(specs, mesh))
+    with jax.set_mesh(mesh):
+        check_cached(placed, published)
+
+
+# Its parts
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 40])
+def test_a_chunk_is_a_block_of_the_causal_mask(size):
+    at = jnp.arange(30)[None]
+    sees = Chunk(size).sees(at[..., None], at[:, None])[0]
+    blocks = np.kron(np.eye(30, dtype=bool), np.ones((size, size), bool))[:30, :30]
+    np.testing.assert_array_equal(sees, blocks & np.tri(30, dtype=bool))
+
+
+def test_many_keys_in_blocks_keep_the_chunks(monkeypatch, params, published):
     """The running softmax over blocks, and all scores at once."""
+    asked = []
+
+    def blocks(*inputs):
+        asked.append(inputs[-1].__self__)
+        return attend_blockwise(*inputs, block=5)
+
+    monkeypatch.setattr("annotated_moe.attention.BLOCKWISE_ABOVE", 12)
+    monkeypatch.setattr("annotated_moe.attention.attend_blockwise", blocks)
+    jax.clear_caches()
+    logits = all_logits(params, TOKENS, TINY)
+    np.testing.assert_allclose(logits, published, atol=2e-4)
+    assert asked == [Chunk(CHUNK), Causal()]
+    jax.clear_caches()
+
+
+def test_blocks_that_a_chunk_hides_whole():
+    """No key in a block is seen: nothing of it may stay in the sums."""
     q = normal(1, 40, 4, 8)
     k, v = normal(1, 40, 2, 8, seed=1), normal(1, 40, 2, 8, seed=2)
     at = jnp.arange(40)[None]
-    sees = partial(llama4.within_chunk, 7)
-
-    def run():
-        look = partial(attend_near, multiplier=0.3, softcap=None, sees=sees)
-        return jax.jit(lambda: look(q, k, v, at, None, 0)[0])()
-
-    at_once = run()
-    monkeypatch.setattr("annotated_moe.mixtral.BLOCKWISE_ABOVE", 16)
-    np.testing.assert_allclose(at_once, run(), atol=1e-5)
+    sees = Chunk(7).sees
+    once = attend(q, k, v, sees(at[..., None], at[:, None]), 0.3)
+    run = attend_blockwise(q, k, v, at, at, 0.3, None, sees, 3)
+    np.testing.assert_allclose(once, run, atol=1e-5)
+    full = attend_blockwise(q, k, v, at, at, 0.3, None, is_past, 3)
+    assert np.abs(full - once).max() > 0.1
 
 
-def test_scouts_cache_at_a_million_tokens():
-    scout = ModelConfig(**llama4.PRESETS["llama-4-scout"])
-    cache = jax.eval_shape(lambda: init_cache(scout, 1, 2**20))
-    assert isinstance(cache, KVCache)
-    assert cache.k.shape == (12, 1, 2**20, 8, 128)
-    assert cache.near_v.shape == (36, 1, 8192, 8, 128)
-    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
-    assert size - 4 == 4096 * (12 * 2**20 + 36 * 8192)
-
-
-# Heat
-
-
-def test_heat_follows_the_formula_and_leaves_short_texts_alone():
+def test_queries_grow_by_the_formula_and_not_in_short_texts():
     at = jnp.array([[0, 8190, 8191, 16382, 16383, 10485759]])
-    q, k = normal(1, 6, 2, 4), normal(1, 6, 1, 4, seed=1)
-    hot, same = llama4.heat_queries(q, k, at, rope, (8192, 0.1))
+    q = normal(1, 6, 2, 4)
+    grown = scale_queries_by_position(q, at, 8192, 0.1)
     wanted = 1 + 0.1 * np.log([1, 1, 2, 2, 3, 1281])
-    np.testing.assert_allclose(hot / q, wanted[None, :, None, None] * np.ones_like(q),
-                               rtol=1e-6)
-    np.testing.assert_array_equal(same, k)
-    assert llama4.heat_queries(q, k, at, rope, None)[0] is q
-
-
-def test_padding_on_the_right_changes_no_heat(params, whole):
-    """The heat counts a row's own tokens, whatever its row is filled with."""
-    padded = np.where(np.arange(24) < LENGTHS[:, None], TOKENS, 0)
-    together = all_logits(params, padded, TINY)
-    for row, n in enumerate(LENGTHS):
-        np.testing.assert_allclose(together[row, :n], whole[row, :n], atol=2e-5)
-
-
-# The norm
-
-
-def test_the_norm_without_gains_bounds_scores_and_commutes_with_rope():
-    at = jnp.arange(5)[None]
-    q, k = normal(1, 5, 4, 16, scale=50), normal(1, 5, 2, 16, seed=1, scale=50)
-    a, b = llama4.turn_and_norm(q, k, at, rope, 1e-5)
-    one = jnp.ones(16)
-    np.testing.assert_allclose(a, rope(rms_norm(q, one), at), atol=1e-4)
-    np.testing.assert_allclose(b, rope(rms_norm(k, one), at), atol=1e-4)
-    np.testing.assert_allclose(jnp.sum(a**2, axis=-1), 16, rtol=1e-4)
-    assert not np.allclose(a, rms_norm(q, one), atol=0.1)   # it did turn
-
-
-def test_the_norms_eps_is_the_configurations():
-    q = normal(1, 2, 1, 8, scale=1e-3)
-    at = jnp.arange(2)[None]
-    large, _ = llama4.turn_and_norm(q, q, at, rope, 1.0)
-    assert np.abs(large).max() < 0.01
-
-
-# The router
+    np.testing.assert_allclose(grown / q, np.broadcast_to(
+        wanted[:, None, None], q.shape), rtol=1e-6)
+    np.testing.assert_array_equal(grown[:, :2], q[:, :2])
 
 
 def test_each_gate_is_a_sigmoid_of_its_own_logit():
     x, w = normal(20, 8), normal(8, 5, seed=1)
-    routed = llama4.route_sigmoid(x, w, 2)
-    logits = np.asarray(x) @ np.asarray(w)
+    routed = route_sigmoid(x, w, 2)
+    logits = np.float64(x) @ np.float64(w)
     order = np.argsort(-logits, axis=1)[:, :2]
     np.testing.assert_array_equal(routed.experts, order)
     best = np.take_along_axis(logits, order, axis=1)
-    np.testing.assert_allclose(routed.gates, 1 / (1 + np.exp(-best)), rtol=1e-4)
+    np.testing.assert_allclose(routed.gates, sigmoid(best), rtol=1e-4)
     np.testing.assert_allclose(routed.logits, logits, atol=1e-5)
     np.testing.assert_allclose(routed.probs.sum(-1), 1, rtol=1e-5)
-    assert llama4.route_sigmoid(x.astype("bfloat16"), w, 1).gates.dtype == jnp.float32
+    assert route_sigmoid(x.astype("bfloat16"), w, 1).gates.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_the_gate_scales_what_the_expert_reads(top_k):
-    """Both ways to compute against a loop, and not the output scaled."""
-    w = Experts(normal(4, 8, 10), normal(4, 8, 10, seed=1), normal(4, 10, 8, seed=2))
-    x = normal(9, 8, seed=3)
-    routed = llama4.route_sigmoid(x, normal(8, 4, seed=4), top_k)
-    style = Style(swiglu, scale_input=True)
-    looped = np.zeros((9, 8), np.float32)
-    outside = np.zeros((9, 8), np.float32)
-    for n in range(9):
-        for g, e in zip(routed.gates[n], routed.experts[n]):
-            looped[n] += expert(x[n : n + 1] * g, w, (int(e),), style=style)[0]
-            outside[n] += g * expert(x[n : n + 1], w, (int(e),), style=style)[0]
-    job = x, routed.gates, routed.experts, w, 4
-    np.testing.assert_allclose(sort_and_tile(*job, style=style), looped, atol=1e-4)
-    seats = capacity_and_drop(*job, 9.0, style)
-    np.testing.assert_allclose(seats, looped, atol=1e-4)
-    assert np.abs(looped - outside).max() > 0.3
+# Presets and files
 
 
-# Layers and switches
+def test_presets_are_the_published_models():
+    """With the image encoder to the last parameter what the hub holds."""
+    for name, config in LLAMA_4S.items():
+        scout, base = "scout" in name, "base" in name
+        whole, _ = parameter_counts(seeing(config, VisionSpec()))
+        assert whole == (108_641_793_536 if scout else 401_583_781_376), name
+        _, active = parameter_counts(config)
+        assert abs(active / 17.2e9 - 1) < 0.005
+        instruct = 10485760 if scout else 1048576
+        assert config.context == (262144 if base else instruct)
+        layers = [config.layer(i) for i in range(48)]
+        bare = [i for i, x in enumerate(layers) if x.attention.rope is None]
+        assert bare == list(range(3, 48, 4))
+        sparse = [i for i, x in enumerate(layers)
+                  if isinstance(x.feed_forward, SharedMoESpec)]
+        assert sparse == list(range(0 if scout else 1, 48, 1 if scout else 2))
+        near = layers[0].attention
+        assert near.mask == Chunk(8192) and near.floor is None
+        assert near.qk_norm_eps == (1e-5 if scout else None)
+        assert not config.tied and am.PRESETS[name] == config
 
 
-def test_layers_repeat_and_the_program_does_not_grow():
-    scout, maverick = (ModelConfig(**llama4.PRESETS[f"llama-4-{name}"])
-                       for name in ("scout", "maverick"))
-    assert period(scout) == period(maverick) == 4
-    bare = [i for i, kind in enumerate(kinds(scout)) if not kind.rope]
-    assert bare == list(range(3, 48, 4))
-    assert all(kind.experts and kind.near == kind.rope for kind in kinds(scout))
-    sparse = [i for i, kind in enumerate(kinds(maverick)) if kind.experts]
-    assert sparse == list(range(1, 48, 2))
-    lines = set()
-    for layers in (4, 40):
-        deep = replace(TINY, num_layers=layers)
-        shapes = jax.eval_shape(partial(init_params, config=deep), jax.random.key(0))
-        row = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        lines.add(all_logits.lower(shapes, row, deep).as_text().count("\n"))
-    assert len(lines) == 1
+def fields_of(config, **changes):
+    raw = FAMILIES["Llama4ForCausalLM"].write(config) | changes
+    raw = {name: value for name, value in raw.items() if value != "gone"}
+    return Fields(Path("config.json"), raw)
 
 
-def test_two_periods_are_the_layers_one_by_one():
-    """The scan over repeats finds each layer's weights."""
-    deep = replace(TINY, num_layers=4)
-    weights = random_params(deep)
-    layers, _ = split_params(weights)
-    assert period(deep) == 2
-
-    @jax.jit
-    def unrolled(tokens):
-        h = embed(weights, tokens, deep)
-        at = jnp.arange(8)[None]
-        for i, kind in enumerate(kinds(deep)):
-            h, _ = run_layer(layers, place_of(deep, i), kind, h, at, None, deep)
-        return unembed(weights, h, deep)
-
-    logits = all_logits(weights, TOKENS[:1, :8], deep)
-    np.testing.assert_allclose(logits, unrolled(TOKENS[:1, :8]), atol=1e-5)
+def read(config, **changes):
+    return FAMILIES["Llama4ForCausalLM"].configure(fields_of(config, **changes))
 
 
-SWITCHES = {
-    "attn_chunk": None, "nope_every": 0, "attn_temperature": None, "qk_norm": "none",
-    "router": "top_k_softmax", "shared_expert": False,
-}  # fmt: skip
+@pytest.mark.parametrize("name", LLAMA_4S)
+def test_a_preset_is_written_and_read(name):
+    assert read(LLAMA_4S[name]) == LLAMA_4S[name]
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_every_switch_matters(params, whole, name):
-    other = replace(TINY, **{name: SWITCHES[name]})
-    logits = all_logits(params, TOKENS, other)
-    assert np.abs(logits - whole).max() > 0.02
+def experts_in(config):
+    return [i for i in range(config.num_layers)
+            if isinstance(config.layer(i).feed_forward, SharedMoESpec)]
 
 
-def test_each_preset_has_the_published_size():
-    def total(c):
-        shapes = jax.eval_shape(partial(init_params, config=c), jax.random.key(0))
-        return {m: sum(w.size for w in leaves.values()) for m, leaves in shapes.items()}
-
-    for name, experts, all_of, active in [
-        ("llama-4-scout", 16, 107_770_141_000, 17.2e9),
-        ("llama-4-maverick", 128, 400_712_340_000, 17.2e9),
-    ]:
-        c = ModelConfig(**llama4.PRESETS[name])
-        sizes = total(c)
-        assert abs(sum(sizes.values()) - all_of) < 1e6
-        routed = sum(n for m, n in sizes.items() if "/moe/" in m)
-        used = sum(sizes.values()) - routed * (1 - 1 / experts)
-        assert abs(used / active - 1) < 0.005
-        assert c.num_experts == experts and not c.tied
+def test_layers_with_experts_are_those_that_the_file_names():
+    scout = LLAMA_4S["llama-4-scout"]
+    assert experts_in(read(scout, moe_layers=[1, 2])) == [1, 2]
+    assert experts_in(read(scout, moe_layers=[])) == []
+    every_third = {"moe_layers": "gone", "interleave_moe_layer_step": 3}
+    assert experts_in(read(scout, **every_third)) == list(range(2, 48, 3))
+    nobody = {"moe_layers": None, "interleave_moe_layer_step": 3}
+    assert experts_in(read(scout, **nobody)) == list(range(2, 48, 3))
 
 
-def test_the_code_that_llama_4_adds_is_short():
-    """Presets, weight map and configuration apart: under 120 lines."""
-    parts = [llama4.route_sigmoid, llama4.within_chunk, llama4.turn_and_norm,
-             llama4.heat_queries]
-    assert sum(len(inspect.getsource(part).splitlines()) for part in parts) < 120
+@pytest.mark.parametrize("changes, said", [
+    ({"moe_layers": "all"}, "moe_layers must list ints: 'all'"),
+    ({"moe_layers": [48]}, "moe_layers names layer 48 of 48"),
+    ({"no_rope_layers": [1, 0]}, "no_rope_layers must have an entry a layer"),
+    ({"layer_types": ["sliding_attention"] * 48}, "layer_types must name full"),
+    ({"layer_types": ["full_attention"]}, "for each of 48 layers"),
+    ({"attention_chunk_size": 0}, "attention_chunk_size"),
+])
+def test_fields_that_are_refused(changes, said):
+    with pytest.raises(CheckpointError, match=said):
+        read(LLAMA_4S["llama-4-scout"], **changes)
 
 
-# Meshes
+def test_what_a_layer_sees_is_said_by_layer_types():
+    """Where there are none, by `no_rope_layers`."""
+    scout = LLAMA_4S["llama-4-scout"]
+    assert read(scout, layer_types="gone") == scout
+    c = read(scout, layer_types=["full_attention"] * 48)
+    assert {type(c.layer(i).attention.mask) for i in range(48)} == {Causal}
+    turned = [c.layer(i).attention.rope is not None for i in range(4)]
+    assert turned == [True, True, True, False]
+    assert read(c) == c
+    assert read(scout, attention_chunk_size="gone") == scout
+    alone = {"layer_types": "gone", "attention_chunk_size": None}
+    assert read(scout, **alone) == c
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
-def test_on_a_mesh(params, whole, shape):
-    """Prompts across borders, continued: what one device says uncached."""
-    mesh = am.make_mesh(*shape)
-    specs = sharding.partition_specs(params, mesh)
-    placed = jax.device_put(params, sharding.shardings(specs, mesh))
-    with jax.set_mesh(mesh):
-        check_cached(placed, whole)
+def test_a_small_model_without_experts():
+    """The fields of MobileLLM-R1, of which the experts' are zero."""
+    raw = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "intermediate_size": 48, "intermediate_size_mlp": 40, "moe_layers": [],
+        "interleave_moe_layer_step": 0, "num_experts_per_tok": 0,
+        "num_local_experts": 0, "no_rope_layers": [1, 1],
+        "layer_types": ["full_attention"] * 2, "attention_chunk_size": 64,
+        "attn_temperature_tuning": False, "tie_word_embeddings": True,
+    }
+    fields = Fields(Path("config.json"), raw)
+    config = FAMILIES["Llama4ForCausalLM"].configure(fields)
+    fields.finish()
+    (segment,) = config.layers
+    assert segment.repeats == 2
+    assert segment.pattern[0].feed_forward == FeedForwardSpec(40, "silu")
+    assert segment.pattern[0].attention.mask == Causal()
+    assert read(config) == config
+
+
+def test_growing_queries_are_spelled_in_two_ways():
+    scout = LLAMA_4S["llama-4-scout"]
+    assert read(scout, attn_temperature_tuning=4) == scout
+    c = read(scout, attn_temperature_tuning=False)
+    assert c.layer(3).attention.floor is None and read(c) == c
+
+
+def test_attention_of_another_family_is_not_written():
+    plain = replace(ATTENTION, qk_norm_eps=1e-5, floor=None)
+    moe = replace(MOE, shared=FeedForwardSpec(12, "silu"))
+    config = replace(TINY, layers=as_segments([LayerSpec(plain, moe)] * 2))
+    assert architecture_of(config) == "Llama4ForCausalLM"
+    for other in (
+        replace(plain, multiplier=0.3), replace(plain, softcap=30.0),
+        replace(plain, qk_norm_eps=1e-4), am.PRESETS["llama-3-8b"].layer(0).attention,
+    ):
+        layers = [LayerSpec(plain, moe), LayerSpec(other, moe)]
+        with pytest.raises(CheckpointError, match="no architecture"):
+            architecture_of(replace(TINY, layers=as_segments(layers)))

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,10 +16,18 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import checkpoints as ck
-from annotated_moe import cli, meta
+from annotated_moe.attention import Chunk
 from annotated_moe.convert import convert
-from annotated_moe.formats import lazy
-from annotated_moe.meta import CheckpointError, open_pth, pth_bytes, pth_program
+from annotated_moe.families import llama4
+from annotated_moe.families.images import ImageSettings
+from annotated_moe.families.vision import image_settings
+from annotated_moe.formats import lazy, meta, pth
+from annotated_moe.formats.files import CheckpointError
+from annotated_moe.formats.hub import Fields
+from annotated_moe.formats.pth import open_pth, pth_bytes, pth_program
+from annotated_moe.formats.safetensors import open_folder
+from annotated_moe.moe import FeedForwardSpec, SharedMoESpec
+from annotated_moe.rope import Llama3Rope, Rope
 
 ARRAYS = {
     "a.weight": np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -79,11 +89,11 @@ def test_storage_at_odd_bytes(tmp_path):
 def strided(shape, strides, offset=0, numel=24):
     """A program whose only tensor looks at storage 0 in its own way."""
     w = np.zeros(numel, np.float32)
-    old = meta.number(0) + meta.numbers((numel,)) + meta.numbers((1,))
-    program = meta.tensor_program("0", w)
+    old = pth.long_op(0) + pth.tuple_op((numel,)) + pth.tuple_op((1,))
+    program = pth.tensor_program("0", w)
     assert old in program
-    new = meta.number(offset) + meta.numbers(shape) + meta.numbers(strides)
-    return b"\x80\x02}(" + meta.word("w") + program.replace(old, new) + b"u."
+    new = pth.long_op(offset) + pth.tuple_op(shape) + pth.tuple_op(strides)
+    return b"\x80\x02}(" + pth.unicode_op("w") + program.replace(old, new) + b"u."
 
 
 @pytest.mark.parametrize(
@@ -105,34 +115,35 @@ def test_strided_views(tmp_path, shape, strides, offset):
      ((2, 2), (1,), 0), ((2**62,), (1,), 0), ((1,) * 9, (1,) * 9, 0)],
 )  # fmt: skip
 def test_views_beyond_the_storage(tmp_path, shape, strides, offset):
-    refused(tmp_path, with_program(strided(shape, strides, offset)), "'w' has")
+    refused(tmp_path, with_program(strided(shape, strides, offset)), "'w', which has")
 
 
 def test_other_spellings_of_the_pickle(tmp_path):
     """OrderedDict with attributes, Parameter, protocol 4, memo, extras."""
-    w = meta.tensor_program("0", ARRAYS["a.weight"])
-    ordered = meta.name_of(meta.ORDERED) + b")R"
-    attributes = b"}" + meta.word("_metadata") + ordered + b"sb"
-    program = b"\x80\x02" + ordered + b"q\x00(" + meta.word("w") + w + b"u" + attributes
+    w = pth.tensor_program("0", ARRAYS["a.weight"])
+    ordered = pth.global_op(pth.ORDERED) + b")R"
+    attributes = b"}" + pth.unicode_op("_metadata") + ordered + b"sb"
+    start = b"\x80\x02" + ordered + b"q\x00("
+    program = start + pth.unicode_op("w") + w + b"u" + attributes
     got = opened(tmp_path, with_program(program + b"."))
     np.testing.assert_array_equal(got["w"], ARRAYS["a.weight"])
 
-    parameter = meta.name_of(meta.PARAMETER) + b"(" + w + b"\x88" + ordered + b"tR"
-    program = b"\x80\x02}" + meta.word("w") + parameter + b"s."
+    parameter = pth.global_op(pth.PARAMETER) + b"(" + w + b"\x88" + ordered + b"tR"
+    program = b"\x80\x02}" + pth.unicode_op("w") + parameter + b"s."
     got = opened(tmp_path, with_program(program))
     np.testing.assert_array_equal(got["w"], ARRAYS["a.weight"])
 
-    module, name = meta.TENSOR.rsplit(".", 1)
+    module, name = pth.TENSOR.rsplit(".", 1)
     short = b"".join(b"\x8c" + bytes([len(t)]) + t.encode() for t in (module, name))
-    newer = w.replace(meta.name_of(meta.TENSOR), short + b"\x93")
+    newer = w.replace(pth.global_op(pth.TENSOR), short + b"\x93")
     assert newer != w
-    program = b"\x80\x04}\x94(" + meta.word("w") + newer + b"\x94u."
+    program = b"\x80\x04}\x94(" + pth.unicode_op("w") + newer + b"\x94u."
     got = opened(tmp_path, with_program(program))
     np.testing.assert_array_equal(got["w"], ARRAYS["a.weight"])
 
     extra = pickle.dumps(io.BytesIO(b"state \xff"), protocol=2)[2:-1]
-    start = b"\x80\x02}" + b"(" + meta.word("wo._extra_state") + extra
-    got = opened(tmp_path, with_program(start + meta.word("w") + w + b"u."))
+    start = b"\x80\x02}" + b"(" + pth.unicode_op("wo._extra_state") + extra
+    got = opened(tmp_path, with_program(start + pth.unicode_op("w") + w + b"u."))
     assert list(got) == ["w"]
 
 
@@ -150,7 +161,7 @@ def test_nothing_is_run(tmp_path):
 def test_refused_files(tmp_path, monkeypatch):
     good = pth_bytes(ARRAYS)
     parts = members(good)
-    legacy = meta.LEGACY + b"\x80\x02}."
+    legacy = pth.LEGACY + b"\x80\x02}."
     refused(tmp_path, legacy, "before 1.6", "torch.save it again")
     refused(tmp_path, b"\x80\x02}.", "no zip file")
     refused(tmp_path, b"", "consolidated.00.pth")
@@ -165,14 +176,15 @@ def test_refused_files(tmp_path, monkeypatch):
     refused(tmp_path, zipped(short), "a.weight", "92 bytes")
     renamed = good.replace(b"x/data/1", b"x/data/0")
     refused(tmp_path, renamed, "'x/data/0' twice")
-    code = meta.name_of("torch.FloatStorage")
-    double = pth_program(ARRAYS).replace(code, meta.name_of("torch.DoubleStorage"))
+    code = pth.global_op("torch.FloatStorage")
+    double = pth_program(ARRAYS).replace(code, pth.global_op("torch.DoubleStorage"))
     refused(tmp_path, with_program(double), "torch.DoubleStorage")
     refused(tmp_path, with_program(b"\x80\x02)."), "no dict of tensors")
-    refused(tmp_path, with_program(b"\x80\x02}" + meta.word("w") + b")s."), "'w' is no")
+    empty = b"\x80\x02}" + pth.unicode_op("w") + b")s."
+    refused(tmp_path, with_program(empty), "'w', which is no")
     refused(tmp_path, with_program(b"\x80\x02}r\x00\x00\x00\x7f."), "memo")
     refused(tmp_path, with_program(b"\x80\x02" + b"}0" * 10), "POP")
-    monkeypatch.setattr(meta, "MOST_STEPS", 200)
+    monkeypatch.setattr(pth, "MAX_TORCH_INSTRUCTIONS", 200)
     refused(tmp_path, with_program(b"\x80\x02" + b"}" * 300), "200 pickle")
 
 
@@ -320,7 +332,12 @@ def write_folder(folder, ranks, params):
 
 
 def read(folder):
-    return meta.read_meta(folder, meta.meta_config(folder))
+    return ck.open_checkpoint(folder).read()
+
+
+def part(tensors, path):
+    module, name = path.rsplit("/", 1)
+    return tensors[module, name]
 
 
 def same(a, b):
@@ -338,13 +355,13 @@ def test_llama3_files_join_to_the_same_bits(tmp_path, dtype):
         for axis in (0, 1):
             folder = tmp_path / f"{files}{axis}"
             same(one, read(write_folder(folder, pieces_of(full, files, axis), LLAMA3)))
-    w1 = one["decoder_layer/linear/w"]
+    w1 = part(one, "decoder_layer/linear/w")
     np.testing.assert_array_equal(w1[1][:], full["layers.1.feed_forward.w1.weight"].T)
     query = full["layers.1.attention.wq.weight"].reshape(4, H // 2, 2, D)
     want = query.swapaxes(1, 2).reshape(D, D).T
     path = "decoder_layer/multi_head_attention/query/w"
-    np.testing.assert_array_equal(one[path][1][:], want)
-    value = one["decoder_layer/multi_head_attention/value/w"]
+    np.testing.assert_array_equal(part(one, path)[1][:], want)
+    value = part(one, "decoder_layer/multi_head_attention/value/w")
     np.testing.assert_array_equal(
         value[0][:], full["layers.0.attention.wv.weight"].T
     )
@@ -357,12 +374,12 @@ def test_llama4_names_and_files_join_to_the_same_bits(tmp_path):
         ranks = [fused(rank) for rank in pieces_of(full, files)]
         folder = write_folder(tmp_path / f"f{files}", ranks, LLAMA4_PARAMS)
         same(one, read(folder))
-    up = one["decoder_layer/moe/linear_v/w"]
+    up = part(one, "decoder_layer_1/moe/linear_v/w")
     assert up.shape == (1, 2, D, MOE_F)
     np.testing.assert_array_equal(
         up[0][1][:], full["layers.1.feed_forward.experts.w3"][1]
     )
-    assert one["decoder_layer/linear/w"].shape == (1, D, F)
+    assert part(one, "decoder_layer/linear/w").shape == (1, D, F)
 
 
 def llama_logits(full, ids, params):
@@ -415,21 +432,25 @@ def test_logits_of_a_loaded_llama(tmp_path):
     assert np.abs(want).max() > 1
 
 
-def test_info_and_convert(tmp_path, capsys):
-    full = llama4_weights()
-    ranks = [fused(rank) for rank in pieces_of(full, 2)]
-    folder = write_folder(tmp_path / "m", ranks, LLAMA4_PARAMS)
-    (folder / "checklist.chk").write_text("of Meta's files only")
-    assert cli.main(["info", str(folder)]) == 0
-    assert "Meta" in capsys.readouterr().out
-    assert cli.main(["info", str(folder), "--verify"]) == 2
-    assert "no checksums.json" in capsys.readouterr().err
-    convert(folder, tmp_path / "ours")
-    names = sorted(path.name for path in (tmp_path / "ours").iterdir())
-    assert names == ["checksums.json", "config.json", "model.safetensors"]
-    config, reader, where = ck.find_layout(tmp_path / "ours")
-    same(read(folder), reader(where, config))
-    assert ck.verify(tmp_path / "ours") == len(read(folder))
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_converted(tmp_path, to):
+    """Into both layouts, whose logits are the same."""
+    for name, full, params in [
+        ("3", pieces_of(llama3_weights(), 2), LLAMA3),
+        ("4", [fused(rank) for rank in pieces_of(llama4_weights(), 2)], LLAMA4_PARAMS),
+    ]:
+        folder = write_folder(tmp_path / name, full, params)
+        (folder / "checklist.chk").write_text("of Meta's files only")
+        (folder / "README").write_text("copied")
+        convert(folder, tmp_path / f"{name} {to}", to)
+        names = {path.name for path in (tmp_path / f"{name} {to}").iterdir()}
+        assert names == {"checksums.json", "config.json", "model.safetensors", "README"}
+        opened = ck.open_checkpoint(tmp_path / f"{name} {to}")
+        same(read(folder), opened.read())
+        original = ck.open_checkpoint(folder)
+        assert original.layout.name == "Meta"
+        assert opened.config == original.config
+        assert ck.verify(tmp_path / f"{name} {to}")
 
 
 class Watched:
@@ -449,18 +470,20 @@ def test_assembled_is_an_array():
     tries = [
         (full,), (2, 3, 4), (full, slice(1, 5)), (full, full, slice(4, 1)),
         (slice(1, 4, 2), slice(0, 6, 3), slice(None, None, 4)), (-1, slice(-3, None)),
-        (full, 0), (1, full, 2), (slice(0, 0),), (), (np.array([3, 0, 3]),),
+        (full, 0), (1, full, 2), (slice(0, 0),), (),
     ]  # fmt: skip
     for axis in range(3):
         cuts = [1, 3, 4] if axis < 2 else [1, 3]
-        w = meta.Assembled(np.split(whole, cuts, axis), axis)
+        w = lazy.ShardedArray(np.split(whole, cuts, axis), axis)
         assert w.shape == whole.shape and len(w) == 4 and w.nbytes == whole.nbytes
         for index in tries:
             np.testing.assert_array_equal(w[index], whole[index])
         np.testing.assert_array_equal(np.asarray(w), whole)
-        np.testing.assert_array_equal(np.asarray(w.T), whole.T)
+        for i in range(4):
+            np.testing.assert_array_equal(np.asarray(w[i].T), whole[i].T)
+            np.testing.assert_array_equal(w[i].T[1:3, ::2], whole[i].T[1:3, ::2])
         for i in (0, 3, -1):
-            assert isinstance(w[i], meta.Assembled)
+            assert axis == 0 or isinstance(w[i], lazy.ShardedArray)
             np.testing.assert_array_equal(np.asarray(w[i]), whole[i])
         blocks = [np.asarray(block) for block in lazy.iter_blocks(w)]
         np.testing.assert_array_equal(np.concatenate(blocks), whole)
@@ -473,7 +496,7 @@ def test_assembled_is_an_array():
 def test_assembled_reads_what_is_asked():
     seen = []
     parts = [Watched(np.ones((4, 8)), seen) for _ in range(4)]
-    w = meta.Assembled(parts, 0)
+    w = lazy.ShardedArray(parts, 0)
     assert w[4:8, 2:4].shape == (4, 2) and seen == [(id(parts[1].w), 8)]
     seen.clear()
     assert w[7:9].shape == (2, 8)
@@ -483,20 +506,23 @@ def test_assembled_reads_what_is_asked():
 def test_large_assembled_tensors_are_written_in_blocks(monkeypatch):
     monkeypatch.setattr(lazy, "BLOCK", 64)
     whole = np.arange(3 * 5 * 8, dtype=np.float32).reshape(3, 5, 8)
-    w = meta.Assembled(np.split(whole, 2, 2), 2)
+    w = lazy.ShardedArray(np.split(whole, 2, 2), 2)
     blocks = list(lazy.iter_blocks(w))
     assert max(block.nbytes for block in blocks) <= 64
     assert b"".join(lazy.as_bytes(b) for b in blocks) == whole.tobytes()
 
 
-def complains(folder, *words):
+def complains_of(work, *words):
     with pytest.raises(CheckpointError) as caught:
-        config, reader, where = ck.find_layout(folder)
-        reader(where, config)
+        work()
     text = str(caught.value)
-    assert str(folder) in text and "\n" not in text, text
+    assert "\n" not in text, text
     for word in words:
         assert word in text, text
+
+
+def complains(folder, *words):
+    complains_of(lambda: read(folder), str(folder), *words)
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -540,7 +566,7 @@ def test_folders_that_are_refused(tmp_path):
     complains(folder(shorten), w1, "expects (32, 56)")
     complains(folder(shorten_one), "consolidated.01.pth", w1, "(27, 32)")
     complains(folder(other_norm), "norm.weight is not the same in all files")
-    complains(folder(quantize), w1, "int8")
+    complains(folder(quantize), "layers of decoder_layer/linear/w have several dtypes")
     gap = folder(files=4)
     (gap / "consolidated.01.pth").unlink()
     complains(gap, "lacks consolidated.01.pth")
@@ -549,12 +575,13 @@ def test_folders_that_are_refused(tmp_path):
     wide = {**LLAMA3, "multiple_of": 128}
     complains(folder(params=wide), w1, "expects (32, 128)")
     for bad, words in [
-        ({"colour": 1}, "'colour'"), ({"dim": "32"}, "dim is 32; expected"),
-        ({"n_layers": 0}, "n_layers is 0"), ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"head_colour": 1}, "'head_colour'"), ({"dim": "32"}, "dim must be an int"),
+        ({"n_layers": 0}, "n_layers must be"), ({"norm_eps": float("nan")}, "norm_eps"),
         ({"use_scaled_rope": 1}, "true or false"), ({"n_heads": 5}, "dim / n_heads"),
-        ({"head_dim": 4}, "head_dim = 4"), ({"moe_args": 3}, "moe_args"),
+        ({"head_dim": 4}, "head_dim is 4"), ({"moe_args": 3}, "moe_args"),
         ({"moe_args": {"num_experts": 2}}, "lacks the field 'ffn_exp'"),
-        ({"moe_args": {"depth": 2}}, "'depth'"), ({"n_kv_heads": 3}, "kv_heads"),
+        ({"moe_args": {"num_experts": 2, "depth": 2}, "ffn_exp": 1}, "'depth'"),
+        ({"n_kv_heads": 3}, "key heads"), ({"vocab_size": 2}, "eos_ids"),
         ({"quantization_args": {"scheme": "int4"}}, "'quantization_args'"),
     ]:  # fmt: skip
         complains(folder(params={**LLAMA3, **bad}), words)
@@ -569,12 +596,13 @@ def test_fused_tensors_that_do_not_fit(tmp_path):
     for rank in ranks:
         rank[ff] = rank[ff][:-1]
     folder = write_folder(tmp_path / "a", ranks, LLAMA4_PARAMS)
-    complains(folder, ff, "2 experts do not divide")
+    complains(folder, ff, "2 experts", "not divide")
     ranks = [fused(rank) for rank in pieces_of(full, 2)]
     wqkv = "layers.0.attention.wqkv.weight"
     for rank in ranks:
         rank[wqkv] = rank[wqkv][:-1]
-    complains(write_folder(tmp_path / "b", ranks, LLAMA4_PARAMS), wqkv, "16 + 16 + 16")
+    folder = write_folder(tmp_path / "b", ranks, LLAMA4_PARAMS)
+    complains(folder, wqkv, "no whole heads")
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -584,7 +612,7 @@ def test_vocabulary_from_the_embedding(tmp_path, axis):
     ranks = pieces_of(llama3_weights(), 2, axis)
     config = meta.meta_config(write_folder(tmp_path / "m", ranks, params))
     assert config.vocab_size == V
-    assert (config.rope_base, config.rope_scaling) == (10000.0, None)
+    assert config.layer(0).attention.rope == Rope(10000.0)
 
 
 # As Meta's params.json say it, against the widths of the published tensors.
@@ -600,28 +628,125 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("name, dim, fields, width", PUBLISHED)
 def test_published_widths(name, dim, fields, width):
-    assert meta.widths(Path("p"), {"dim": dim, **fields}, {})["d_ff"] == width
+    assert meta.dense_width(Fields(Path("p"), {"dim": dim, **fields})) == width
+
+
+OLD = {"multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
+CODE = {"multiple_of": 256, "ffn_dim_multiplier": 1.0, "norm_eps": 1e-5,
+        "rope_theta": 1e6, "vocab_size": 32016}  # fmt: skip
+NEW = {"n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 5e5, "vocab_size": 128256}
+SCALED = NEW | {"use_scaled_rope": True}
+PARAMS = {
+    "llama-1-7b": OLD | {"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-6},
+    "llama-1-13b": OLD | {"dim": 5120, "n_layers": 40, "n_heads": 40, "norm_eps": 1e-6},
+    "llama-1-33b": OLD | {"dim": 6656, "n_layers": 60, "n_heads": 52, "norm_eps": 1e-6},
+    "llama-1-65b": OLD | {"dim": 8192, "n_layers": 80, "n_heads": 64},
+    "llama-2-7b": OLD | {"dim": 4096, "n_layers": 32, "n_heads": 32},
+    "llama-2-13b": OLD | {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "llama-2-70b": OLD | {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8,
+                          "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+    "code-llama-7b": CODE | {"dim": 4096, "n_layers": 32, "n_heads": 32},
+    "code-llama-13b": CODE | {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "code-llama-34b": CODE | {"dim": 8192, "n_layers": 48, "n_heads": 64,
+                              "n_kv_heads": 8, "vocab_size": 32000},
+    "llama-3-8b": NEW | {"dim": 4096, "n_layers": 32, "n_heads": 32,
+                         "multiple_of": 1024, "ffn_dim_multiplier": 1.3},
+    "llama-3.1-70b": SCALED | {"dim": 8192, "n_layers": 80, "n_heads": 64,
+                               "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+    "llama-3.1-405b": SCALED | {"dim": 16384, "n_layers": 126, "n_heads": 128,
+                                "multiple_of": 4096, "ffn_dim_multiplier": 1.2},
+    "llama-3.2-1b": SCALED | {"dim": 2048, "n_layers": 16, "n_heads": 32,
+                              "multiple_of": 256, "ffn_dim_multiplier": 1.5},
+    "llama-3.2-3b": SCALED | {"dim": 3072, "n_layers": 28, "n_heads": 24,
+                              "multiple_of": 256, "ffn_dim_multiplier": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_published_files_are_the_presets(tmp_path, name):
+    """Contexts, Llama 3.2's factor and tied head are in no file."""
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS[name]))
+    assert meta.meta_config(tmp_path) == am.PRESETS[name]
+
+
+@pytest.mark.parametrize("change, context, rope", [
+    ({"norm_eps": 1e-6}, 2048, Rope(1e4)), ({}, 4096, Rope(1e4)),
+    ({"rope_theta": 1e6}, 16384, Rope(1e6)), ({"rope_theta": 5e5}, 8192, Rope(5e5)),
+    ({"use_scaled_rope": False}, 8192, Rope(5e5)),
+    ({"use_scaled_rope": True}, 131072, Llama3Rope(5e5, 8.0)),
+])  # fmt: skip
+def test_what_a_generation_has(tmp_path, change, context, rope):
+    plain = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 24}
+    (tmp_path / "params.json").write_text(json.dumps(plain | change))
+    config = meta.meta_config(tmp_path)
+    assert (config.context, config.layer(0).attention.rope) == (context, rope)
+
+
+def test_an_output_matrix_that_is_the_embedding(tmp_path, monkeypatch):
+    """As in Llama 3.2; it may be missing, and must be no other."""
+    full = llama3_weights()
+    tied = am.load(write_folder(tmp_path / "m", pieces_of(full, 1), LLAMA3)).config
+    sizes = {"small": replace(tied, tied=True)}
+    monkeypatch.setattr(meta, "LLAMAS", sizes)
+    complains(tmp_path / "m", "output.weight is not tok_embeddings.weight")
+    ids = np.arange(12, dtype=np.int32)[None]
+    logits = []
+    for output in ({"output.weight": full["tok_embeddings.weight"]}, {}):
+        own = {n: w for n, w in full.items() if n != "output.weight"} | output
+        folder = write_folder(tmp_path / str(len(own)), pieces_of(own, 2), LLAMA3)
+        logits.append(np.asarray(am.load(folder, dtype="float32").logits(ids)))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_a_tokenizer_one_folder_up(tmp_path):
+    """As Llama 1 and 2 came; a nearer one goes first."""
+    model = Path(ck.small_model()) / "tokenizer.model"
+    shutil.copy(model, tmp_path / "tokenizer.model")
+    params = {**LLAMA3, "vocab_size": 4096}
+    full = llama3_weights()
+    for name in ("tok_embeddings.weight", "output.weight"):
+        full[name] = np.resize(full[name], (4096, D))
+    folder = write_folder(tmp_path / "7B", pieces_of(full, 1), params)
+    assert am.load(folder).tokenizer.decode([300]) == am.load().tokenizer.decode([300])
+    convert(folder, tmp_path / "ours")
+    assert (tmp_path / "ours" / "tokenizer.model").read_bytes() == model.read_bytes()
+    (folder / "tokenizer.model").write_bytes(b"nearer")
+    complains_of(lambda: am.load(folder), "7B/tokenizer.model")
+    hub = am.load(tmp_path / "ours")
+    assert hub.tokenizer is not None
+    (tmp_path / "ours" / "tokenizer.model").unlink()
+    assert am.load(tmp_path / "ours").tokenizer is None     # not Meta's layout
 
 
 def test_widths_of_llama_4():
-    raw = {"dim": 5120, "ffn_dim_multiplier": 1.2, "multiple_of": 2048, "ffn_exp": 4.0}
-    got = meta.widths(Path("p"), raw, {"num_experts": 16})
-    assert got == {"d_ff": 8192, "dense_ff": 16384}
+    raw = {"dim": 5120, "ffn_dim_multiplier": 1.2, "multiple_of": 2048, "ffn_exp": 4.0,
+           "moe_args": {"num_experts": 16}}  # fmt: skip
+    fields = Fields(Path("p"), raw)
+    experts, every = llama4.read_moe_args(fields)
+    assert (experts.width, experts.shared.width, every) == (8192, 8192, 1)
+    assert meta.dense_width(fields) == 16384
 
 
 def test_configuration_of_llama_4(tmp_path):
     ranks = pieces_of(llama4_weights(), 1)
     c = meta.meta_config(write_folder(tmp_path / "m", ranks, LLAMA4_PARAMS))
-    assert (c.router, c.shared_expert, c.moe_every) == ("sigmoid_input", True, 2)
-    assert (c.num_experts, c.top_k, c.d_ff, c.dense_ff) == (2, 1, MOE_F, F)
-    assert (c.qk_norm, c.attn_chunk, c.nope_every) == ("after_rope", 4, 2)
-    assert c.attn_temperature == (4, 0.1)
-    assert c.rope_scaling == (16.0, 1.0, 1.0, 8192)
-    assert not c.tied and not c.post_norm and c.activation == "silu"
+    first, second = c.layer(0), c.layer(1)
+    assert first.feed_forward == FeedForwardSpec(F, "silu")
+    assert second.feed_forward == SharedMoESpec(
+        2, 1, MOE_F, "silu", "sigmoid", shared=FeedForwardSpec(MOE_F, "silu"),
+        gate_input=True,
+    )  # fmt: skip
+    near, far = first.attention, second.attention
+    assert near.qk_norm_eps == 1e-5 and near.mask == Chunk(4)
+    assert near.rope == Llama3Rope(5e5, 16.0, 1.0, 1.0, 8192)
+    assert (far.rope, far.floor, far.scale) == (None, 4, 0.1)
+    assert not c.tied and not first.post_norm and c.context == 10485760
 
 
 def test_streaming_from_several_files(tmp_path):
     """Weights that stay in four .pth files, assembled as they are used."""
+    if "disk" not in ck.LOADERS:
+        pytest.skip("nothing streams here")
     ranks = [fused(rank) for rank in pieces_of(llama4_weights(), 4)]
     folder = write_folder(tmp_path / "m", ranks, LLAMA4_PARAMS)
     ids = np.random.default_rng(1).integers(0, V, (2, 12)).astype(np.int32)
@@ -632,7 +757,7 @@ def test_streaming_from_several_files(tmp_path):
 
 VISION_ARGS = {
     "image_size": {"height": 8, "width": 8}, "patch_size": {"height": 2, "width": 2},
-    "dim": 16, "n_layers": 2, "n_heads": 2, "mlp_ratio": 2.0, "output_dim": 12,
+    "dim": 16, "n_layers": 2, "n_heads": 2, "mlp_ratio": 4.0, "output_dim": 12,
     "pixel_shuffle_ratio": 0.5,
 }  # fmt: skip
 
@@ -650,7 +775,7 @@ def image_weights():
         at = f"{eyes}.transformer.resblocks.{i}"
         norms += [f"{at}.ln_1", f"{at}.ln_2"]
         linear = {f"attn.{w}": (16, 16) for w in ("wq", "wk", "wv", "wo")}
-        linear |= {"mlp.c_fc": (32, 16), "mlp.c_proj": (16, 32)}
+        linear |= {"mlp.c_fc": (64, 16), "mlp.c_proj": (16, 64)}
         for name, shape in linear.items():
             shapes |= {f"{at}.{name}.weight": shape, f"{at}.{name}.bias": shape[:1]}
     for norm in norms:
@@ -683,14 +808,84 @@ def test_images_join_to_the_same_bits(tmp_path):
     one = read(folder(1))
     same(one, read(folder(2)))
     block = "vision_embeddings.vision_encoder.transformer.resblocks.1"
-    got = np.asarray(one["vision/layer/query/w"][1])
+    got = np.asarray(part(one, "vision/layer/query/w")[1])
     heads = eyes[f"{block}.attn.wq.weight"].reshape(2, 4, 2, 16)
     np.testing.assert_array_equal(got, heads.swapaxes(1, 2).reshape(16, 16).T)
     vision = meta.meta_config(folder(1)).vision
-    assert (vision.shuffle, vision.d_ff, vision.image_id) == (2, 32, V - 1)
+    assert (vision.shuffle, vision.d_ff, vision.image_id) == (2, 64, V - 1)
     few = {n: w for n, w in eyes.items() if n != "vision_projection.weight"}
     complains(folder(2, eyes=few), "lacks vision_projection.weight")
-    odd = {**VISION_ARGS, "colour": 1}
-    complains(folder(1, {**params, "vision_args": odd}), "'colour'")
+    odd = {**VISION_ARGS, "patch_colour": 1}
+    complains(folder(1, {**params, "vision_args": odd}), "'patch_colour'")
     tall = {**VISION_ARGS, "patch_size": {"height": 2, "width": 4}}
     complains(folder(1, {**params, "vision_args": tall}), "patch_size", "square")
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_how_images_are_prepared(tmp_path, files):
+    """Meta's files say nothing of it; elsewhere that is refused."""
+    pytest.importorskip("tokenizers")
+    params = {**LLAMA4_PARAMS, "vision_args": VISION_ARGS}
+    ranks = [fused(rank) for rank in pieces_of(llama4_weights(), files)]
+    for name, w in image_weights().items():
+        axis = image_axis(name)
+        parts = [w] * files if axis is None else np.split(w, files, axis)
+        for rank, part in zip(ranks, parts):
+            rank[name] = part
+    folder = write_folder(tmp_path / "m", ranks, params)
+    words = {"version": "1.0", "added_tokens": [], "normalizer": None,
+             "pre_tokenizer": None, "post_processor": None, "decoder": None,
+             "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    model = am.load(folder, dtype="float32")
+    spec = model.config.vision
+    assert image_settings(model.tokenizer.companions, spec) == ImageSettings(8)
+    plain = ck.find_tokenizer(folder)
+    with pytest.raises(ValueError, match="preprocessor_config.json"):
+        image_settings(plain.companions, spec)
+    convert(folder, tmp_path / "hf", "hf")
+    data = (tmp_path / "hf" / "preprocessor_config.json").read_bytes()
+    assert data == model.tokenizer.companions["preprocessor_config.json"]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder of the hub, and a function for what its model says."""
+    source = write_folder(tmp_path / "m", pieces_of(llama3_weights(), 1), LLAMA3)
+    convert(source, tmp_path / "hub", "hf")
+    ids = np.arange(8, dtype=np.int32)[None]
+
+    def logits(folder):
+        return np.asarray(am.load(folder, dtype="float32").logits(ids))
+
+    return tmp_path / "hub", logits
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_hubs_bin_files(hub, shards):
+    """Its older files are read as `torch.save` writes them."""
+    folder, logits = hub
+    before, arrays, index = logits(folder), open_folder(folder), {}
+    for i in range(shards):
+        file = f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
+        file = file if shards > 1 else "pytorch_model.bin"
+        own = {n: np.array(arrays[n]) for n in sorted(arrays)[i::shards]}
+        (folder / file).write_bytes(pth_bytes(own))
+        index |= dict.fromkeys(own, file)
+    if shards > 1:
+        text = json.dumps({"weight_map": index})
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+    (folder / "model.safetensors").unlink()
+    np.testing.assert_array_equal(logits(folder), before)
+    convert(folder, folder.parent / "ours")
+    assert not [p for p in (folder.parent / "ours").iterdir() if ".bin" in p.name]
+    np.testing.assert_array_equal(logits(folder.parent / "ours"), before)
+
+
+def test_bin_files_of_other_names(hub):
+    folder, logits = hub
+    (folder / "model.safetensors").unlink()
+    (folder / "weights.bin").write_bytes(pth_bytes(ARRAYS))
+    words = str(folder), "weights.bin", "which is not read", "pytorch_model.bin"
+    complains_of(lambda: logits(folder), *words)
+    complains_of(lambda: convert(folder, folder.parent / "x"), *words)

@@ -21,8 +21,21 @@ def test_the_front_door_holds_what_it_names():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("annotated_moe")
         for alias in node.names
     }
-    assert sorted(am.__all__) == sorted(bound)
+    assert len(am.__all__) == len(set(am.__all__)) and set(am.__all__) <= bound
+    assert {"load", "save", "Model", "Session", "PRESETS"} <= set(am.__all__)
     assert all(getattr(am, name) is not None for name in am.__all__)
+
+
+def test_chapters_1_to_8_alone_are_grok_1_alone(tmp_path):
+    script = REPOSITORY / "annotated_moe/tangle.py"
+    options = ["--root", str(REPOSITORY), "--upto", "8", "--into", str(tmp_path)]
+    command = [sys.executable, "-P", str(script), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    modules = {p.stem: p.read_text("utf-8") for p in tmp_path.rglob("*.py")}
+    assert {"model", "generate", "grok"} <= set(modules)
+    for word in ("llama", "mixtral", "qwen", "olmoe", "vision"):
+        assert [m for m, text in modules.items() if word in text.lower()] == []
 
 
 def test_the_version_is_the_package_s():
@@ -35,7 +48,7 @@ def test_without_arguments_the_small_model_is_loaded():
     model = am.load()
     assert model.config.dtype == "bfloat16"
     assert model.tokenizer.vocab_size == model.config.vocab_size
-    assert model.config.eos_id == model.tokenizer.eos_id
+    assert model.config.eos_ids == (model.tokenizer.eos_id,)
     assert model.config.pad_id == model.tokenizer.pad_id
 
 
@@ -52,7 +65,10 @@ def test_the_wheel_holds_the_model_and_nothing_of_the_book(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"annotated_moe/{p.name}" for p in REPOSITORY.glob("annotated_moe/*.py")}
+    modules = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in REPOSITORY.glob("annotated_moe/**/*.py")
+    }
     small = ("config.json", "model.safetensors", "tokenizer.model")
     assert modules <= names and "annotated_moe/py.typed" in names
     assert {f"annotated_moe/small/{name}" for name in small} <= names

@@ -1,8 +1,10 @@
 """Rules, meshes and products on eight simulated devices."""
 
 import math
+import re
 from functools import partial
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,38 +12,47 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from annotated_moe import sharding
+from annotated_moe.attention import AttentionSpec
 from annotated_moe.checkpoints import quantize_params
+from annotated_moe.families import PRESETS
+from annotated_moe.families.grok import grok_config
+from annotated_moe.linear import matmul
 from annotated_moe.model import (
-    PRESETS,
-    ModelConfig,
     all_logits,
     decode_step,
+    flat_specs,
     init_cache,
     init_params,
+    param_specs,
     prefill,
 )
-from annotated_moe.moe import Experts, sharded_experts
-from annotated_moe.quantization import QuantizedTensor, Row, dequantize, quantize
-from annotated_moe.sharding import (
-    RULES,
+from annotated_moe.moe import MoE, MoESpec
+from annotated_moe.parallel import (
+    MESH_AXES,
     axis_size,
-    constrain,
     current_mesh,
     fit,
     fit_groups,
     fit_spec,
     make_mesh,
-    matmul,
+    partition_spec,
     partition_specs,
     shardings,
-    spec_for,
     weight_spec,
 )
+from annotated_moe.params import ParamSpec, record_specs
+from annotated_moe.placement import here
+from annotated_moe.quantization import (
+    LazySlice,
+    QuantizedTensor,
+    dequantize,
+    quantize,
+)
 
-EIGHT = [(1, 8), (2, 4), (4, 2), (8, 1)]
-SHAPES = [*EIGHT, (1, 4), (2, 2), (4, 1), (1, 2), (2, 1), (1, 1)]
-UP, DOWN = ("data", "model"), ("model", "data")
+# data, model, expert
+EIGHT = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (8, 1, 1), (1, 2, 4), (1, 4, 2), (2, 2, 2)]
+SHAPES = [*EIGHT, (1, 4), (2, 2), (4, 1), (1, 2), (2, 1), (1, 1), (1, 1, 4)]
+UP, DOWN = ("embed", "mlp"), ("mlp", "embed")
 quantized = jax.jit(quantize, static_argnums=1)
 
 
@@ -50,16 +61,17 @@ def normal(*shape, seed=0):
     return jnp.asarray(x, jnp.float32)
 
 
-def abstract(data, model):
-    return AbstractMesh((data, model), ("data", "model"))
+def abstract(data, model, expert=1):
+    return AbstractMesh((data, expert, model), ("data", "expert", "model"))
 
 
 def place(tree, specs, mesh):
     return jax.device_put(tree, shardings(specs, mesh))
 
 
-# Rules.
+# Logical axes.
 
+# The rules of the release, each for one parameter of a layer.
 GROK = {
     "multi_head_attention/query/w": P("data", "model"),
     "multi_head_attention/key/w": P("data", "model"),
@@ -68,9 +80,9 @@ GROK = {
     "moe/linear/w": P(None, "data", "model"),
     "moe/linear_v/w": P(None, "data", "model"),
     "moe/linear_1/w": P(None, "model", "data"),
-    "decoder_layer/linear/w": P("data", "model"),
-    "decoder_layer/linear_v/w": P("data", "model"),
-    "decoder_layer/linear_1/w": P("model", "data"),
+    "linear/w": P("data", "model"),
+    "linear_v/w": P("data", "model"),
+    "linear_1/w": P("model", "data"),
     "router/w": P("data"),
     "in_out_embed/embeddings": P(None, ("data", "model")),
     "rms_norm/scale": P(),
@@ -80,40 +92,45 @@ GROK = {
 }
 
 
-@pytest.mark.parametrize("path", GROK)
-def test_rules_are_those_of_the_release(path):
-    assert spec_for(path) == GROK[path]
-    assert spec_for(f"decoder_layer/{path}") == GROK[path]
+@pytest.mark.parametrize("num_experts", [8, 1])
+def test_the_cuts_of_grok_1_are_those_of_the_release(num_experts):
+    mesh, tried = abstract(2, 4), set()
+    specs = flat_specs(grok_config(num_experts=num_experts))
+    for (module, name), spec in specs.items():
+        path = f"{module}/{name}".removeprefix("decoder_layer/")
+        tried.add(path)
+        rule = P(*[None] * (spec.axes[0] == "layers"), *GROK[path])
+        ours = fit_spec(partition_spec(spec.axes), spec.shape, mesh)
+        assert ours == fit_spec(rule, spec.shape, mesh), path
+    other = "moe/" if num_experts == 1 else "linear"
+    assert tried >= {p for p in GROK if not p.startswith((other, "router"))}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "decoder_layer/moe/linear_1/b",
-        "decoder_layer/moe/linear_2/w",
-        "decoder_layer/my_router/w",
-        "decoder_layer/router/w/more",
-        "w",
-        "",
-    ],
-)
-def test_a_path_without_a_rule_is_named_with_what_to_do(path):
-    with pytest.raises(ValueError, match=rf"parameter {path}: add one to .*RULES"):
-        spec_for(path)
+@pytest.mark.parametrize("name", ["mpl", "heads ", ""])
+def test_an_axis_that_nobody_knows_is_named_with_what_to_do(name):
+    with pytest.raises(ValueError, match=f"cuts the axis '{name}': add it there"):
+        partition_spec(("embed", name))
+    specs = {"decoder_layer/moe/shared": {"w": ParamSpec((2, 8), (None, name))}}
+    params = {"decoder_layer/moe/shared": {"w": normal(2, 8)}}
+    with pytest.raises(ValueError, match="add it there"):
+        partition_specs(params, specs, abstract(1, 8))
 
 
-def test_an_unmatched_parameter_stops_the_tree():
-    params = {"decoder_layer/moe/shared": {"w": normal(2, 8, 8)}}
-    with pytest.raises(ValueError, match="decoder_layer/moe/shared/w"):
-        partition_specs(params, abstract(1, 8))
+def test_every_family_names_axes_of_the_table():
+    for config in PRESETS.values():
+        for spec in flat_specs(config).values():
+            assert set(spec.axes) <= set(MESH_AXES)
 
 
-def test_the_first_rule_wins(monkeypatch):
-    first = ((r"linear/w", P("model")), *RULES)
-    monkeypatch.setattr(sharding, "RULES", first)
-    assert spec_for("decoder_layer/moe/linear/w") == P("model")
-    monkeypatch.setattr(sharding, "RULES", (*RULES, first[0]))
-    assert spec_for("decoder_layer/moe/linear/w") == P(None, "data", "model")
+def test_specs_are_recorded_and_nothing_is_allocated():
+    spec = AttentionSpec(48, 8, 128, multiplier=1.0)
+    h = jnp.zeros((1, 1, 6144))
+    found = record_specs(lambda: spec.build()(h, jnp.zeros((1, 1), jnp.int32)))
+    assert found["multi_head_attention/key"] == {
+        "w": ParamSpec((6144, 1024), ("embed", "kv_heads"), True, False)
+    }
+    own = record_specs(lambda: hk.get_parameter("x", (3, 2), jnp.float32, jnp.ones))
+    assert own == {"~": {"x": ParamSpec((3, 2), (None, None))}}
 
 
 # Meshes and axes.
@@ -122,7 +139,8 @@ def test_the_first_rule_wins(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_mesh(shape):
     mesh = make_mesh(*shape)
-    assert mesh.shape == {"data": shape[0], "model": shape[1]}
+    data, model, expert = (*shape, 1)[:3]
+    assert mesh.shape == {"data": data, "expert": expert, "model": model}
     assert list(mesh.devices.flat) == jax.devices()[: math.prod(shape)]
     assert current_mesh() is None
     with jax.set_mesh(mesh):
@@ -133,7 +151,7 @@ def test_every_mesh(shape):
 def test_a_mesh_without_devices():
     with pytest.raises(ValueError, match=r"16 devices .* 8; .*jax_num_cpu_devices"):
         make_mesh(4, 4)
-    for wrong in [(0, 8), (8, 0), (-1, -8)]:
+    for wrong in [(0, 8), (8, 0), (-1, -8), (1, 8, 0)]:
         with pytest.raises(ValueError, match="has no devices"):
             make_mesh(*wrong)
 
@@ -154,8 +172,8 @@ def test_axes_that_do_not_divide_are_dropped():
 
 
 def test_axes_that_cannot_be():
-    with pytest.raises(ValueError, match="expert"):
-        fit("expert", 8, abstract(2, 4))
+    with pytest.raises(ValueError, match="pipe"):
+        fit("pipe", 8, abstract(2, 4))
     with pytest.raises(ValueError, match="too many axes"):
         fit_spec(P("data", "model"), (8,), abstract(2, 4))
 
@@ -163,13 +181,13 @@ def test_axes_that_cannot_be():
 # Scales and stacks.
 
 
-def test_scales_and_rows_follow_their_weight():
+def test_scales_and_stacks_follow_their_weight():
     q = jax.eval_shape(lambda: quantize(jnp.zeros([4, 64, 32]), 8))
     spec = P(None, "model", "data")
     both = weight_spec(spec, q, abstract(2, 4))
     assert (both.weight, both.scales) == (spec, spec)
-    row = weight_spec(P("model", "data"), Row(q, 0), abstract(2, 4))
-    assert (row.stack.weight, row.stack.scales, row.index) == (spec, spec, P())
+    lazy = weight_spec(P("model", "data"), LazySlice(q, (0,)), abstract(2, 4))
+    assert (lazy.stack.weight, lazy.stack.scales, lazy.index) == (spec, spec, (P(),))
     one = jax.eval_shape(lambda: quantize(jnp.zeros([64, 32]), 1))
     both = weight_spec(P("model", "data"), one, abstract(2, 4))
     assert (both.weight, both.scales) == (P("model", "data"), P(None, "data"))
@@ -182,7 +200,7 @@ def test_groups_that_would_part_from_their_rows(groups):
         weight_spec(P("model", None), q, abstract(1, 8))
     x = normal(3, 48)
     with jax.set_mesh(make_mesh(1, 8)), pytest.raises(ValueError, match="fit_groups"):
-        matmul(x, q, ("model", None))
+        matmul(x, q, ("mlp", None))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 8, 12, 48])
@@ -194,8 +212,9 @@ def test_repeated_scales_are_exact(groups, parts):
     expected = 1 if groups == 1 else math.lcm(groups, parts)
     assert fitted.scales.shape == (2, expected, 8)
     assert fitted.weight is q.weight
-    np.testing.assert_array_equal(dequantize(jax.tree.map(jnp.asarray, fitted)),
-                                  dequantize(q))
+    np.testing.assert_array_equal(
+        dequantize(jax.tree.map(jnp.asarray, fitted)), dequantize(q)
+    )
     assert weight_spec(spec, fitted, mesh).weight == fit_spec(spec, q.shape, mesh)
 
 
@@ -208,8 +227,9 @@ def test_scales_stay_where_the_axis_is_dropped():
 def test_each_device_holds_the_scales_of_its_rows(groups, parts):
     w, mesh = normal(64, 8), make_mesh(1, parts)
     q = quantized(w, groups)
-    whole, fitted = dequantize(q), fit_groups(q, P(*DOWN), mesh)
-    there = place(fitted, weight_spec(P(*DOWN), fitted, mesh), mesh)
+    down = partition_spec(DOWN)
+    whole, fitted = dequantize(q), fit_groups(q, down, mesh)
+    there = place(fitted, weight_spec(down, fitted, mesh), mesh)
     for a, b in zip(there.weight.addressable_shards, there.scales.addressable_shards):
         assert a.device == b.device
         weight, scales = (jnp.asarray(np.asarray(s.data)) for s in (a, b))
@@ -220,14 +240,14 @@ def test_each_device_holds_the_scales_of_its_rows(groups, parts):
 # Products.
 
 
-@pytest.mark.parametrize("axes", [UP, DOWN, (("data", "model"), None)])
+@pytest.mark.parametrize("axes", [UP, DOWN, ("table", None)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_on_every_mesh(shape, axes):
     w, x = normal(64, 48) / 8, normal(5, 64, seed=1)
     mesh = make_mesh(*shape)
-    kinds = [w, quantized(w, 8), Row(jnp.stack([w, -w]), jnp.int32(1))]
+    kinds = [w, quantized(w, 8), LazySlice(jnp.stack([w, -w]), (jnp.int32(1),))]
     product = jax.jit(lambda x, kinds: [matmul(x, w, axes) for w in kinds])
-    specs = [weight_spec(P(*axes), w, mesh) for w in kinds]
+    specs = [weight_spec(partition_spec(axes), w, mesh) for w in kinds]
     whole = product(x, kinds)
     with jax.set_mesh(mesh):
         parts = product(x, place(kinds, specs, mesh))
@@ -250,26 +270,126 @@ def test_products_that_do_not_fit():
         matmul(normal(5, 64), normal(32, 16), UP)
 
 
-@pytest.mark.parametrize("shape", EIGHT)
-def test_experts_on_every_mesh(shape):
-    into, back = normal(2, 4, 32, 64) / 6, normal(4, 64, 32, seed=1) / 8
-    w = jax.jit(lambda *w: Experts(*[quantize(a, 8) for a in w]))(*into, back)
-    x, gates = normal(6, 32, seed=2), jnp.full([6, 2], 0.5)
-    experts = jnp.asarray([[0, 1], [1, 2], [3, 0], [2, 3], [1, 3], [0, 2]], jnp.int32)
-    mesh = make_mesh(*shape)
-    run = jax.jit(partial(sharded_experts, num_experts=4))
-    whole = run(x, gates, experts, w)
-    up, down = P(None, *UP), P(None, *DOWN)
-    specs = [weight_spec(s, a, mesh) for s, a in zip((up, up, down), w)]
+# Parts of a computation.
+
+
+def run(mesh, f, params, specs, *inputs):
+    """A function of Haiku modules on a mesh: its program, its result."""
+    f = hk.without_apply_rng(hk.transform(f))
+    there = place(params, partition_specs(params, specs, mesh), mesh)
     with jax.set_mesh(mesh):
-        parts = run(x, gates, experts, place(w, Experts(*specs), mesh))
-    np.testing.assert_allclose(parts, np.asarray(whole), atol=1e-5)
+        step = jax.jit(lambda params, *a: f.apply(params, *a))
+        program = step.lower(there, *inputs).compile()
+    return program.as_text(), np.asarray(program(there, *inputs))
+
+
+def random_params(specs, groups=1):
+    def random(spec):
+        w = normal(*spec.shape, seed=sum(spec.shape)) / 8
+        return quantized(w, groups) if spec.matrix and groups else w
+
+    return jax.tree.map(random, specs)
+
+
+REAL = jnp.asarray([[True] * 5 + [False], [True] * 6])
+
+
+@pytest.mark.parametrize("groups", [0, 8])
+@pytest.mark.parametrize("shape", [*EIGHT, (1, 1, 4)])
+def test_experts_on_every_mesh(shape, groups):
+    x = normal(2, 6, 32, seed=2)
+
+    def f(x):
+        return MoESpec(4, 2, 64).build()(x, REAL)[0]
+
+    specs = record_specs(lambda: f(x))
+    params = random_params(specs, groups)
+    _, whole = run(make_mesh(), f, params, specs, x)
+    text, parts = run(make_mesh(*shape), f, params, specs, x)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert not whole[0, 5].any() and whole.std() > 0.1
+    if shape[0] == 1:  # one sum, over one axis or over two
+        assert exchanges(text) == ["all-reduce"]
+
+
+def test_experts_that_the_mesh_cannot_deal_out_are_everywhere():
+    x = normal(2, 6, 32)
+
+    def f(x):
+        return MoESpec(3, 2, 64).build()(x, REAL)[0]
+
+    specs = record_specs(lambda: f(x))
+    params = random_params(specs)
+    _, whole = run(make_mesh(), f, params, specs, x)
+    _, parts = run(make_mesh(1, 2, 4), f, params, specs, x)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+class Biased(MoE):
+    def parameters(self, d):
+        return super().parameters(d) | {"linear_1/b": ((d,), ("embed",))}
+
+    def expert(self, x, gates, w):
+        b = here().once(w["linear_1/b"], "mlp")
+        return super().expert(x, gates, w) + gates[:, None] * b
+
+
+@pytest.mark.parametrize("shape", EIGHT)
+def test_a_bias_is_added_once(shape):
+    x = normal(2, 6, 32)
+
+    def f(x):
+        return Biased(MoESpec(4, 2, 64))(x, REAL)[0]
+
+    specs = record_specs(lambda: f(x))
+    params = random_params(specs)
+    params["moe/linear_1"]["b"] = normal(4, 32)
+    _, whole = run(make_mesh(), f, params, specs, x)
+    _, parts = run(make_mesh(*shape), f, params, specs, x)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_a_name_that_is_cut_here_and_whole_there_is_refused():
+    with jax.set_mesh(make_mesh(1, 4)):
+        f = here().split(lambda a, b: a, (("heads",), ("heads",)), ("heads",))
+        with pytest.raises(ValueError, match=r"'heads' in one .* of shape \(2,\)"):
+            f(jnp.zeros(4), jnp.zeros(2))
+
+
+def test_parts_know_which_they_are():
+    def f(x):
+        first = here().first(x.shape[0], "experts")
+        alone = here().once(jnp.ones(1), "experts")
+        return x + first, here().total(alone, "experts")
+
+    with jax.set_mesh(make_mesh(1, 2, 4)):
+        g = here().split(f, (("experts",),), (("experts",), (None,)))
+        numbers, one = g(jnp.zeros(8))
+        np.testing.assert_array_equal(numbers, [0, 0, 2, 2, 4, 4, 6, 6])
+        np.testing.assert_array_equal(one, [1])
+        assert type(here()).__name__ == "OnMesh"
+    assert type(here()).__name__ == "OneDevice"
+
+
+def exchanges(text, inside=None):
+    """Kinds of exchange in a program; `inside` False leaves out ENTRY's."""
+    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+    entry, found = False, []
+    for line in text.splitlines():
+        if line and not line.startswith((" ", "}")):
+            entry = line.startswith("ENTRY")
+        hit = re.search(rf" ({kinds})(-start)?\(", line)
+        if hit and not (entry and inside):
+            found.append(hit[1])
+    return sorted(found)
 
 
 def test_two_products_and_one_sum():
     mesh, x = make_mesh(1, 8), normal(3, 64)
     weights = [normal(64, 128), normal(128, 64)]
-    specs = [weight_spec(P(*a), w, mesh) for a, w in zip((UP, DOWN), weights)]
+    specs = [
+        weight_spec(partition_spec(a), w, mesh) for a, w in zip((UP, DOWN), weights)
+    ]
     with jax.set_mesh(mesh):
         f = jax.jit(lambda x, w: matmul(jax.nn.gelu(matmul(x, w[0], UP)), w[1], DOWN))
         text = f.lower(x, place(weights, specs, mesh)).compile().as_text()
@@ -280,24 +400,104 @@ def test_two_products_and_one_sum():
 
 def test_constrain():
     x = normal(4, 8)
-    assert constrain(x, None, "model") is x
+    assert here().constrain(x, (None, "mlp")) is x
     with jax.set_mesh(make_mesh(2, 4)):
-        y = jax.jit(lambda x: constrain(x, "data", "model"))(x)
+        y = jax.jit(lambda x: here().constrain(x, ("batch", "mlp")))(x)
         assert y.sharding.spec == P("data", "model")
-        y = jax.jit(lambda x: constrain(x, "data", "model"))(x[:3])
+        y = jax.jit(lambda x: here().constrain(x, ("batch", "mlp")))(x[:3])
         assert y.sharding.shard_shape(y.shape) == (3, 2)
         with pytest.raises(ValueError, match="too many axes"):
-            constrain(x, None, None, None)
+            here().constrain(x, (None, None, None))
+
+
+# Heads and rows.
+
+
+@pytest.mark.parametrize(
+    "kv, q, model, copies",
+    [(8, 48, 1, 1), (8, 48, 4, 1), (8, 48, 8, 1), (4, 16, 8, 2), (1, 8, 8, 8),
+     (2, 8, 4, 2), (6, 24, 4, 2), (3, 24, 8, 8), (2, 6, 4, 1), (5, 5, 8, 1)],
+)  # fmt: skip
+def test_copies_make_heads_whole(kv, q, model, copies):
+    with jax.set_mesh(make_mesh(1, model)):
+        assert here().head_copies(kv, q) == copies
+        if q % model == 0:
+            assert kv * copies % model == 0 and q % (kv * copies) == 0
+    assert here().head_copies(kv, q) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (1, 4, 2), (4, 2), (8, 1)])
+@pytest.mark.parametrize("kv, value_size", [(1, None), (2, 12), (4, 6)])
+def test_heads_are_gathered_in_one_exchange(kv, value_size, shape):
+    spec = AttentionSpec(8, kv, 8, multiplier=8**-0.5, value_size=value_size)
+    x = normal(2, 6, 32)
+
+    def f(x):
+        positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+        return spec.build()(x, positions)[0]
+
+    specs = record_specs(lambda: f(x))
+    params = random_params(specs, 0)
+    _, whole = run(make_mesh(), f, params, specs, x)
+    text, parts = run(make_mesh(*shape), f, params, specs, x)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    if shape[0] == 1:
+        gathers = [] if kv % shape[1] == 0 else ["all-gather"]
+        assert exchanges(text) == [*gathers, "all-reduce"]
+
+
+SIZES = {
+    "vocab_size": 50, "context": 32, "d_model": 64, "d_ff": 128, "num_layers": 2,
+    "q_heads": 16, "head_size": 8, "num_experts": 4, "embedding_multiplier": 8.0,
+    "dtype": "float32",
+}  # fmt: skip
+FOUR = grok_config(kv_heads=4, **SIZES)
+SAME = grok_config(kv_heads=8, **SIZES)
+
+
+@pytest.mark.parametrize(
+    "config, shape, rows, held",
+    [(FOUR, (1, 8), 3, (2, 3, 16, 1, 8)), (FOUR, (2, 4), 4, (2, 2, 16, 1, 8)),
+     (FOUR, (2, 4), 3, (2, 3, 16, 1, 8)), (SAME, (1, 8), 3, (2, 3, 16, 1, 8)),
+     (FOUR, (4, 2), 4, (2, 1, 16, 2, 8)), (FOUR, (8, 1), 3, (2, 3, 16, 4, 8))],
+)  # fmt: skip
+def test_a_device_caches_its_rows_and_its_heads(config, shape, rows, held):
+    with jax.set_mesh(make_mesh(*shape)):
+        (cache,) = init_cache(config, rows, 16).slots
+    for stack in (cache.k, cache.v):
+        assert {s.data.shape for s in stack.addressable_shards} == {held}
+
+
+@pytest.mark.parametrize(
+    "config, shape, gathers",
+    [(SAME, (1, 8), 0), (FOUR, (1, 8), 1), (FOUR, (2, 4), 1), (SAME, (1, 2, 4), 0)],
+)
+def test_a_layer_exchanges_no_more_than_it_must(config, shape, gathers):
+    """In a decode step of the whole model, as compiled."""
+    mesh = make_mesh(*shape)
+    params = jax.jit(lambda key: quantize_params(init_params(key, config), config))(
+        jax.random.key(0)
+    )
+    with jax.set_mesh(mesh):
+        params = place(params, partition_specs(params, param_specs(config), mesh), mesh)
+        cache = init_cache(config, 4, 16)
+        tokens = np.ones(4, np.int32)
+        program = decode_step.lower(params, tokens, cache, config).compile()
+    found = exchanges(program.as_text(), inside=True)
+    assert set(found) <= {"all-reduce", "all-gather"}
+    assert found.count("all-gather") == gathers
+    if shape[0] == 1:
+        assert found.count("all-reduce") == 2
 
 
 # The whole model.
 
-TINY = ModelConfig(
+TINY = grok_config(
     vocab_size=64, context=32, d_model=64, d_ff=128, num_layers=2, q_heads=8,
     kv_heads=4, head_size=8, num_experts=4, embedding_multiplier=8.0,
     dtype="float32",
 )  # fmt: skip
-ODD = ModelConfig(
+ODD = grok_config(
     vocab_size=50, context=32, d_model=36, d_ff=52, num_layers=2, q_heads=6,
     kv_heads=2, head_size=6, num_experts=3, embedding_multiplier=6.0,
     dtype="float32",
@@ -306,7 +506,7 @@ ODD = ModelConfig(
 
 @pytest.fixture(scope="module")
 def tiny():
-    make = jax.jit(lambda key: quantize_params(init_params(key, TINY)))
+    make = jax.jit(lambda key: quantize_params(init_params(key, TINY), TINY))
     return make(jax.random.key(0))
 
 
@@ -332,7 +532,7 @@ def alone(tiny):
 @pytest.mark.parametrize("shape", EIGHT)
 def test_the_whole_model_prefills_and_decodes_alike(shape, tiny, alone):
     mesh = make_mesh(*shape)
-    there = place(tiny, partition_specs(tiny, mesh), mesh)
+    there = place(tiny, partition_specs(tiny, param_specs(TINY), mesh), mesh)
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(steps(there, TINY), alone, atol=1e-5)
     assert alone.std() > 0.1
@@ -342,7 +542,7 @@ def test_a_model_that_hardly_divides():
     params = jax.jit(lambda key: init_params(key, ODD))(jax.random.key(1))
     tokens = np.random.default_rng(4).integers(1, 50, [2, 5]).astype(np.int32)
     whole, mesh = all_logits(params, tokens, ODD), make_mesh(2, 4)
-    there = place(params, partition_specs(params, mesh), mesh)
+    there = place(params, partition_specs(params, param_specs(ODD), mesh), mesh)
     with jax.set_mesh(mesh):
         parts = all_logits(there, tokens, ODD)
     np.testing.assert_allclose(parts, np.asarray(whole), atol=1e-5)
@@ -351,7 +551,7 @@ def test_a_model_that_hardly_divides():
 def test_what_a_device_holds_is_what_the_specs_say(tiny):
     for shape in SHAPES:
         mesh = make_mesh(*shape)
-        where = shardings(partition_specs(tiny, mesh), mesh)
+        where = shardings(partition_specs(tiny, param_specs(TINY), mesh), mesh)
         assert jax.tree.structure(where) == jax.tree.structure(tiny)
         there = jax.tree.leaves(jax.device_put(tiny, where))
         for a, s in zip(there, jax.tree.leaves(where)):
@@ -361,9 +561,12 @@ def test_what_a_device_holds_is_what_the_specs_say(tiny):
 
 def test_grok_1_on_eight_devices_that_are_not_there():
     init = partial(init_params, config=PRESETS["grok-1"])
-    params = jax.eval_shape(lambda key: quantize_params(init(key)), jax.random.key(0))
+    grok = PRESETS["grok-1"]
+    params = jax.eval_shape(
+        lambda key: quantize_params(init(key), grok), jax.random.key(0)
+    )
     mesh = abstract(1, 8)
-    where = shardings(partition_specs(params, mesh), mesh)
+    where = shardings(partition_specs(params, param_specs(grok), mesh), mesh)
     size = {"all": 0, "one": 0, "copied": 0}
     for a, s in zip(jax.tree.leaves(params), jax.tree.leaves(where)):
         assert isinstance(s, NamedSharding)

@@ -11,6 +11,7 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe.checkpoints import small_model
+from annotated_moe.model import flat_specs
 from annotated_moe.quantization import QuantizedTensor
 
 PROSE = """And he said unto them, Go ye into all the city, and speak unto the
@@ -42,12 +43,19 @@ def test_fits_in_eight_megabytes():
 
 
 def test_is_grok_shaped_and_quantized(model):
-    big = am.PRESETS["grok-1"]
-    for name in ("num_experts", "top_k", "attn_softcap", "rope_base"):
-        assert getattr(model.config, name) == getattr(big, name)
-    for module, leaves in model.params.items():
-        matrix = "w" in leaves and "router" not in module
-        assert isinstance(leaves.get("w"), QuantizedTensor) == matrix, module
+    ours, big = model.config.layer(0), am.PRESETS["grok-1"].layer(0)
+    assert model.config.tied and len(model.config.layers) == 1
+    assert ours.post_norm and ours.norm_eps == big.norm_eps
+    for part, names in {
+        "attention": ("softcap", "rope", "mask", "bias", "value_size"),
+        "feed_forward": ("num_experts", "top_k", "activation", "router"),
+    }.items():
+        for name in names:
+            mine, theirs = (getattr(getattr(x, part), name) for x in (ours, big))
+            assert mine == theirs, name
+    for (module, name), spec in flat_specs(model.config).items():
+        w = model.params[module][name]
+        assert isinstance(w, QuantizedTensor) == spec.matrix, module
 
 
 @pytest.mark.parametrize("text", [PROSE, CODE], ids=["prose", "code"])

@@ -14,13 +14,13 @@ from annotated_moe.families.qwen import QWENS
 PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 
 
-# %% book/chapters/15_llama.md, cell 54
+# %% book/chapters/15_llama.md, cell 44
 PRESETS |= LLAMAS
 
 
-# %% book/chapters/16_mixtral.md, cell 17
+# %% book/chapters/16_mixtral.md, cell 84
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
 
-# %% book/chapters/18_llama4.md, cell 65
+# %% book/chapters/18_llama4.md, cell 69
 PRESETS |= LLAMA_4S

@@ -11,13 +11,67 @@ from annotated_moe.families.llama import (
     check_layer_types,
     write_attention,
 )
-from annotated_moe.families.qwen import QwenFamily, router_for
+from annotated_moe.families.mixtral import experts_of
+from annotated_moe.families.qwen import QwenFamily, read_router
 from annotated_moe.formats.hub import FAMILIES, Fields
 from annotated_moe.moe import MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% book/chapters/16_mixtral.md, cell 15
+# %% book/chapters/16_mixtral.md, cell 75
+class OlmoeFamily(QwenFamily):
+    """Experts in every layer."""
+
+    model_type = "olmoe"
+    defaults = {
+        "max_position_embeddings": 4096, "eos_token_id": 50279,
+        "pad_token_id": 1,
+    }
+    norm_eps = 1e-5
+    whole_norm = True
+
+    def read_attention(self, fields: Fields) -> NormedAttentionSpec:
+        attention = super().read_attention(fields)
+        if fields.get("clip_qkv") is None:
+            return attention
+        return replace(attention, clip=fields.number("clip_qkv"))
+
+    def read_experts(self, fields: Fields) -> MoESpec:
+        return MoESpec(
+            fields.size("num_experts", 64),
+            fields.size("num_experts_per_tok", 8),
+            fields.size("intermediate_size", 2048), "silu",
+            read_router(fields),
+        )
+
+    def read_layers(self, fields: Fields) -> list[LayerSpec]:
+        check_layer_types(fields, "full_attention")
+        layer = LayerSpec(
+            self.read_attention(fields), self.read_experts(fields),
+            self.read_eps(fields),
+        )
+        return [layer] * fields.size("num_hidden_layers")
+
+    def write_layers(self, config: ModelConfig) -> dict[str, Any]:
+        layer = config.layer(0)
+        attention, experts = layer.attention, experts_of(layer)
+        if not isinstance(attention, NormedAttentionSpec):
+            raise ValueError("an OLMoE norms its queries and keys")
+        return {
+            **write_attention(attention),
+            "rms_norm_eps": layer.norm_eps,
+            "num_experts": experts.num_experts,
+            "num_experts_per_tok": experts.top_k,
+            "intermediate_size": experts.width,
+            "norm_topk_prob": experts.router == "top_k_softmax",
+            "clip_qkv": attention.clip,
+        }
+
+
+FAMILIES["OlmoeForCausalLM"] = OlmoeFamily()
+
+
+# %% book/chapters/16_mixtral.md, cell 83
 def olmoe_config(
     layers: int = 16, heads: int = 16, d_model: int = 2048,
     d_ff: int = 1024, num_experts: int = 64, top_k: int = 8,
@@ -36,50 +90,3 @@ def olmoe_config(
 
 
 OLMOES = {"olmoe-1b-7b": olmoe_config()}
-
-
-# %% book/chapters/16_mixtral.md, cell 16
-class OlmoeFamily(QwenFamily):
-    """Experts in every layer."""
-
-    model_type = "olmoe"
-    defaults = {
-        "max_position_embeddings": 4096, "eos_token_id": 50279,
-        "pad_token_id": 1,
-    }
-    norm_eps = 1e-5
-    whole_norm = True
-
-    def read_layers(self, fields: Fields) -> list[LayerSpec]:
-        check_layer_types(fields, "full_attention")
-        attention = self.read_attention(fields)
-        if fields.get("clip_qkv") is not None:
-            attention = replace(attention, clip=fields.number("clip_qkv"))
-        experts = MoESpec(
-            fields.size("num_experts", 64),
-            fields.size("num_experts_per_tok", 8),
-            fields.size("intermediate_size", 2048), "silu",
-            router_for(fields),
-        )
-        layer = LayerSpec(attention, experts, self.read_eps(fields))
-        return [layer] * fields.size("num_hidden_layers")
-
-    def write_layers(self, config: ModelConfig) -> dict[str, Any]:
-        layer = config.layer(0)
-        attention, experts = layer.attention, layer.feed_forward
-        if not isinstance(experts, MoESpec) or not isinstance(
-            attention, NormedAttentionSpec
-        ):
-            raise ValueError("an OLMoE has normed heads and experts")
-        return {
-            **write_attention(attention),
-            "rms_norm_eps": layer.norm_eps,
-            "num_experts": experts.num_experts,
-            "num_experts_per_tok": experts.top_k,
-            "intermediate_size": experts.width,
-            "norm_topk_prob": experts.router == "top_k_softmax",
-            "clip_qkv": attention.clip,
-        }
-
-
-FAMILIES["OlmoeForCausalLM"] = OlmoeFamily()

@@ -14,50 +14,12 @@ from annotated_moe.families.llama import (
     check_layer_types,
     write_attention,
 )
-from annotated_moe.families.mixtral import expert_names
+from annotated_moe.families.mixtral import expert_names, experts_of
 from annotated_moe.formats.hub import FAMILIES, Fields, WeightName
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
-
-# %% book/chapters/16_mixtral.md, cell 10
-def qwen_config(
-    layers: int, q_heads: int, kv_heads: int, d_model: int, d_ff: int,
-    *,
-    num_experts: int = 128,
-    context: int = 40960,
-    rope_base: float = 1e6,
-) -> ModelConfig:
-    """Qwen3 with experts. Source: its config.json."""
-    attention = NormedAttentionSpec(
-        q_heads, kv_heads, 128, 128**-0.5, rope=Rope(rope_base)
-    )
-    experts = MoESpec(num_experts, 8, d_ff, "silu", "top_k_softmax")
-    layer = LayerSpec(attention, experts, 1e-6)
-    return ModelConfig(
-        151936, context, d_model, (Segment((layer,), layers),),
-        norm_eps=1e-6, pad_id=151643, eos_ids=(151645, 151643),
-    )
-
-
-# %% book/chapters/16_mixtral.md, cell 11
-LONG = 262144                               # tokens of the later ones
-QWENS = {
-    "qwen3-30b-a3b": qwen_config(48, 32, 4, 2048, 768),
-    "qwen3-235b-a22b": qwen_config(94, 64, 4, 4096, 1536),
-    "qwen3-30b-a3b-2507": qwen_config(
-        48, 32, 4, 2048, 768, context=LONG, rope_base=1e7),
-    "qwen3-235b-a22b-2507": qwen_config(
-        94, 64, 4, 4096, 1536, context=LONG, rope_base=5e6),
-    "qwen3-coder-30b-a3b": qwen_config(
-        48, 32, 4, 2048, 768, context=LONG, rope_base=1e7),
-    "qwen3-coder-480b-a35b": qwen_config(
-        62, 96, 8, 6144, 2560, num_experts=160, context=LONG,
-        rope_base=1e7),
-}
-
-
-# %% book/chapters/16_mixtral.md, cell 12
+# %% book/chapters/16_mixtral.md, cell 72
 QK_NORMS = tuple(
     WeightName(f"self_attn.{a}_norm.weight",
                f"multi_head_attention/{b}_norm/scale")
@@ -69,13 +31,28 @@ QWEN_EXPERTS = expert_names(
 )
 
 
-def router_for(fields: Fields) -> str:
+def read_router(fields: Fields) -> str:
     """`norm_topk_prob`: whether a token's gates sum to one."""
     renormalised = fields.flag("norm_topk_prob")
     return "top_k_softmax" if renormalised else "softmax_top_k"
 
 
-# %% book/chapters/16_mixtral.md, cell 14
+# %% book/chapters/16_mixtral.md, cell 73
+def read_sparse(fields: Fields) -> list[bool]:
+    """For each layer, whether it has experts."""
+    n = fields.size("num_hidden_layers")
+    step = fields.size("decoder_sparse_step", 1)
+    bare = fields.get("mlp_only_layers", [])
+    if not isinstance(bare, list) or any(
+        type(i) is not int or not 0 <= i < n for i in bare
+    ):
+        raise fields.error(
+            f"mlp_only_layers must list layers below {n}: {bare!r:.80}"
+        )
+    return [i not in bare and (i + 1) % step == 0 for i in range(n)]
+
+
+# %% book/chapters/16_mixtral.md, cell 74
 class QwenFamily(LlamaFamily):
     """Qwen3-MoE: dense layers may stand among sparse ones."""
 
@@ -100,49 +77,39 @@ class QwenFamily(LlamaFamily):
             norm_eps=self.read_eps(fields), whole_norm=self.whole_norm,
         )
 
+    def read_experts(self, fields: Fields) -> MoESpec:
+        count = fields.size("num_experts", 128)
+        return MoESpec(
+            fields.size("num_local_experts", count),
+            fields.size("num_experts_per_tok", 8),
+            fields.size("moe_intermediate_size", 768), "silu",
+            read_router(fields),
+        )
+
     def read_layers(self, fields: Fields) -> list[LayerSpec]:
         fields.only("use_sliding_window", False)
-        fields.get("sliding_window")
+        fields.get("sliding_window")        # without meaning then
         fields.get("max_window_layers")
         fields.only("shared_expert_intermediate_size", 0)
         check_layer_types(fields, "full_attention")
-        count = fields.get("num_experts", 128)
-        if fields.get("num_local_experts") is not None:
-            count = fields.size("num_local_experts")
-        width = fields.size("moe_intermediate_size", 768)
-        experts: FeedForwardSpec | MoESpec = MoESpec(
-            count, fields.size("num_experts_per_tok", 8), width,
-            "silu", router_for(fields),
-        )
-        dense = FeedForwardSpec(
-            fields.size("intermediate_size", 6144), "silu"
-        )
-        step = fields.size("decoder_sparse_step", 1)
-        bare = fields.get("mlp_only_layers", [])
-        n = fields.size("num_hidden_layers")
-        if not isinstance(bare, list) or any(
-            type(i) is not int or not 0 <= i < n for i in bare
-        ):
-            raise fields.error(
-                f"mlp_only_layers must list layers below {n}: {bare!r:.80}"
-            )
+        width = fields.size("intermediate_size", 6144)
+        dense = FeedForwardSpec(width, "silu")
+        experts = self.read_experts(fields)
         attention = self.read_attention(fields)
         eps = self.read_eps(fields)
         return [
-            LayerSpec(attention, dense, eps)
-            if i in bare or (i + 1) % step else
-            LayerSpec(attention, experts, eps)
-            for i in range(n)
+            LayerSpec(attention, experts if sparse else dense, eps)
+            for sparse in read_sparse(fields)
         ]
 
     def write_layers(self, config: ModelConfig) -> dict[str, Any]:
         layers = [config.layer(i) for i in range(config.num_layers)]
-        parts = [layer.feed_forward for layer in layers]
-        sparse = [p for p in parts if isinstance(p, MoESpec)]
-        dense = [p for p in parts if not isinstance(p, MoESpec)]
-        if not sparse:
-            raise ValueError("a Qwen3-MoE has experts in some layer")
-        experts = sparse[0]
+        bare = [i for i, layer in enumerate(layers)
+                if not isinstance(layer.feed_forward, MoESpec)]
+        sparse = [
+            layer for i, layer in enumerate(layers) if i not in bare]
+        experts = experts_of((sparse or layers)[0])
+        dense = layers[bare[0]].feed_forward if bare else experts
         return {
             **write_attention(layers[0].attention),
             "rms_norm_eps": layers[0].norm_eps,
@@ -150,15 +117,48 @@ class QwenFamily(LlamaFamily):
             "num_local_experts": experts.num_experts,
             "num_experts_per_tok": experts.top_k,
             "moe_intermediate_size": experts.width,
-            "intermediate_size": (dense or sparse)[0].width,
+            "intermediate_size": dense.width,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [
-                i for i, p in enumerate(parts)
-                if not isinstance(p, MoESpec)
-            ],
+            "mlp_only_layers": bare,
             "norm_topk_prob": experts.router == "top_k_softmax",
             "use_sliding_window": False,
         }
 
 
 FAMILIES["Qwen3MoeForCausalLM"] = QwenFamily()
+
+
+# %% book/chapters/16_mixtral.md, cell 82
+def qwen_config(
+    layers: int, q_heads: int, kv_heads: int, d_model: int, d_ff: int,
+    *,
+    num_experts: int = 128,
+    context: int = 40960,
+    rope_base: float = 1e6,
+) -> ModelConfig:
+    """Qwen3 with experts. Source: its config.json."""
+    attention = NormedAttentionSpec(
+        q_heads, kv_heads, 128, 128**-0.5, rope=Rope(rope_base)
+    )
+    experts = MoESpec(num_experts, 8, d_ff, "silu", "top_k_softmax")
+    layer = LayerSpec(attention, experts, 1e-6)
+    return ModelConfig(
+        151936, context, d_model, (Segment((layer,), layers),),
+        norm_eps=1e-6, pad_id=151643, eos_ids=(151645, 151643),
+    )
+
+
+LONG = 262144                               # tokens of the later ones
+QWENS = {
+    "qwen3-30b-a3b": qwen_config(48, 32, 4, 2048, 768),
+    "qwen3-235b-a22b": qwen_config(94, 64, 4, 4096, 1536),
+    "qwen3-30b-a3b-2507": qwen_config(
+        48, 32, 4, 2048, 768, context=LONG, rope_base=1e7),
+    "qwen3-235b-a22b-2507": qwen_config(
+        94, 64, 4, 4096, 1536, context=LONG, rope_base=5e6),
+    "qwen3-coder-30b-a3b": qwen_config(
+        48, 32, 4, 2048, 768, context=LONG, rope_base=1e7),
+    "qwen3-coder-480b-a35b": qwen_config(
+        62, 96, 8, 6144, 2560, num_experts=160, context=LONG,
+        rope_base=1e7),
+}

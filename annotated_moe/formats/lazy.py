@@ -1,4 +1,4 @@
-# Generated from book/chapters/09_checkpoints.md, book/chapters/09b_safetensors.md by `make sync`; edit the chapters.
+# Generated from book/chapters/09_checkpoints.md, book/chapters/09b_safetensors.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """Arrays that are read when a part of them is asked for, and any array
 in blocks: as bytes, and searched for what is not finite.
 """
@@ -40,8 +40,25 @@ class LazyArray:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def T(self) -> "TransposedArray":
+        return TransposedArray(self)
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return np.asarray(self[:], dtype)
+
+
+class TransposedArray(LazyArray):
+    """A lazy matrix with its axes exchanged."""
+
+    def __init__(self, source: LazyArray) -> None:
+        self.source, self.dtype = source, source.dtype
+        self.shape = source.shape[::-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        first, second = (*index, slice(None))[:2]
+        return self.source[second, first].T
 
 
 # %% book/chapters/09_checkpoints.md, cell 57
@@ -65,25 +82,30 @@ class StackedArray(LazyArray):
 
 
 # %% book/chapters/09_checkpoints.md, cell 58
+def describe_tensor(w: Any) -> str:
+    """A tensor's dtype and shape, and those of its scales."""
+    if isinstance(w, QuantizedTensor):
+        scales = describe_tensor(w.scales)
+        return f"{describe_tensor(w.weight)} with scales {scales}"
+    return f"{w.dtype} {tuple(w.shape)}"
+
+
 def stack_tensors(where: Path, path: str, parts: list) -> Any:
-    """One lazily stacked tensor from those of all layers.
+    """One lazily stacked tensor from those of all layers or experts.
 
     CheckpointError, naming `where` and `path`, if they are not alike.
     """
-    pairs = [w for w in parts if isinstance(w, QuantizedTensor)]
-    if not pairs:
-        if len({getattr(w, "dtype", None) for w in parts}) > 1:
+    first = describe_tensor(parts[0])
+    for i, w in enumerate(parts):
+        if (other := describe_tensor(w)) != first:
             raise CheckpointError(
-                f"{where}: the layers of {path} have several dtypes"
+                f"{where}: tensors of {path} are not alike: number 0"
+                f" is {first}, number {i} is {other}"
             )
+    if not isinstance(parts[0], QuantizedTensor):
         return StackedArray(parts)
-    shapes = {w.scales.shape for w in pairs}
-    if len(pairs) < len(parts) or len(shapes) > 1:
-        raise CheckpointError(
-            f"{where}: the layers of {path} are not all quantized alike"
-        )
-    weights = StackedArray([w.weight for w in pairs])
-    scales = StackedArray([w.scales for w in pairs])
+    weights = StackedArray([w.weight for w in parts])
+    scales = StackedArray([w.scales for w in parts])
     return QuantizedTensor(weights, scales)
 
 
@@ -176,3 +198,81 @@ def first_not_finite(w: Any) -> tuple[int, ...] | None:
             return tuple(map(int, np.unravel_index(where, w.shape)))
         before += block.size
     return None
+
+
+# %% book/chapters/15_meta.md, cell 38
+def share(wanted: slice, whole: int, at: int, size: int) -> slice:
+    """What `wanted`, a slice of `whole` entries, names of `size` of
+    them from `at` on, counted from there.
+    """
+    start, stop, step = wanted.indices(whole)
+    first = max(start, at)
+    first += (start - first) % step
+    return slice(first - at, min(stop, at + size) - at, step)
+
+
+# %% book/chapters/15_meta.md, cell 40
+class ShardedArray(LazyArray):
+    """Arrays behind one another along `axis`, not copied.
+
+    `w[3]` stays lazy; another index, of integers and of slices that
+    step forward, copies what it names and reads no other part.
+    """
+
+    def __init__(self, parts: list, axis: int) -> None:
+        sizes = list(parts[0].shape)
+        sizes[axis] = sum(part.shape[axis] for part in parts)
+        self.parts, self.axis = parts, axis
+        self.shape, self.dtype = tuple(sizes), parts[0].dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) == 1 < self.ndim and not isinstance(
+            index[0], slice
+        ):
+            return self.entry(range(len(self))[index[0]])
+        index += (slice(None),) * (self.ndim - len(index))
+        spans = [as_span(i, n) for i, n in zip(index, self.shape)]
+        blocks = list(self.blocks(spans))
+        if not blocks:                          # nothing, in its shape
+            spans[self.axis] = slice(0)
+            blocks = [np.asarray(self.parts[0][tuple(spans)])]
+        whole = blocks[0]
+        if len(blocks) > 1:
+            whole = np.concatenate(blocks, self.axis)
+        return whole[tuple(
+            slice(None) if isinstance(i, slice) else 0 for i in index
+        )]
+
+    def blocks(self, spans: list[slice]) -> Iterator[np.ndarray]:
+        """What `spans` name of each part that has some of it."""
+        before, after = spans[: self.axis], spans[self.axis + 1 :]
+        whole, at = self.shape[self.axis], 0
+        for part in self.parts:
+            size = part.shape[self.axis]
+            mine = share(spans[self.axis], whole, at, size)
+            if mine.start < mine.stop:
+                yield np.asarray(part[(*before, mine, *after)])
+            at += size
+
+    def entry(self, i: int) -> Any:
+        """Entry `i` of the first axis, not read yet."""
+        if self.axis:
+            parts = [part[i] for part in self.parts]
+            return ShardedArray(parts, self.axis - 1)
+        for part in self.parts:
+            if i < len(part):
+                break
+            i -= len(part)
+        return part[i]
+
+
+# %% book/chapters/15_meta.md, cell 41
+def as_span(index: Any, size: int) -> slice:
+    """One axis' index as a slice that steps forward."""
+    if isinstance(index, slice):
+        if (index.step or 1) < 1:
+            raise IndexError("a step must be at least 1")
+        return index
+    at = range(size)[index]
+    return slice(at, at + 1)

@@ -258,7 +258,7 @@ def parse(
 
 
 # %% book/chapters/09_checkpoints.md, cell 20
-DTYPES = {
+PICKLED_DTYPES = {
     "f4": np.dtype("<f4"),
     "i1": np.dtype("i1"),
     BFLOAT16: np.dtype(ml_dtypes.bfloat16),
@@ -274,13 +274,13 @@ def as_dtype(node: Any) -> np.dtype:
             name = code.kind if isinstance(code, Node) else code
         case _:
             raise CheckpointError("holds a dtype that is not complete")
-    if not isinstance(name, str) or name not in DTYPES:
+    if not isinstance(name, str) or name not in PICKLED_DTYPES:
         shown = f" {name[:40]!r}" if isinstance(name, str) else ""
-        wanted = ", ".join(DTYPES)
+        wanted = ", ".join(PICKLED_DTYPES)
         raise CheckpointError(f"has a dtype{shown} other than {wanted}")
     if order not in ("<", "|"):
         raise CheckpointError("has a dtype that is not little-endian")
-    return DTYPES[name]
+    return PICKLED_DTYPES[name]
 
 
 # %% book/chapters/09_checkpoints.md, cell 21

@@ -1,4 +1,4 @@
-# Generated from book/chapters/09b_safetensors.md by `make sync`; edit the chapter.
+# Generated from book/chapters/09b_safetensors.md, book/chapters/15_meta.md by `make sync`; edit the chapters.
 """A safetensors file is eight bytes, a piece of JSON, and the weights:
 nothing in it can run. It can still lie, or be half of itself, or hold
 one weight that is no number and turns every word the model says into
@@ -11,6 +11,7 @@ one file and for a model cut into many.
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from annotated_moe.formats.files import (
     read_json,
     refuse_other_file,
 )
+from annotated_moe.formats.pth import open_pth
 from annotated_moe.formats.writing import Part
 
 
@@ -181,9 +183,11 @@ INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
-def read_index(folder: Path, names: set[str]) -> dict[str, str]:
+def read_index(
+    folder: Path, names: set[str], file: str = INDEX
+) -> dict[str, str]:
     """Tensor -> shard, as the index says; each shard is in `names`."""
-    path = folder / INDEX
+    path = folder / file
     index: Any = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path} has no 'weight_map' of names")
@@ -247,14 +251,23 @@ def describe_weights(names: set[str]) -> str:
 
 
 # %% book/chapters/09b_safetensors.md, cell 51
+Reader = Callable[[Path], dict[str, np.ndarray]]    # of one file
+
+
 def open_shards(
-    folder: Path, index: dict[str, str], names: set[str]
+    folder: Path,
+    names: set[str],
+    file: str = INDEX,
+    reader: Reader = open_arrays,
 ) -> dict[str, np.ndarray]:
-    """Name -> array of the shards of an index, and of no other file."""
+    """Name -> array of the shards that the index `file` names, and of
+    no other file.
+    """
+    index = read_index(folder, names, file)
     shards, arrays = set(index.values()), {}
-    warn_of_others(folder, names, shards, f"{INDEX} does not name it")
+    warn_of_others(folder, names, shards, f"{file} does not name it")
     for shard in sorted(shards):
-        for name, array in open_arrays(folder / shard).items():
+        for name, array in reader(folder / shard).items():
             if name not in index:
                 raise CheckpointError(
                     f"{folder / shard} holds {name[:80]!r}, which the "
@@ -276,20 +289,34 @@ def open_shards(
 
 
 # %% book/chapters/09b_safetensors.md, cell 52
+READERS: dict[str, Reader] = {ONE_FILE: open_arrays}
+
+
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Name -> array of one safetensors file, or of all shards.
+    """Name -> array of one file of weights, or of all shards.
 
     Where there is an index, it decides which files are the model.
     CheckpointError for a shard that is missing or not as it says.
     """
     names = list_folder(folder)
-    if INDEX in names:
-        return open_shards(folder, read_index(folder, names), names)
-    if ONE_FILE not in names:
-        found = describe_weights(names) or (
-            f"holds neither {ONE_FILE} nor {INDEX}: fetch the weights"
-        )
-        raise CheckpointError(f"{folder} {found}")
-    why = f"{ONE_FILE} is the model"
-    warn_of_others(folder, names, {ONE_FILE}, why)
-    return open_arrays(folder / ONE_FILE)
+    for one_file, reader in READERS.items():
+        file = f"{one_file}.index.json"
+        if file in names:
+            return open_shards(folder, names, file, reader)
+        if one_file in names:
+            why = f"{one_file} is the model"
+            warn_of_others(folder, names, {one_file}, why)
+            return reader(folder / one_file)
+    found = describe_weights(names) or (
+        f"holds neither {ONE_FILE} nor {INDEX}: fetch the weights"
+    )
+    raise CheckpointError(f"{folder} {found}")
+
+
+# %% book/chapters/15_meta.md, cell 31
+READERS["pytorch_model.bin"] = open_pth
+OTHER_WEIGHTS[".bin"] = (
+    "which is not read: the weights of PyTorch that are read are "
+    "pytorch_model.bin, or several and pytorch_model.bin.index.json; "
+    "better, fetch the model's safetensors"
+)

@@ -649,15 +649,9 @@ def test_the_expert_of_a_subclass_is_what_is_applied():
         return Doubled(SPEC)(x, jnp.ones(x.shape[:2], bool))[0]
 
     x = normal(1, 6, 16)
-<<<<<<< HEAD
-    params = layer.init(jax.random.key(0), x)
-    twice = doubled.apply(params, x)
-    np.testing.assert_allclose(twice, 2 * output(params, x), rtol=1e-5)
-=======
     params = init(jax.random.key(0), x)
     want = 2 * output(params, x)
     np.testing.assert_allclose(doubled.apply(params, x), want, rtol=1e-5)
->>>>>>> p05
 
 
 def test_every_activation_is_applied():

@@ -636,7 +636,8 @@ def write_tensor(w: Any, entry: Entry) -> list[Any]:
     w = slice_of(w, entry.index)
     change = TRANSFORMS[entry.transform].write
     if isinstance(w, QuantizedTensor):
-        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+        both = w.weight, w.scales
+        return [change(part, entry.spec) for part in both]
     return [change(w, entry.spec)]
 
 
@@ -735,7 +736,7 @@ WEIGHTS |= {
 WEIGHT_SUFFIXES |= {".pth", ".bin"}
 
 
-# %% book/chapters/15_meta.md, cell 69
+# %% book/chapters/15_meta.md, cell 70
 def meta_files(folder: Path, config: ModelConfig) -> FilePlan:
     """What stands beside the weights elsewhere, and not here."""
     names = list_folder(folder)

@@ -644,7 +644,8 @@ def test_the_expert_of_a_subclass_is_what_is_applied():
 
     x = normal(1, 6, 16)
     params = layer.init(jax.random.key(0), x)
-    np.testing.assert_allclose(doubled.apply(params, x), 2 * output(params, x), rtol=1e-5)
+    twice = doubled.apply(params, x)
+    np.testing.assert_allclose(twice, 2 * output(params, x), rtol=1e-5)
 
 
 def test_every_activation_is_applied():

@@ -33,6 +33,7 @@ def window_of(spec: AttentionSpec) -> int | None:
     return spec.mask.size if isinstance(spec.mask, Window) else None
 
 
+# %% book/chapters/16_mixtral.md, cell 68
 class MistralFamily(LlamaFamily):
     """Llama with a window, the same in all layers."""
 
@@ -50,8 +51,11 @@ class MistralFamily(LlamaFamily):
         return None if fields.get(name) is None else fields.size(name)
 
     def read_attention(self, fields: Fields) -> AttentionSpec:
-        spec, window = super().read_attention(fields), self.read_window(fields)
-        return spec if window is None else replace(spec, mask=Window(window))
+        spec = super().read_attention(fields)
+        window = self.read_window(fields)
+        if window is None:
+            return spec
+        return replace(spec, mask=Window(window))
 
     def read_network(self, fields: Fields) -> FeedForwardSpec | MoESpec:
         return FeedForwardSpec(fields.size("intermediate_size"), "silu")
@@ -83,7 +87,7 @@ class MistralFamily(LlamaFamily):
 FAMILIES["MistralForCausalLM"] = MistralFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 69
+# %% book/chapters/16_mixtral.md, cell 70
 def expert_names(
     router: str, expert: str, theirs: tuple[str, str, str]
 ) -> tuple[WeightName, ...]:
@@ -92,7 +96,8 @@ def expert_names(
     return (
         WeightName(f"{router}.weight", "router/w", "transpose"),
         *(
-            WeightName(f"{expert}.{a}.weight", f"moe/{b}/w", "transpose")
+            WeightName(
+                f"{expert}.{a}.weight", f"moe/{b}/w", "transpose")
             for a, b in zip(theirs, ours)
         ),
     )
@@ -104,11 +109,11 @@ MIXTRAL_EXPERTS = expert_names(
 )
 
 
-# %% book/chapters/16_mixtral.md, cell 70
+# %% book/chapters/16_mixtral.md, cell 71
 def experts_of(layer: LayerSpec) -> MoESpec:
     """A layer's experts; ValueError where it has none."""
     if not isinstance(layer.feed_forward, MoESpec):
-        raise ValueError("this architecture needs experts in its layers")
+        raise ValueError("this architecture needs experts")
     return layer.feed_forward
 
 
@@ -146,7 +151,7 @@ class MixtralFamily(MistralFamily):
 FAMILIES["MixtralForCausalLM"] = MixtralFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 79
+# %% book/chapters/16_mixtral.md, cell 80
 def mixtral_config(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -167,7 +172,8 @@ def mixtral_config(
     )
     part: FeedForwardSpec | MoESpec = FeedForwardSpec(d_ff, "silu")
     if num_experts > 1:
-        part = MoESpec(num_experts, top_k, d_ff, "silu", "top_k_softmax")
+        part = MoESpec(
+            num_experts, top_k, d_ff, "silu", "top_k_softmax")
     layer = LayerSpec(attention, part)
     return ModelConfig(
         vocab_size, context, d_model or q_heads * head_size,
@@ -177,7 +183,8 @@ def mixtral_config(
 
 MIXTRALS = {
     "mistral-7b": mixtral_config(
-        32, 32, 8, 14336, num_experts=1, rope_base=10000.0, window=4096),
+        32, 32, 8, 14336, num_experts=1, rope_base=10000.0,
+        window=4096),
     "mistral-7b-v0.3": mixtral_config(
         32, 32, 8, 14336, num_experts=1, vocab_size=32768),
     "mixtral-8x7b": mixtral_config(32, 32, 8, 14336),

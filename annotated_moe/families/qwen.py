@@ -19,7 +19,7 @@ from annotated_moe.formats.hub import FAMILIES, Fields, WeightName
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
-# %% book/chapters/16_mixtral.md, cell 71
+# %% book/chapters/16_mixtral.md, cell 72
 QK_NORMS = tuple(
     WeightName(f"self_attn.{a}_norm.weight",
                f"multi_head_attention/{b}_norm/scale")
@@ -37,7 +37,7 @@ def read_router(fields: Fields) -> str:
     return "top_k_softmax" if renormalised else "softmax_top_k"
 
 
-# %% book/chapters/16_mixtral.md, cell 72
+# %% book/chapters/16_mixtral.md, cell 73
 def read_sparse(fields: Fields) -> list[bool]:
     """For each layer, whether it has experts."""
     n = fields.size("num_hidden_layers")
@@ -52,7 +52,7 @@ def read_sparse(fields: Fields) -> list[bool]:
     return [i not in bare and (i + 1) % step == 0 for i in range(n)]
 
 
-# %% book/chapters/16_mixtral.md, cell 73
+# %% book/chapters/16_mixtral.md, cell 74
 class QwenFamily(LlamaFamily):
     """Qwen3-MoE: dense layers may stand among sparse ones."""
 
@@ -95,7 +95,8 @@ class QwenFamily(LlamaFamily):
         width = fields.size("intermediate_size", 6144)
         dense = FeedForwardSpec(width, "silu")
         experts = self.read_experts(fields)
-        attention, eps = self.read_attention(fields), self.read_eps(fields)
+        attention = self.read_attention(fields)
+        eps = self.read_eps(fields)
         return [
             LayerSpec(attention, experts if sparse else dense, eps)
             for sparse in read_sparse(fields)
@@ -105,7 +106,8 @@ class QwenFamily(LlamaFamily):
         layers = [config.layer(i) for i in range(config.num_layers)]
         bare = [i for i, layer in enumerate(layers)
                 if not isinstance(layer.feed_forward, MoESpec)]
-        sparse = [layer for i, layer in enumerate(layers) if i not in bare]
+        sparse = [
+            layer for i, layer in enumerate(layers) if i not in bare]
         experts = experts_of((sparse or layers)[0])
         dense = layers[bare[0]].feed_forward if bare else experts
         return {
@@ -126,7 +128,7 @@ class QwenFamily(LlamaFamily):
 FAMILIES["Qwen3MoeForCausalLM"] = QwenFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 81
+# %% book/chapters/16_mixtral.md, cell 82
 def qwen_config(
     layers: int, q_heads: int, kv_heads: int, d_model: int, d_ff: int,
     *,

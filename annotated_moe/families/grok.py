@@ -129,6 +129,7 @@ class GrokFamily(Family):
         WeightName("model.embed_tokens.weight",
                    "in_out_embed/embeddings"),
         WeightName("model.norm.scale", "rms_norm/scale"),
+        WeightName("lm_head.weight", "lm_head/embeddings"),
     )
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:

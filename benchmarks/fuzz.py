@@ -31,7 +31,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from annotated_moe.convert import global_op, pickle_parts
+from annotated_moe.convert import pickle_parts
 from annotated_moe.formats.files import CheckpointError
 from annotated_moe.formats.lazy import as_bytes
 from annotated_moe.formats.pickles import (

@@ -31,7 +31,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from annotated_moe.convert import pickle_parts
+from annotated_moe.convert import global_op, pickle_parts
 from annotated_moe.formats.files import CheckpointError
 from annotated_moe.formats.lazy import as_bytes
 from annotated_moe.formats.pickles import (
@@ -43,7 +43,6 @@ from annotated_moe.formats.pickles import (
 )
 from annotated_moe.formats.pth import (
     TORCH_NAMES,
-    global_op,
     open_pth,
     pth_bytes,
     pth_program,

@@ -53,7 +53,9 @@ class MistralFamily(LlamaFamily):
     def read_attention(self, fields: Fields) -> AttentionSpec:
         spec = super().read_attention(fields)
         size = self.read_window(fields)
-        return spec if size is None else replace(spec, mask=Window(size))
+        if size is None:
+            return spec
+        return replace(spec, mask=Window(size))
 
     def read_network(self, fields: Fields) -> FeedForwardSpec | MoESpec:
         return FeedForwardSpec(fields.size("intermediate_size"), "silu")

@@ -3,9 +3,10 @@
 down again in another layout needs a machine with 318 GB of memory, and
 some hours in which nothing may happen. This chapter holds a block of 16
 MiB, and anything may happen. By its end you will have `annotated-moe
-convert`, which carries a checkpoint between three layouts a block at a
-time, goes on where it was killed, and puts nothing under the new name
-before the last byte is safe.
+convert`, which carries a checkpoint from one layout to another a block
+at a time, goes on where it was killed, and puts nothing under the new
+name before the last byte is safe; and `annotated-moe quantize`, which
+rounds a model to 8 bits on the way.
 """
 
 import contextlib
@@ -69,22 +70,112 @@ from annotated_moe.model import flat_specs
 from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor, quantize
 
+# %% book/chapters/10_convert.md, cell 8
+SYNC = 2**25
+JOURNAL = "journal"
 
-# %% book/chapters/10_convert.md, cell 6
-def text(word: str) -> bytes:
+
+# %% book/chapters/10_convert.md, cell 9
+class Journal(Watcher):
+    """Notes in `file` what is safe; `done` is file -> bytes."""
+
+    def __init__(self, file: IO[bytes], tell: Callable) -> None:
+        super().__init__()
+        self.file, self.tell = file, tell
+        self.done: dict[str, int] = {}
+        self.noted: set[str] = set()
+        self.waiting = 0
+
+    def note(self, **line: Any) -> None:
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def wrote(self, path: Path, size: int) -> None:
+        self.tell(size)
+        self.waiting += size
+        if self.waiting >= SYNC:
+            self.closed(path)
+
+    def closed(self, path: Path) -> None:
+        """What `path` holds by now is put on disk, then noted."""
+        fsync_path(path)
+        new = set(self.sums) - self.noted
+        sums = {name: self.sums[name] for name in sorted(new)}
+        self.note(file=path.name, at=path.stat().st_size, sums=sums)
+        self.noted |= new
+        self.waiting = 0
+
+
+# %% book/chapters/10_convert.md, cell 10
+def replay(journal: Journal) -> str | None:
+    """Take up the lines that are there; which job they belong to."""
+    job, end = None, 0
+    journal.file.seek(0)
+    for line in journal.file.read().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        entry = json.loads(line)
+        end += len(line)
+        job = entry.get("job", job)
+        journal.sums |= entry.get("sums", {})
+        if "file" in entry:
+            journal.done[entry["file"]] = entry["at"]
+    journal.file.truncate(end)
+    journal.noted = set(journal.sums)
+    return job
+
+
+# %% book/chapters/10_convert.md, cell 11
+@contextmanager
+def locked(folder: Path) -> Iterator[IO[bytes]]:
+    """The journal of a partial folder, for one process at a time."""
+    import fcntl  # which Windows lacks: it may import this module
+
+    folder.mkdir(exist_ok=True)
+    with open(folder / JOURNAL, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder} is being written by another convert: wait "
+                "for it, or choose another folder"
+            ) from None
+        yield file
+
+
+# %% book/chapters/10_convert.md, cell 14
+def files_of(folder: Path) -> list[Path]:
+    """The checkpoint's files, and what stands beside it."""
+    inside = folder / "ckpt-0"
+    names = [folder / name for name in sorted(list_folder(folder))]
+    if inside in names:
+        names += [inside / name for name in sorted(list_folder(inside))]
+    return [path for path in names if path.is_file()]
+
+
+# %% book/chapters/10_convert.md, cell 15
+def job_of(folder: Path, to: str, most: int) -> str:
+    """A name for one conversion of one state of one folder."""
+    stats = [(str(p), p.stat()) for p in files_of(folder)]
+    state = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    words = json.dumps([state, to, most, lazy.BLOCK])
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+# %% book/chapters/10_convert.md, cell 18
+def unicode_op(word: str) -> bytes:
     """SHORT_BINUNICODE: a text of at most 255 bytes."""
     data = word.encode()
     return b"\x8c" + bytes([len(data)]) + data
 
 
-# %% book/chapters/10_convert.md, cell 7
-def named(module: str, name: str) -> bytes:
+def global_op(module: str, name: str) -> bytes:
     """STACK_GLOBAL: two texts, and pickle imports what they name."""
-    return text(module) + text(name) + b"\x93"
+    return unicode_op(module) + unicode_op(name) + b"\x93"
 
 
-# %% book/chapters/10_convert.md, cell 8
-def integer(value: int) -> bytes:
+def int_op(value: int) -> bytes:
     """The shortest of BININT1, BININT2 and BININT."""
     if 0 <= value < 2**8:
         return b"K" + value.to_bytes(1, "little")
@@ -93,65 +184,64 @@ def integer(value: int) -> bytes:
     return b"J" + value.to_bytes(4, "little", signed=True)
 
 
-# %% book/chapters/10_convert.md, cell 9
+# %% book/chapters/10_convert.md, cell 19
 def dtype_program(dtype: np.dtype) -> bytes:
     """What leaves `dtype` on pickle's stack."""
     codes = {"float32": ("f4", "<"), "int8": ("i1", "|")}
     if dtype.name in codes:
         code, order = codes[dtype.name]
-        what, sizes = text(code), (-1, -1, 0)
+        what, sizes = unicode_op(code), (-1, -1, 0)
     else:
         order = "<"
-        what, sizes = named("ml_dtypes", "bfloat16"), (2, 2, 64)
-    made = named("numpy", "dtype") + what + b"\x89\x88\x87R"
-    state = integer(3) + text(order) + b"NNN"
-    return made + b"(" + state + b"".join(map(integer, sizes)) + b"tb"
+        what, sizes = global_op("ml_dtypes", "bfloat16"), (2, 2, 64)
+    made = global_op("numpy", "dtype") + what + b"\x89\x88\x87R"
+    state = int_op(3) + unicode_op(order) + b"NNN"
+    return made + b"(" + state + b"".join(map(int_op, sizes)) + b"tb"
 
 
-# %% book/chapters/10_convert.md, cell 10
-def array_parts(w: Any, name: str) -> list[Part]:
-    """An array's program, its data, and the end of its program."""
-    made = named("numpy.core.multiarray", "_reconstruct")
-    made += named("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
-    shape = b"(" + b"".join(map(integer, w.shape)) + b"t"
-    head = made + b"(" + integer(1) + shape + dtype_program(w.dtype)
-    data = Part(w, name)
-    width, op = (4, b"B") if data.size < 2**32 else (8, b"\x8e")
-    head += b"\x89" + op + data.size.to_bytes(width, "little")
-    return [around(head), data, around(b"tb")]
-
-
-# %% book/chapters/10_convert.md, cell 11
-def around(data: bytes) -> Part:
+# %% book/chapters/10_convert.md, cell 20
+def unnamed(data: bytes) -> Part:
     """Bytes that belong to no tensor."""
     return Part(np.frombuffer(data, np.uint8))
 
 
-# %% book/chapters/10_convert.md, cell 12
+def array_parts(w: Any, name: str) -> list[Part]:
+    """An array's program, its data, and the end of its program."""
+    made = global_op("numpy.core.multiarray", "_reconstruct")
+    made += global_op("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+    shape = b"(" + b"".join(map(int_op, w.shape)) + b"t"
+    head = made + b"(" + int_op(1) + shape + dtype_program(w.dtype)
+    data = Part(w, name)
+    width, op = (4, b"B") if data.size < 2**32 else (8, b"\x8e")
+    head += b"\x89" + op + data.size.to_bytes(width, "little")
+    return [unnamed(head), data, unnamed(b"tb")]
+
+
+# %% book/chapters/10_convert.md, cell 21
 def pickle_parts(w: Any, name: str) -> list[Part]:
     """One file of the Grok-1 layout: an array, or int8 and scales."""
-    start, stop = around(b"\x80\x04"), around(b".")
+    start, stop = unnamed(b"\x80\x04"), unnamed(b".")
     if not isinstance(w, QuantizedTensor):
         return [start, *array_parts(w, name), stop]
-    pair = named("__main__", "QuantizedWeight8bit") + b")\x81}("
+    pair = global_op("__main__", "QuantizedWeight8bit") + b")\x81}("
     return [
         start,
-        around(pair + text("weight")),
+        unnamed(pair + unicode_op("weight")),
         *array_parts(w.weight, f"{name}.weight"),
-        around(text("scales")),
+        unnamed(unicode_op("scales")),
         *array_parts(w.scales, f"{name}.scales"),
-        around(b"ub"),
+        unnamed(b"ub"),
         stop,
     ]
 
 
-# %% book/chapters/10_convert.md, cell 15
+# %% book/chapters/10_convert.md, cell 24
 FilePlan = dict[str, list[Part]]                # file -> what it holds
 Planner = Callable[[Tensors, ModelConfig, int], FilePlan]
 Describer = Callable[[ModelConfig], dict[str, Any]]
 
 
-# %% book/chapters/10_convert.md, cell 16
+# %% book/chapters/10_convert.md, cell 25
 def slice_of(w: Any, index: tuple[int, ...]) -> Any:
     """One layer, or one expert of a layer; all of it for ()."""
     if isinstance(w, QuantizedTensor):
@@ -163,7 +253,7 @@ def slice_of(w: Any, index: tuple[int, ...]) -> Any:
     return w
 
 
-# %% book/chapters/10_convert.md, cell 17
+# %% book/chapters/10_convert.md, cell 26
 def plan_native(
     tensors: Tensors, config: ModelConfig, most: int
 ) -> FilePlan:
@@ -171,7 +261,7 @@ def plan_native(
     return {ONE_FILE: safetensors_parts(flat_arrays(tensors))}
 
 
-# %% book/chapters/10_convert.md, cell 18
+# %% book/chapters/10_convert.md, cell 27
 def plan_release(
     tensors: Tensors, config: ModelConfig, most: int
 ) -> FilePlan:
@@ -188,7 +278,7 @@ def plan_release(
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 20
+# %% book/chapters/10_convert.md, cell 29
 def release_settings(config: ModelConfig) -> dict[str, Any]:
     """A `config.json` of the release. CheckpointError for a model that
     it cannot describe.
@@ -223,107 +313,14 @@ def release_settings(config: ModelConfig) -> dict[str, Any]:
     return {**flat, "widening_factor": widening}
 
 
-# %% book/chapters/10_convert.md, cell 21
+# %% book/chapters/10_convert.md, cell 30
 TARGETS: dict[str, tuple[Planner, Describer]] = {
     "native": (plan_native, native_settings),
     "grok-1": (plan_release, release_settings),
 }
 
 
-# %% book/chapters/10_convert.md, cell 22
-SYNC = 2**25
-JOURNAL = "journal"
-
-
-# %% book/chapters/10_convert.md, cell 23
-class Journal(Watcher):
-    """Notes in `file` what is safe; `done` is file -> bytes."""
-
-    def __init__(self, file: IO[bytes], tell: Callable) -> None:
-        super().__init__()
-        self.file, self.tell = file, tell
-        self.done: dict[str, int] = {}
-        self.noted: set[str] = set()
-        self.waiting = 0
-
-    def note(self, **line: Any) -> None:
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def wrote(self, path: Path, size: int) -> None:
-        self.tell(size)
-        self.waiting += size
-        if self.waiting >= SYNC:
-            self.closed(path)
-
-    def closed(self, path: Path) -> None:
-        """What `path` holds by now is put on disk, then noted."""
-        fsync_path(path)
-        new = set(self.sums) - self.noted
-        sums = {name: self.sums[name] for name in sorted(new)}
-        self.note(file=path.name, at=path.stat().st_size, sums=sums)
-        self.noted |= new
-        self.waiting = 0
-
-
-# %% book/chapters/10_convert.md, cell 24
-def replay(journal: Journal) -> str | None:
-    """Take up the lines that are there; which job they belong to."""
-    job, end = None, 0
-    journal.file.seek(0)
-    for line in journal.file.read().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        entry = json.loads(line)
-        end += len(line)
-        job = entry.get("job", job)
-        journal.sums |= entry.get("sums", {})
-        if "file" in entry:
-            journal.done[entry["file"]] = entry["at"]
-    journal.file.truncate(end)
-    journal.noted = set(journal.sums)
-    return job
-
-
-# %% book/chapters/10_convert.md, cell 25
-def files_of(folder: Path) -> list[Path]:
-    """The checkpoint's files, and what stands beside it."""
-    inside = folder / "ckpt-0"
-    names = [folder / name for name in sorted(list_folder(folder))]
-    if inside in names:
-        names += [inside / name for name in sorted(list_folder(inside))]
-    return [path for path in names if path.is_file()]
-
-
-# %% book/chapters/10_convert.md, cell 26
-def job_of(folder: Path, to: str, most: int) -> str:
-    """A name for one conversion of one state of one folder."""
-    stats = [(str(p), p.stat()) for p in files_of(folder)]
-    state = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    words = json.dumps([state, to, most, lazy.BLOCK])
-    return hashlib.sha256(words.encode()).hexdigest()
-
-
-# %% book/chapters/10_convert.md, cell 27
-@contextmanager
-def locked(folder: Path) -> Iterator[IO[bytes]]:
-    """The journal of a partial folder, for one process at a time."""
-    import fcntl  # which Windows lacks: it may import this module
-
-    folder.mkdir(exist_ok=True)
-    with open(folder / JOURNAL, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{folder} is being written by another convert: wait "
-                "for it, or choose another folder"
-            ) from None
-        yield file
-
-
-# %% book/chapters/10_convert.md, cell 28
+# %% book/chapters/10_convert.md, cell 33
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -343,7 +340,7 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 29
+# %% book/chapters/10_convert.md, cell 34
 def check_disk_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -353,7 +350,7 @@ def check_disk_space(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 30
+# %% book/chapters/10_convert.md, cell 35
 WEIGHTS = {"config.json", "checksums.json", INDEX, "ckpt-0"}
 WEIGHT_SUFFIXES = {".safetensors"}
 
@@ -366,7 +363,7 @@ def companions(folder: Path) -> list[Path]:
     return [path for path in other if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 31
+# %% book/chapters/10_convert.md, cell 36
 def write_plan(new: Path, plan: FilePlan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
@@ -382,7 +379,7 @@ def write_plan(new: Path, plan: FilePlan, journal: Journal) -> None:
         fsync_path(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 37
 def finish(
     new: Path,
     target: Path,
@@ -403,7 +400,7 @@ def finish(
     fsync_path(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 38
 @contextmanager
 def cleared(new: Path) -> Iterator[None]:
     """Remove `new` when an error ends the work, not when a kill."""
@@ -417,7 +414,7 @@ def cleared(new: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 39
 def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -430,7 +427,11 @@ def begin(journal: Journal, new: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 40
+def silent(done: int, total: int) -> None:
+    """Nobody watches."""
+
+
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -443,24 +444,7 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 36
-def silent(done: int, total: int) -> None:
-    """Nobody watches."""
-
-
-# %% book/chapters/10_convert.md, cell 37
-def check_options(to: str, most: int | None) -> int:
-    """The size of a shard; ValueError for what makes no sense."""
-    if to not in TARGETS:
-        raise ValueError(f"to must be {', '.join(TARGETS)}: {to!r}")
-    if most is not None and (to != "hf" or most < 1):
-        raise ValueError(
-            f"max_shard_size is a number of bytes, for hf only: {most}"
-        )
-    return 5 * 10**9 if most is None else most
-
-
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 41
 FileMaker = Callable[[Path, ModelConfig], FilePlan]
 FILE_MAKERS: list[FileMaker] = []
 
@@ -473,34 +457,19 @@ def added_files(folder: Path, config: ModelConfig) -> FilePlan:
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 39
-def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    to: str = "native",
-    max_shard_size: int | None = None,
-    tell: Callable[[int, int], None] = silent,
-) -> None:
-    """Write the checkpoint `source` in another layout to `target`.
-
-    `to` is a name in `TARGETS`; for "hf", shards have at most
-    `max_shard_size` bytes [5 GB]. Raises CheckpointError and leaves
-    nothing behind; killed, the same call goes on. `tell(done, total)`
-    hears of bytes.
-    """
-    most = check_options(to, max_shard_size)
-    target = Path(target).absolute()
-    opened = open_checkpoint(Path(source))
-    folder, (plan_for, settings_for) = opened.folder, TARGETS[to]
-    check_target(folder, target)
-    settings = settings_for(opened.config)
-    plan = plan_for(opened.read(), opened.config, most)
-    plan |= added_files(folder, opened.config)
-    job = partial(job_of, folder, to, most)
-    carry_out(folder, target, plan, settings, job, tell)
+# %% book/chapters/10_convert.md, cell 42
+def check_options(to: str, most: int | None) -> int:
+    """The size of a shard; ValueError for what makes no sense."""
+    if to not in TARGETS:
+        raise ValueError(f"to must be {', '.join(TARGETS)}: {to!r}")
+    if most is not None and (to != "hf" or most < 1):
+        raise ValueError(
+            f"max_shard_size is a number of bytes, for hf only: {most}"
+        )
+    return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 40
+# %% book/chapters/10_convert.md, cell 43
 def carry_out(
     folder: Path,
     target: Path,
@@ -527,7 +496,37 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
+# %% book/chapters/10_convert.md, cell 44
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str = "native",
+    max_shard_size: int | None = None,
+    tell: Callable[[int, int], None] = silent,
+) -> None:
+    """Write the checkpoint `source` in another layout to `target`.
+
+    `to` is a name in `TARGETS`; for "hf", shards have at most
+    `max_shard_size` bytes [5 GB]. Raises CheckpointError and leaves
+    nothing behind; killed, the same call goes on. `tell(done, total)`
+    hears of bytes.
+    """
+    most = check_options(to, max_shard_size)
+    target = Path(target).absolute()
+    opened = open_checkpoint(Path(source))
+    folder, (plan_for, settings_for) = opened.folder, TARGETS[to]
+    check_target(folder, target)
+    settings = settings_for(opened.config)
+    plan = plan_for(opened.read(), opened.config, most)
+    plan |= added_files(folder, opened.config)
+    job = partial(job_of, folder, to, most)
+    carry_out(folder, target, plan, settings, job, tell)
+
+
 # %% book/chapters/10_convert.md, cell 52
+BF16 = DTYPE_CODES["BF16"]
+
+
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
@@ -555,7 +554,13 @@ class Rounded:
 
 
 # %% book/chapters/10_convert.md, cell 53
-BF16 = DTYPE_CODES["BF16"]
+@partial(jax.jit, static_argnames=("groups", "what"))
+def round_block(
+    w: Float[Array, "D F"], groups: int, what: str
+) -> tuple[Array, Bool[Array, ""]]:
+    """`weight` or `scales` of some columns, and if all are finite."""
+    q = quantize(w, groups)
+    return getattr(q, what), jnp.isfinite(w).all()
 
 
 # %% book/chapters/10_convert.md, cell 54
@@ -574,16 +579,6 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
 
 
 # %% book/chapters/10_convert.md, cell 55
-@partial(jax.jit, static_argnames=("groups", "what"))
-def round_block(
-    w: Float[Array, "D F"], groups: int, what: str
-) -> tuple[Array, Bool[Array, ""]]:
-    """`weight` or `scales` of some columns, and if all are finite."""
-    q = quantize(w, groups)
-    return getattr(q, what), jnp.isfinite(w).all()
-
-
-# %% book/chapters/10_convert.md, cell 56
 def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
@@ -593,7 +588,7 @@ def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     ])
 
 
-# %% book/chapters/10_convert.md, cell 57
+# %% book/chapters/10_convert.md, cell 56
 def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not spec.matrix:
@@ -604,7 +599,7 @@ def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     ))
 
 
-# %% book/chapters/10_convert.md, cell 58
+# %% book/chapters/10_convert.md, cell 57
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

@@ -60,7 +60,7 @@ def grok_config(
     )
 
 
-# %% book/chapters/10_convert.md, cell 19
+# %% book/chapters/10_convert.md, cell 28
 def grok_sizes(config: ModelConfig) -> dict[str, Any]:
     """What `grok_config` would have to be given for such a model."""
     layer = config.layer(0)

@@ -273,6 +273,7 @@ def is_weight(w: Any) -> bool:
     return isinstance(w, (QuantizedTensor, LazySlice))
 
 
+# %% book/chapters/07_sharding.md, cell 57
 def split_over(
     mesh: AnyMesh, function: Callable[..., Any], in_axes: Any,
     out_axes: Any,
@@ -302,7 +303,9 @@ def split_over(
             finally:
                 PART.reset(token)
 
-        specs = jax.tree.map(spec_of, arrays, in_axes, is_leaf=is_weight)
+        specs = jax.tree.map(
+            spec_of, arrays, in_axes, is_leaf=is_weight
+        )
         out = jax.tree.map(
             lambda axes: P(*(cut.get(a) for a in axes)),
             out_axes, is_leaf=is_axes,
@@ -315,7 +318,7 @@ def split_over(
     return run
 
 
-# %% book/chapters/07_sharding.md, cell 57
+# %% book/chapters/07_sharding.md, cell 58
 @dataclass(frozen=True)
 class OnMesh(OneDevice):
     """On all devices of a mesh; arrays look whole."""
@@ -356,7 +359,7 @@ class OnMesh(OneDevice):
         return self.constrain(k, axes), self.constrain(v, axes)
 
 
-# %% book/chapters/07_sharding.md, cell 58
+# %% book/chapters/07_sharding.md, cell 59
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -374,7 +377,7 @@ def find_mesh() -> OneDevice | None:
 PLACEMENTS.append(find_mesh)
 
 
-# %% book/chapters/07_sharding.md, cell 65
+# %% book/chapters/07_sharding.md, cell 66
 def copies_of_heads(
     kv_heads: int, q_heads: int, mesh: AnyMesh
 ) -> int:
@@ -386,7 +389,7 @@ def copies_of_heads(
     return math.lcm(kv_heads, axis_size(mesh, axis)) // kv_heads
 
 
-# %% book/chapters/07_sharding.md, cell 66
+# %% book/chapters/07_sharding.md, cell 67
 def gather_parted_heads(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K V"],
     q_heads: int, mesh: AnyMesh,

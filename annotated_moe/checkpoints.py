@@ -384,13 +384,15 @@ def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
     for slot in all_slots(c):
         heads, model = slot.spec.attention.q_heads, mesh["model"]
         if heads % model:
-            return f"model = {model} does not divide {heads} query heads"
+            return (
+                f"model = {model} does not divide {heads} query heads"
+            )
     return ""
 
 
 # %% book/chapters/09c_layouts.md, cell 44
 def fitting_meshes(c: ModelConfig, n: int) -> Iterator[str]:
-    """Meshes of n devices that divide a model: data x expert x model."""
+    """Meshes of n devices that divide a model, each as a text."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     for data in divisors:
         for expert in divisors:
@@ -438,7 +440,8 @@ def load_into_memory(
         try:
             own = place(full, w, spec, mesh, dtype)
         except CheckpointError as error:
-            raise CheckpointError(f"{opened.weights}: {error}") from None
+            why = f"{opened.weights}: {error}"
+            raise CheckpointError(why) from None
         params.setdefault(module, {})[name] = own
     tokenizer = opened.tokenizer()
     kind = MODEL_CLASSES[type(config)]
@@ -632,7 +635,7 @@ LAYOUTS.append(Layout("Hugging Face", find_hub, hub_config, read_hub))
 FINDERS.append(fetch_from_hub)
 
 
-# %% book/chapters/15_meta.md, cell 68
+# %% book/chapters/15_meta.md, cell 69
 def meta_tokenizer(
     folder: Path, config: ModelConfig | None = None
 ) -> Tokenizer | None:

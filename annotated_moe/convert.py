@@ -3,9 +3,10 @@
 down again in another layout needs a machine with 318 GB of memory, and
 some hours in which nothing may happen. This chapter holds a block of 16
 MiB, and anything may happen. By its end you will have `annotated-moe
-convert`, which carries a checkpoint between three layouts a block at a
-time, goes on where it was killed, and puts nothing under the new name
-before the last byte is safe.
+convert`, which carries a checkpoint from one layout to another a block
+at a time, goes on where it was killed, and puts nothing under the new
+name before the last byte is safe; and `annotated-moe quantize`, which
+rounds a model to 8 bits on the way.
 """
 
 import contextlib
@@ -66,179 +67,15 @@ from annotated_moe.formats.writing import (
     write_json,
 )
 from annotated_moe.model import flat_specs
-from annotated_moe.moe import MoESpec
 from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor, quantize
 
-
-# %% book/chapters/10_convert.md, cell 6
-def text(word: str) -> bytes:
-    """SHORT_BINUNICODE: a text of at most 255 bytes."""
-    data = word.encode()
-    return b"\x8c" + bytes([len(data)]) + data
-
-
-# %% book/chapters/10_convert.md, cell 7
-def named(module: str, name: str) -> bytes:
-    """STACK_GLOBAL: two texts, and pickle imports what they name."""
-    return text(module) + text(name) + b"\x93"
-
-
 # %% book/chapters/10_convert.md, cell 8
-def integer(value: int) -> bytes:
-    """The shortest of BININT1, BININT2 and BININT."""
-    if 0 <= value < 2**8:
-        return b"K" + value.to_bytes(1, "little")
-    if 0 <= value < 2**16:
-        return b"M" + value.to_bytes(2, "little")
-    return b"J" + value.to_bytes(4, "little", signed=True)
-
-
-# %% book/chapters/10_convert.md, cell 9
-def dtype_program(dtype: np.dtype) -> bytes:
-    """What leaves `dtype` on pickle's stack."""
-    codes = {"float32": ("f4", "<"), "int8": ("i1", "|")}
-    if dtype.name in codes:
-        code, order = codes[dtype.name]
-        what, sizes = text(code), (-1, -1, 0)
-    else:
-        order = "<"
-        what, sizes = named("ml_dtypes", "bfloat16"), (2, 2, 64)
-    made = named("numpy", "dtype") + what + b"\x89\x88\x87R"
-    state = integer(3) + text(order) + b"NNN"
-    return made + b"(" + state + b"".join(map(integer, sizes)) + b"tb"
-
-
-# %% book/chapters/10_convert.md, cell 10
-def array_parts(w: Any, name: str) -> list[Part]:
-    """An array's program, its data, and the end of its program."""
-    made = named("numpy.core.multiarray", "_reconstruct")
-    made += named("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
-    shape = b"(" + b"".join(map(integer, w.shape)) + b"t"
-    head = made + b"(" + integer(1) + shape + dtype_program(w.dtype)
-    data = Part(w, name)
-    width, op = (4, b"B") if data.size < 2**32 else (8, b"\x8e")
-    head += b"\x89" + op + data.size.to_bytes(width, "little")
-    return [around(head), data, around(b"tb")]
-
-
-# %% book/chapters/10_convert.md, cell 11
-def around(data: bytes) -> Part:
-    """Bytes that belong to no tensor."""
-    return Part(np.frombuffer(data, np.uint8))
-
-
-# %% book/chapters/10_convert.md, cell 12
-def pickle_parts(w: Any, name: str) -> list[Part]:
-    """One file of the Grok-1 layout: an array, or int8 and scales."""
-    start, stop = around(b"\x80\x04"), around(b".")
-    if not isinstance(w, QuantizedTensor):
-        return [start, *array_parts(w, name), stop]
-    pair = named("__main__", "QuantizedWeight8bit") + b")\x81}("
-    return [
-        start,
-        around(pair + text("weight")),
-        *array_parts(w.weight, f"{name}.weight"),
-        around(text("scales")),
-        *array_parts(w.scales, f"{name}.scales"),
-        around(b"ub"),
-        stop,
-    ]
-
-
-# %% book/chapters/10_convert.md, cell 15
-FilePlan = dict[str, list[Part]]                # file -> what it holds
-Planner = Callable[[Tensors, ModelConfig, int], FilePlan]
-Describer = Callable[[ModelConfig], dict[str, Any]]
-
-
-# %% book/chapters/10_convert.md, cell 16
-def slice_of(w: Any, index: tuple[int, ...]) -> Any:
-    """One layer, or one expert of a layer; all of it for ()."""
-    if isinstance(w, QuantizedTensor):
-        return QuantizedTensor(
-            slice_of(w.weight, index), slice_of(w.scales, index)
-        )
-    for i in index:
-        w = w[i]
-    return w
-
-
-# %% book/chapters/10_convert.md, cell 17
-def plan_native(
-    tensors: Tensors, config: ModelConfig, most: int
-) -> FilePlan:
-    """One file in our own layout."""
-    return {ONE_FILE: safetensors_parts(flat_arrays(tensors))}
-
-
-# %% book/chapters/10_convert.md, cell 18
-def plan_release(
-    tensors: Tensors, config: ModelConfig, most: int
-) -> FilePlan:
-    """A pickle for each tensor of each layer, as Grok-1's release."""
-    paths = {"/".join(path): path for path in tensors}
-    plan = {}
-    names = release_names(paths, config.num_layers)
-    for i, name in enumerate(names):
-        path, layer = our_path(name)
-        w = tensors[paths[path]]
-        file = f"tensor{i:05d}_000"
-        own = w if layer is None else slice_of(w, (layer,))
-        plan[f"ckpt-0/{file}"] = pickle_parts(own, file)
-    return plan
-
-
-# %% book/chapters/10_convert.md, cell 20
-def release_settings(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` of the release. CheckpointError for a model that
-    it cannot describe.
-    """
-    attention = config.layer(0).attention
-    if like_grok(config) != config or not isinstance(
-        config.layer(0).feed_forward, MoESpec
-    ):
-        raise CheckpointError(
-            "the grok-1 layout describes models of Grok-1's "
-            "architecture, and this is none: write it with --to native"
-        )
-    assert attention.rope is not None
-    if (attention.softcap, attention.rope.base) != (30.0, 10000.0):
-        raise CheckpointError(
-            "the grok-1 layout has no field for a soft cap other than "
-            "30 or a RoPE base other than 10000"
-        )
-    width = config.layer(0).feed_forward.width
-    widening = -(-3 * width // 2) / config.d_model
-    if ffn_size(config.d_model, widening) != width:
-        raise CheckpointError(
-            f"the grok-1 layout has no widening_factor for a width of "
-            f"{width}: it must be a multiple of 8"
-        )
-    sizes = grok_sizes(config)
-    flat = {name: sizes[ours] for name, ours in FIELD_NAMES.items()}
-    if len(config.eos_ids) != 1:
-        raise CheckpointError(
-            "the grok-1 layout has one eos_token, this model "
-            f"{len(config.eos_ids)}"
-        )
-    flat["eos_token"] = config.eos_ids[0]
-    return {**flat, "widening_factor": widening}
-
-
-# %% book/chapters/10_convert.md, cell 21
-TARGETS: dict[str, tuple[Planner, Describer]] = {
-    "native": (plan_native, native_settings),
-    "grok-1": (plan_release, release_settings),
-}
-
-
-# %% book/chapters/10_convert.md, cell 22
 SYNC = 2**25
 JOURNAL = "journal"
 
 
-# %% book/chapters/10_convert.md, cell 23
+# %% book/chapters/10_convert.md, cell 9
 class Journal(Watcher):
     """Notes in `file` what is safe; `done` is file -> bytes."""
 
@@ -270,7 +107,7 @@ class Journal(Watcher):
         self.waiting = 0
 
 
-# %% book/chapters/10_convert.md, cell 24
+# %% book/chapters/10_convert.md, cell 10
 def replay(journal: Journal) -> str | None:
     """Take up the lines that are there; which job they belong to."""
     job, end = None, 0
@@ -289,26 +126,7 @@ def replay(journal: Journal) -> str | None:
     return job
 
 
-# %% book/chapters/10_convert.md, cell 25
-def files_of(folder: Path) -> list[Path]:
-    """The checkpoint's files, and what stands beside it."""
-    inside = folder / "ckpt-0"
-    names = [folder / name for name in sorted(list_folder(folder))]
-    if inside in names:
-        names += [inside / name for name in sorted(list_folder(inside))]
-    return [path for path in names if path.is_file()]
-
-
-# %% book/chapters/10_convert.md, cell 26
-def job_of(folder: Path, to: str, most: int) -> str:
-    """A name for one conversion of one state of one folder."""
-    stats = [(str(p), p.stat()) for p in files_of(folder)]
-    state = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    words = json.dumps([state, to, most, lazy.BLOCK])
-    return hashlib.sha256(words.encode()).hexdigest()
-
-
-# %% book/chapters/10_convert.md, cell 27
+# %% book/chapters/10_convert.md, cell 11
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
     """The journal of a partial folder, for one process at a time."""
@@ -326,7 +144,183 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# %% book/chapters/10_convert.md, cell 28
+# %% book/chapters/10_convert.md, cell 14
+def files_of(folder: Path) -> list[Path]:
+    """The checkpoint's files, and what stands beside it."""
+    inside = folder / "ckpt-0"
+    names = [folder / name for name in sorted(list_folder(folder))]
+    if inside in names:
+        names += [inside / name for name in sorted(list_folder(inside))]
+    return [path for path in names if path.is_file()]
+
+
+# %% book/chapters/10_convert.md, cell 15
+def job_of(folder: Path, to: str, most: int) -> str:
+    """A name for one conversion of one state of one folder."""
+    stats = [(str(p), p.stat()) for p in files_of(folder)]
+    state = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    words = json.dumps([state, to, most, lazy.BLOCK])
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+# %% book/chapters/10_convert.md, cell 18
+def unicode_op(word: str) -> bytes:
+    """SHORT_BINUNICODE: a text of at most 255 bytes."""
+    data = word.encode()
+    return b"\x8c" + bytes([len(data)]) + data
+
+
+def global_op(module: str, name: str) -> bytes:
+    """STACK_GLOBAL: two texts, and pickle imports what they name."""
+    return unicode_op(module) + unicode_op(name) + b"\x93"
+
+
+def int_op(value: int) -> bytes:
+    """The shortest of BININT1, BININT2 and BININT."""
+    if 0 <= value < 2**8:
+        return b"K" + value.to_bytes(1, "little")
+    if 0 <= value < 2**16:
+        return b"M" + value.to_bytes(2, "little")
+    return b"J" + value.to_bytes(4, "little", signed=True)
+
+
+# %% book/chapters/10_convert.md, cell 19
+def dtype_program(dtype: np.dtype) -> bytes:
+    """What leaves `dtype` on pickle's stack."""
+    codes = {"float32": ("f4", "<"), "int8": ("i1", "|")}
+    if dtype.name in codes:
+        code, order = codes[dtype.name]
+        what, sizes = unicode_op(code), (-1, -1, 0)
+    else:
+        order = "<"
+        what, sizes = global_op("ml_dtypes", "bfloat16"), (2, 2, 64)
+    made = global_op("numpy", "dtype") + what + b"\x89\x88\x87R"
+    state = int_op(3) + unicode_op(order) + b"NNN"
+    return made + b"(" + state + b"".join(map(int_op, sizes)) + b"tb"
+
+
+# %% book/chapters/10_convert.md, cell 20
+def unnamed(data: bytes) -> Part:
+    """Bytes that belong to no tensor."""
+    return Part(np.frombuffer(data, np.uint8))
+
+
+def array_parts(w: Any, name: str) -> list[Part]:
+    """An array's program, its data, and the end of its program."""
+    made = global_op("numpy.core.multiarray", "_reconstruct")
+    made += global_op("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+    shape = b"(" + b"".join(map(int_op, w.shape)) + b"t"
+    head = made + b"(" + int_op(1) + shape + dtype_program(w.dtype)
+    data = Part(w, name)
+    width, op = (4, b"B") if data.size < 2**32 else (8, b"\x8e")
+    head += b"\x89" + op + data.size.to_bytes(width, "little")
+    return [unnamed(head), data, unnamed(b"tb")]
+
+
+# %% book/chapters/10_convert.md, cell 21
+def pickle_parts(w: Any, name: str) -> list[Part]:
+    """One file of the Grok-1 layout: an array, or int8 and scales."""
+    start, stop = unnamed(b"\x80\x04"), unnamed(b".")
+    if not isinstance(w, QuantizedTensor):
+        return [start, *array_parts(w, name), stop]
+    pair = global_op("__main__", "QuantizedWeight8bit") + b")\x81}("
+    return [
+        start,
+        unnamed(pair + unicode_op("weight")),
+        *array_parts(w.weight, f"{name}.weight"),
+        unnamed(unicode_op("scales")),
+        *array_parts(w.scales, f"{name}.scales"),
+        unnamed(b"ub"),
+        stop,
+    ]
+
+
+# %% book/chapters/10_convert.md, cell 24
+FilePlan = dict[str, list[Part]]                # file -> what it holds
+Planner = Callable[[Tensors, ModelConfig, int], FilePlan]
+Describer = Callable[[ModelConfig], dict[str, Any]]
+
+
+# %% book/chapters/10_convert.md, cell 25
+def slice_of(w: Any, index: tuple[int, ...]) -> Any:
+    """One layer, or one expert of a layer; all of it for ()."""
+    if isinstance(w, QuantizedTensor):
+        return QuantizedTensor(
+            slice_of(w.weight, index), slice_of(w.scales, index)
+        )
+    for i in index:
+        w = w[i]
+    return w
+
+
+# %% book/chapters/10_convert.md, cell 26
+def plan_native(
+    tensors: Tensors, config: ModelConfig, most: int
+) -> FilePlan:
+    """One file in our own layout."""
+    return {ONE_FILE: safetensors_parts(flat_arrays(tensors))}
+
+
+# %% book/chapters/10_convert.md, cell 27
+def plan_release(
+    tensors: Tensors, config: ModelConfig, most: int
+) -> FilePlan:
+    """A pickle for each tensor of each layer, as Grok-1's release."""
+    paths = {"/".join(path): path for path in tensors}
+    plan = {}
+    names = release_names(paths, config.num_layers)
+    for i, name in enumerate(names):
+        path, layer = our_path(name)
+        w = tensors[paths[path]]
+        file = f"tensor{i:05d}_000"
+        own = w if layer is None else slice_of(w, (layer,))
+        plan[f"ckpt-0/{file}"] = pickle_parts(own, file)
+    return plan
+
+
+# %% book/chapters/10_convert.md, cell 29
+def release_settings(config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` of the release. CheckpointError for a model that
+    it cannot describe.
+    """
+    attention = config.layer(0).attention
+    if like_grok(config) != config:
+        raise CheckpointError(
+            "the grok-1 layout describes models of Grok-1's "
+            "architecture, and this is none: write it with --to native"
+        )
+    assert attention.rope is not None
+    if (attention.softcap, attention.rope.base) != (30.0, 10000.0):
+        raise CheckpointError(
+            "the grok-1 layout has no field for a soft cap other than "
+            "30 or a RoPE base other than 10000"
+        )
+    width = config.layer(0).feed_forward.width
+    widening = -(-3 * width // 2) / config.d_model
+    if ffn_size(config.d_model, widening) != width:
+        raise CheckpointError(
+            f"the grok-1 layout has no widening_factor for a width of "
+            f"{width}: it must be a multiple of 8"
+        )
+    sizes = grok_sizes(config)
+    flat = {name: sizes[ours] for name, ours in FIELD_NAMES.items()}
+    if len(config.eos_ids) != 1:
+        raise CheckpointError(
+            "the grok-1 layout has one eos_token, this model "
+            f"{len(config.eos_ids)}"
+        )
+    flat["eos_token"] = config.eos_ids[0]
+    return {**flat, "widening_factor": widening}
+
+
+# %% book/chapters/10_convert.md, cell 30
+TARGETS: dict[str, tuple[Planner, Describer]] = {
+    "native": (plan_native, native_settings),
+    "grok-1": (plan_release, release_settings),
+}
+
+
+# %% book/chapters/10_convert.md, cell 33
 def check_target(source: Path, target: Path) -> None:
     """CheckpointError unless `target` is a free name in a folder."""
     if not target.parent.is_dir():
@@ -346,7 +340,7 @@ def check_target(source: Path, target: Path) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 29
+# %% book/chapters/10_convert.md, cell 34
 def check_disk_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
@@ -356,7 +350,7 @@ def check_disk_space(target: Path, needed: int) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 30
+# %% book/chapters/10_convert.md, cell 35
 WEIGHTS = {"config.json", "checksums.json", INDEX, "ckpt-0"}
 WEIGHT_SUFFIXES = {".safetensors"}
 
@@ -369,7 +363,7 @@ def companions(folder: Path) -> list[Path]:
     return [path for path in other if path.is_file()]
 
 
-# %% book/chapters/10_convert.md, cell 31
+# %% book/chapters/10_convert.md, cell 36
 def write_plan(new: Path, plan: FilePlan, journal: Journal) -> None:
     """Every file of the plan, from where the journal says it stands."""
     for name, parts in plan.items():
@@ -385,7 +379,7 @@ def write_plan(new: Path, plan: FilePlan, journal: Journal) -> None:
         fsync_path(path.parent)
 
 
-# %% book/chapters/10_convert.md, cell 32
+# %% book/chapters/10_convert.md, cell 37
 def finish(
     new: Path,
     target: Path,
@@ -406,7 +400,7 @@ def finish(
     fsync_path(target.parent)
 
 
-# %% book/chapters/10_convert.md, cell 33
+# %% book/chapters/10_convert.md, cell 38
 @contextmanager
 def cleared(new: Path) -> Iterator[None]:
     """Remove `new` when an error ends the work, not when a kill."""
@@ -420,7 +414,7 @@ def cleared(new: Path) -> Iterator[None]:
         raise
 
 
-# %% book/chapters/10_convert.md, cell 34
+# %% book/chapters/10_convert.md, cell 39
 def begin(journal: Journal, new: Path, job: str) -> None:
     """Take up the journal, or start one, for this job and no other."""
     found = replay(journal)
@@ -433,7 +427,11 @@ def begin(journal: Journal, new: Path, job: str) -> None:
         )
 
 
-# %% book/chapters/10_convert.md, cell 35
+# %% book/chapters/10_convert.md, cell 40
+def silent(done: int, total: int) -> None:
+    """Nobody watches."""
+
+
 def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     """Adds up what a journal hears, for somebody who watches."""
     done = 0
@@ -446,24 +444,7 @@ def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
     return add
 
 
-# %% book/chapters/10_convert.md, cell 36
-def silent(done: int, total: int) -> None:
-    """Nobody watches."""
-
-
-# %% book/chapters/10_convert.md, cell 37
-def check_options(to: str, most: int | None) -> int:
-    """The size of a shard; ValueError for what makes no sense."""
-    if to not in TARGETS:
-        raise ValueError(f"to must be {', '.join(TARGETS)}: {to!r}")
-    if most is not None and (to != "hf" or most < 1):
-        raise ValueError(
-            f"max_shard_size is a number of bytes, for hf only: {most}"
-        )
-    return 5 * 10**9 if most is None else most
-
-
-# %% book/chapters/10_convert.md, cell 38
+# %% book/chapters/10_convert.md, cell 41
 FileMaker = Callable[[Path, ModelConfig], FilePlan]
 FILE_MAKERS: list[FileMaker] = []
 
@@ -476,34 +457,19 @@ def added_files(folder: Path, config: ModelConfig) -> FilePlan:
     return plan
 
 
-# %% book/chapters/10_convert.md, cell 39
-def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    to: str = "native",
-    max_shard_size: int | None = None,
-    tell: Callable[[int, int], None] = silent,
-) -> None:
-    """Write the checkpoint `source` in another layout to `target`.
-
-    `to` is a name in `TARGETS`; for "hf", shards have at most
-    `max_shard_size` bytes [5 GB]. Raises CheckpointError and leaves
-    nothing behind; killed, the same call goes on. `tell(done, total)`
-    hears of bytes.
-    """
-    most = check_options(to, max_shard_size)
-    target = Path(target).absolute()
-    opened = open_checkpoint(Path(source))
-    folder, (plan_for, settings_for) = opened.folder, TARGETS[to]
-    check_target(folder, target)
-    settings = settings_for(opened.config)
-    plan = plan_for(opened.read(), opened.config, most)
-    plan |= added_files(folder, opened.config)
-    job = partial(job_of, folder, to, most)
-    carry_out(folder, target, plan, settings, job, tell)
+# %% book/chapters/10_convert.md, cell 42
+def check_options(to: str, most: int | None) -> int:
+    """The size of a shard; ValueError for what makes no sense."""
+    if to not in TARGETS:
+        raise ValueError(f"to must be {', '.join(TARGETS)}: {to!r}")
+    if most is not None and (to != "hf" or most < 1):
+        raise ValueError(
+            f"max_shard_size is a number of bytes, for hf only: {most}"
+        )
+    return 5 * 10**9 if most is None else most
 
 
-# %% book/chapters/10_convert.md, cell 40
+# %% book/chapters/10_convert.md, cell 43
 def carry_out(
     folder: Path,
     target: Path,
@@ -530,7 +496,37 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
+# %% book/chapters/10_convert.md, cell 44
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str = "native",
+    max_shard_size: int | None = None,
+    tell: Callable[[int, int], None] = silent,
+) -> None:
+    """Write the checkpoint `source` in another layout to `target`.
+
+    `to` is a name in `TARGETS`; for "hf", shards have at most
+    `max_shard_size` bytes [5 GB]. Raises CheckpointError and leaves
+    nothing behind; killed, the same call goes on. `tell(done, total)`
+    hears of bytes.
+    """
+    most = check_options(to, max_shard_size)
+    target = Path(target).absolute()
+    opened = open_checkpoint(Path(source))
+    folder, (plan_for, settings_for) = opened.folder, TARGETS[to]
+    check_target(folder, target)
+    settings = settings_for(opened.config)
+    plan = plan_for(opened.read(), opened.config, most)
+    plan |= added_files(folder, opened.config)
+    job = partial(job_of, folder, to, most)
+    carry_out(folder, target, plan, settings, job, tell)
+
+
 # %% book/chapters/10_convert.md, cell 52
+BF16 = DTYPE_CODES["BF16"]
+
+
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """A matrix [D, F] in 8 bits: its `weight` or its `scales`.
@@ -558,7 +554,13 @@ class Rounded:
 
 
 # %% book/chapters/10_convert.md, cell 53
-BF16 = DTYPE_CODES["BF16"]
+@partial(jax.jit, static_argnames=("groups", "what"))
+def round_block(
+    w: Float[Array, "D F"], groups: int, what: str
+) -> tuple[Array, Bool[Array, ""]]:
+    """`weight` or `scales` of some columns, and if all are finite."""
+    q = quantize(w, groups)
+    return getattr(q, what), jnp.isfinite(w).all()
 
 
 # %% book/chapters/10_convert.md, cell 54
@@ -577,16 +579,6 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
 
 
 # %% book/chapters/10_convert.md, cell 55
-@partial(jax.jit, static_argnames=("groups", "what"))
-def round_block(
-    w: Float[Array, "D F"], groups: int, what: str
-) -> tuple[Array, Bool[Array, ""]]:
-    """`weight` or `scales` of some columns, and if all are finite."""
-    q = quantize(w, groups)
-    return getattr(q, what), jnp.isfinite(w).all()
-
-
-# %% book/chapters/10_convert.md, cell 56
 def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
@@ -596,7 +588,7 @@ def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     ])
 
 
-# %% book/chapters/10_convert.md, cell 57
+# %% book/chapters/10_convert.md, cell 56
 def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not spec.matrix:
@@ -607,7 +599,7 @@ def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     ))
 
 
-# %% book/chapters/10_convert.md, cell 58
+# %% book/chapters/10_convert.md, cell 57
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -639,7 +631,8 @@ def write_tensor(w: Any, entry: Entry) -> list[Any]:
     w = slice_of(w, entry.index)
     change = TRANSFORMS[entry.transform].write
     if isinstance(w, QuantizedTensor):
-        return [change(w.weight, entry.spec), change(w.scales, entry.spec)]
+        both = w.weight, w.scales
+        return [change(part, entry.spec) for part in both]
     return [change(w, entry.spec)]
 
 
@@ -738,7 +731,7 @@ WEIGHTS |= {
 WEIGHT_SUFFIXES |= {".pth", ".bin"}
 
 
-# %% book/chapters/15_meta.md, cell 69
+# %% book/chapters/15_meta.md, cell 70
 def meta_files(folder: Path, config: ModelConfig) -> FilePlan:
     """What stands beside the weights elsewhere, and not here."""
     names = list_folder(folder)

@@ -37,7 +37,7 @@ from annotated_moe.sampling import (
 )
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 83
+# %% book/chapters/08_model.md, cell 85
 Numbers = float | Sequence[float]           # for all rows, or one a row
 Integers = int | Sequence[int]
 Rows = list[list[int]]
@@ -48,7 +48,7 @@ def bucket(size: int, most: int) -> int:
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 84
+# %% book/chapters/08_model.md, cell 86
 def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     """int32 [B, width]: the rows, filled up on the right."""
     tokens = np.full((len(rows), width), pad, np.int32)
@@ -57,7 +57,7 @@ def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 85
+# %% book/chapters/08_model.md, cell 87
 RunCheck = Callable[[Any, str, dict[str, Any]], None]
 RUN_CHECKS: list[RunCheck] = []
 
@@ -68,7 +68,7 @@ def announce(mesh: Any, call: str, **inputs: Any) -> None:
         check(mesh, call, inputs)
 
 
-# %% book/chapters/08_model.md, cell 86
+# %% book/chapters/08_model.md, cell 88
 class Session:
     """A cache, and the steps that fill it.
 
@@ -108,7 +108,7 @@ class Session:
         return logits
 
 
-# %% book/chapters/08_model.md, cell 87
+# %% book/chapters/08_model.md, cell 89
 def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     """The tokens; ValueError where logits were no finite numbers."""
     if NO_TOKEN in tokens:
@@ -120,7 +120,7 @@ def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 88
+# %% book/chapters/08_model.md, cell 90
 def token_steps(
     model: "Model", rows: Rows, settings: Sampling, count: int,
     tiles: Any = None,
@@ -143,7 +143,7 @@ def token_steps(
             logits = session.step(tokens)
 
 
-# %% book/chapters/08_model.md, cell 89
+# %% book/chapters/08_model.md, cell 91
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> Rows:
@@ -159,7 +159,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08_model.md, cell 92
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -170,7 +170,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 91
+# %% book/chapters/08_model.md, cell 93
 def logits(
     model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
     images: Any = None,
@@ -203,7 +203,7 @@ def logits(
     return jnp.where(mask[..., None], y, 0)
 
 
-# %% book/chapters/08_model.md, cell 92
+# %% book/chapters/08_model.md, cell 94
 def generate_ids(
     model: "Model", prompts: Iterable[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -232,7 +232,7 @@ def generate_ids(
     return collect(steps, len(rows), stop)
 
 
-# %% book/chapters/08_model.md, cell 93
+# %% book/chapters/08_model.md, cell 95
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -255,7 +255,7 @@ def stream_ids(
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% book/chapters/08_model.md, cell 94
+# %% book/chapters/08_model.md, cell 96
 def read_prompt(
     model: "Model", prompt: Any, images: Any = None,
     add_bos: bool | None = None,
@@ -282,7 +282,7 @@ def no_inputs(
     return None
 
 
-# %% book/chapters/08_model.md, cell 95
+# %% book/chapters/08_model.md, cell 97
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
@@ -307,7 +307,7 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 96
+# %% book/chapters/08_model.md, cell 98
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -339,7 +339,7 @@ def generate(
     return texts[0] if one else texts
 
 
-# %% book/chapters/08_model.md, cell 97
+# %% book/chapters/08_model.md, cell 99
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -361,7 +361,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08_model.md, cell 98
+# %% book/chapters/08_model.md, cell 100
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -424,7 +424,7 @@ class Model:
     stream = stream
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 101
 MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
 
 

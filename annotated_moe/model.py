@@ -190,7 +190,7 @@ def slot_params(params: Params, slot: Slot) -> Params:
     """
     found = {
         module: leaves for module, leaves in params.items()
-        if module.startswith(f"{slot.name}/")
+        if f"{module}/".startswith(f"{slot.name}/")
     }
     for module, leaves in found.items():
         for name, w in leaves.items():
@@ -358,7 +358,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 45
+# %% book/chapters/08_model.md, cell 47
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
@@ -377,7 +377,7 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% book/chapters/08_model.md, cell 46
+# %% book/chapters/08_model.md, cell 48
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -399,7 +399,7 @@ def unembed(
     return y.reshape(*lead, -1) * config.output_multiplier
 
 
-# %% book/chapters/08_model.md, cell 48
+# %% book/chapters/08_model.md, cell 50
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -415,7 +415,7 @@ def positions_of(
     return positions, real
 
 
-# %% book/chapters/08_model.md, cell 49
+# %% book/chapters/08_model.md, cell 51
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -442,7 +442,7 @@ def forward(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 52
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -453,7 +453,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 60
+# %% book/chapters/08_model.md, cell 62
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(slot: KVCache) -> KVCache:
@@ -473,7 +473,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )))
 
 
-# %% book/chapters/08_model.md, cell 61
+# %% book/chapters/08_model.md, cell 63
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for slot in cache.slots:
@@ -505,7 +505,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 62
+# %% book/chapters/08_model.md, cell 64
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,

@@ -623,7 +623,6 @@ def swiglu(
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-# %% book/chapters/15_llama.md, cell 9
 ACTIVATIONS["silu"] = swiglu
 
 

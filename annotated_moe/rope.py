@@ -80,7 +80,7 @@ class Rope(Spec):
         return rope(x, positions, self.base)
 
 
-# %% book/chapters/15_llama.md, cell 35
+# %% book/chapters/15_llama.md, cell 33
 def scale_rope_frequencies(
     inv_freq: Float32[Array, " pairs"],
     factor: float,
@@ -105,7 +105,7 @@ def scale_rope_frequencies(
     return (1 - keep) * inv_freq / factor + keep * inv_freq
 
 
-# %% book/chapters/15_llama.md, cell 36
+# %% book/chapters/15_llama.md, cell 34
 @dataclass(frozen=True)
 class Llama3Rope(Rope):
     """RoPE for a longer context, by four numbers. See

@@ -107,7 +107,7 @@ def from_json(raw: Any) -> Any:
         raise ValueError(said) from None
 
 
-# %% book/chapters/92_specs.md, cell 2
+# %% book/chapters/92_specs.md, cell 4
 def expected_by(hint: Any) -> str:
     """What a field's type asks for, in words."""
     base = typing.get_origin(hint)
@@ -123,7 +123,7 @@ def expected_by(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-# %% book/chapters/92_specs.md, cell 3
+# %% book/chapters/92_specs.md, cell 7
 def fits_type(value: Any, hint: Any) -> bool:
     """Whether a value is what a field's type asks for."""
     base = typing.get_origin(hint)
@@ -147,7 +147,7 @@ def fits_type(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
-# %% book/chapters/92_specs.md, cell 4
+# %% book/chapters/92_specs.md, cell 10
 def check_types(spec: Spec) -> None:
     """ValueError for the first field that its type does not allow."""
     for field in fields(spec):  # type: ignore[arg-type]

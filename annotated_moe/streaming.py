@@ -1,4 +1,4 @@
-# Generated from book/chapters/11_streaming.md by `make sync`; edit the chapter.
+# Generated from book/chapters/11_streaming.md, book/chapters/17b_pictures.md by `make sync`; edit the chapters.
 """Grok-1's files fill 318 GB, and a large laptop has 24 GB of memory.
 But a token uses two experts of eight, uses each of their weights once,
 and is done with it before the next layer begins. So the weights may
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import haiku as hk
@@ -52,6 +52,7 @@ from annotated_moe.config import (
     all_slots,
     slot_of,
 )
+from annotated_moe.families.vision import SeeingConfig, SeeingModel
 from annotated_moe.generate import Model
 from annotated_moe.linear import PRODUCTS
 from annotated_moe.model import (
@@ -1036,3 +1037,20 @@ def with_progress(
                    f"{size:.3g} GB read, {size / spent:.2g} GB/s")
         line.flush()
         yield token
+
+
+# %% book/chapters/17b_pictures.md, cell 46
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamedSeeingModel(StreamedModel, SeeingModel):
+    """A model that sees, run from its files."""
+
+    @cached_property
+    def encoder(self) -> Params:
+        return {
+            module: {name: self.store.fetch(module, name)
+                     for name in leaves}
+            for module, leaves in super().encoder.items()
+        }
+
+
+STREAMED_CLASSES[SeeingConfig] = StreamedSeeingModel

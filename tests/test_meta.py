@@ -566,7 +566,7 @@ def test_folders_that_are_refused(tmp_path):
     complains(folder(shorten), w1, "expects (32, 56)")
     complains(folder(shorten_one), "consolidated.01.pth", w1, "(27, 32)")
     complains(folder(other_norm), "norm.weight is not the same in all files")
-    complains(folder(quantize), "layers of decoder_layer/linear/w have several dtypes")
+    complains(folder(quantize), "decoder_layer/linear/w are not alike", "int8")
     gap = folder(files=4)
     (gap / "consolidated.01.pth").unlink()
     complains(gap, "lacks consolidated.01.pth")
@@ -575,7 +575,7 @@ def test_folders_that_are_refused(tmp_path):
     wide = {**LLAMA3, "multiple_of": 128}
     complains(folder(params=wide), w1, "expects (32, 128)")
     for bad, words in [
-        ({"colour": 1}, "'colour'"), ({"dim": "32"}, "dim must be an int"),
+        ({"head_colour": 1}, "'head_colour'"), ({"dim": "32"}, "dim must be an int"),
         ({"n_layers": 0}, "n_layers must be"), ({"norm_eps": float("nan")}, "norm_eps"),
         ({"use_scaled_rope": 1}, "true or false"), ({"n_heads": 5}, "dim / n_heads"),
         ({"head_dim": 4}, "head_dim is 4"), ({"moe_args": 3}, "moe_args"),
@@ -815,8 +815,8 @@ def test_images_join_to_the_same_bits(tmp_path):
     assert (vision.shuffle, vision.d_ff, vision.image_id) == (2, 64, V - 1)
     few = {n: w for n, w in eyes.items() if n != "vision_projection.weight"}
     complains(folder(2, eyes=few), "lacks vision_projection.weight")
-    odd = {**VISION_ARGS, "colour": 1}
-    complains(folder(1, {**params, "vision_args": odd}), "'colour'")
+    odd = {**VISION_ARGS, "patch_window": 1}
+    complains(folder(1, {**params, "vision_args": odd}), "'patch_window'")
     tall = {**VISION_ARGS, "patch_size": {"height": 2, "width": 4}}
     complains(folder(1, {**params, "vision_args": tall}), "patch_size", "square")
 

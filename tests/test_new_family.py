@@ -131,13 +131,13 @@ class NewFamily(Family):
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         each = [
-            WeightName(f"attn.{name}.weight", f"multi_head_attention/{name}/w", "transpose")
-            for name in ("query", "key", "value", "linear")
+            WeightName(f"attn.{n}.weight", f"multi_head_attention/{n}/w", "transpose")
+            for n in ("query", "key", "value", "linear")
         ]
-        for name in ("linear", "linear_v", "linear_1"):
+        for n in ("linear", "linear_v", "linear_1"):
             each += [
-                WeightName(f"mlp.{{expert}}.{name}.weight", f"moe/{name}/w", "transpose"),
-                WeightName(f"mlp.{{expert}}.{name}.bias", f"moe/{name}/b"),
+                WeightName(f"mlp.{{expert}}.{n}.weight", f"moe/{n}/w", "transpose"),
+                WeightName(f"mlp.{{expert}}.{n}.bias", f"moe/{n}/b"),
             ]
         return (
             WeightName("norm_1.weight", "rms_norm/scale"),
@@ -170,7 +170,7 @@ def model() -> am.Model:
     config = new_config()
     params: Any = init_params(jax.random.key(0), config)
     rng = np.random.default_rng(0)
-    for module, leaves in params.items():
+    for leaves in params.values():
         if "b" in leaves:
             shape = leaves["b"].shape
             leaves["b"] = jnp.asarray(rng.normal(size=shape), jnp.float32) * 0.1

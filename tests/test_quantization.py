@@ -13,19 +13,23 @@ import numpy as np
 import pytest
 from jax import export
 
+from annotated_moe.linear import product as any_product
 from annotated_moe.quantization import (
+    LazySlice,
     QuantizedTensor,
-    Row,
+    as_float,
+    change_bound,
     dequantize,
-    matmul,
     quantize,
+    quantized_matmul,
     read_rows,
+    read_slice,
     tile_rows,
     tiled_matmul,
     whole_matmul,
 )
 
-PRODUCTS = [whole_matmul, tiled_matmul, matmul]
+PRODUCTS = [whole_matmul, tiled_matmul, quantized_matmul]
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
@@ -86,7 +90,7 @@ def test_recorded_linear_in_bfloat16(recorded, case, product):
 def test_recorded_plain_linear(recorded, mode, dtype):
     x = jnp.asarray(recorded["linear.x"][0], dtype)
     w = jnp.asarray(recorded["linear_plain_bias.w"])
-    y = matmul(x, w) + recorded["linear_plain_bias.b"]
+    y = any_product(x, w) + recorded["linear_plain_bias.b"]
     out = {m: recorded[f"linear_plain_bias.out.{m}"][0] for m in ("f32", "bf16")}
     spread = np.abs(out["bf16"] - out["f32"]).max()
     atol = 1e-5 if mode == "f32" else spread
@@ -101,8 +105,8 @@ def test_recorded_expert(recorded, mode, dtype):
         tensor(recorded, f"expert3.{n}") for n in ("linear", "linear_v", "linear_1")
     )
     assert down.scales.shape[-2] == 2
-    hidden = jax.nn.gelu(matmul(x, gate), approximate=True) * matmul(x, up)
-    y = np.asarray(matmul(hidden.astype(dtype), down))
+    hidden = jax.nn.gelu(any_product(x, gate), approximate=True) * any_product(x, up)
+    y = np.asarray(any_product(hidden.astype(dtype), down))
     out = {m: recorded[f"expert3.out.{m}"] for m in ("f32", "bf16", "bf16e")}
     out = {m: a.reshape(y.shape) for m, a in out.items()}
     spread = max(np.abs(out[m] - out["f32"]).max() for m in ("bf16", "bf16e"))
@@ -245,40 +249,78 @@ def test_leading_indices(index, n, compiled):
         np.testing.assert_allclose(f(x, q, index), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("index", [(), (2,)])
-def test_row_is_the_row_of_the_stack(quantized, index):
-    lead = (4, 3)[: 1 + len(index)]
-    stack = random_tensor(1, *lead, d=16, f=6, groups=2)
-    stack = stack if quantized else dequantize(stack)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("index", [(3,), (1, 2)])
+def test_a_slice_is_the_slice_of_the_stack(dtype, index, compiled):
+    """Of a stack that is quantized, or of one in `dtype`."""
+    stack = random_tensor(1, *(4, 3)[: len(index)], d=16, f=6, groups=2)
+    stack = dequantize(stack, dtype) if dtype else stack
     x = jax.random.normal(jax.random.key(0), [2, 16])
-    row = Row(stack, jnp.int32(3))
-    assert row.shape == (*lead[1:], 16, 6) and row.ndim == len(row.shape)
-    cut = jax.tree.map(lambda a: a[3], stack)
+    cut = jax.tree.map(lambda a: a[index], stack)
+    product = jax.jit(any_product) if compiled else any_product
+    lazy = LazySlice(stack, tuple(map(jnp.int32, index)))
+    assert lazy.shape == (16, 6) and lazy.ndim == 2
     np.testing.assert_allclose(
-        matmul(x, row, index), matmul(x, cut, index), rtol=1e-6, atol=1e-6
+        product(x, lazy), any_product(x, cut), rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_array_equal(as_float(lazy), as_float(cut))
+    if dtype:
+        np.testing.assert_array_equal(read_slice(lazy), cut)
+        assert read_slice(lazy).dtype == lazy.dtype == dtype
+
+
+def test_indexing_goes_deeper_and_reads_nothing():
+    stack = random_tensor(1, 2, 3, d=16, f=6, groups=2)
+    x = jax.random.normal(jax.random.key(0), [2, 16])
+    lazy = stack[1][2]
+    assert isinstance(lazy, LazySlice) and lazy.stack is stack
+    assert (lazy.index, lazy.shape, stack[1].shape) == ((1, 2), (16, 6), (3, 16, 6))
+    np.testing.assert_array_equal(
+        any_product(x, lazy), quantized_matmul(x, stack, (1, 2))
     )
 
 
-def test_nested_rows():
-    stack = random_tensor(1, 2, 3, d=16, f=6, groups=2)
-    x = jax.random.normal(jax.random.key(0), [2, 16])
-    nested = Row(Row(stack, jnp.int32(1)), jnp.int32(2))
-    assert nested.shape == (16, 6)
-    np.testing.assert_array_equal(matmul(x, nested), matmul(x, stack, (1, 2)))
-
-
-def test_no_rows():
+def test_no_inputs():
     q = random_tensor(0, d=8, f=3, groups=2)
-    assert matmul(jnp.zeros([0, 8]), q).shape == (0, 3)
+    assert any_product(jnp.zeros([0, 8]), q).shape == (0, 3)
 
 
 def test_gradient_reaches_the_input():
     q = random_tensor(0, d=16, f=3, groups=2)
     x = jax.random.normal(jax.random.key(0), [4, 16])
-    grad = jax.grad(lambda x: matmul(x, q).sum())(x)
+    grad = jax.grad(lambda x: any_product(x, q).sum())(x)
     expected = np.tile(by_formula(q).sum(-1), (4, 1))
     np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_change_is_within_its_bound_and_of_its_size(groups):
+    """A number that bends, of a matrix in 8 bits and of a gain that is not."""
+    w = {
+        "w": jax.random.normal(jax.random.key(0), [256, 16]) / 16,
+        "gain": jnp.linspace(0.5, 1.5, 16),
+    }
+    q = w | {"w": quantize(w["w"], groups)}
+    x = jax.random.normal(jax.random.key(1), [500, 256])
+
+    def y(w, x):
+        return jnp.sum(jnp.tanh(x @ w["w"]) * w["gain"])
+
+    gradients = jax.vmap(jax.grad(y), (None, 0))(w, x)
+    worst, typical = jax.vmap(change_bound, (0, None))(gradients, q)
+    change = jax.vmap(y, (None, 0))(w | {"w": dequantize(q["w"])}, x)
+    change -= jax.vmap(y, (None, 0))(w, x)
+    assert (jnp.abs(change) <= worst).all()
+    assert abs(np.sqrt(np.mean((change / typical) ** 2)) - 1) < 0.15
+    size = jnp.square(step(q["w"], groups)[None] * gradients["w"])
+    np.testing.assert_allclose(
+        typical, jnp.sqrt(size.sum((1, 2)) / 12), rtol=1e-4
+    )
+
+
+def step(q, groups):
+    return np.repeat(np.asarray(q.scales, np.float32), q.shape[0] // groups, axis=0)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -288,7 +330,7 @@ def test_error_of_the_product_within_both_bounds(groups):
     q = quantize(w, groups)
     step = np.repeat(np.asarray(q.scales, np.float64), 256 // groups, axis=0)
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-    error = np.asarray(matmul(x, q)) - exact
+    error = np.asarray(any_product(x, q)) - exact
     worst = np.abs(x) @ step / 2
     typical = np.sqrt(np.square(x) @ step**2 / 12)
     assert (np.abs(error) <= worst + 1e-4).all()
@@ -321,38 +363,38 @@ def test_scratch_memory():
 
     size = 2048 * 1024
     assert scratch(whole_matmul, x, one) >= 4 * size
-    row = Row(q, jnp.int32(1))
+    lazy = LazySlice(q, (jnp.int32(1),))
     target = 4 * tile_rows(2048, 2**20 // 1024) * 1024
-    assert scratch(matmul, x, row) < 1.2 * target < 4 * size
+    assert scratch(any_product, x, lazy) < 1.2 * target < 4 * size
 
 
 def test_platform_is_chosen_when_lowered():
     q = random_tensor(0, d=64, f=8, groups=2)
     for platform, loops in [("cpu", 1), ("tpu", 0), ("cuda", 0)]:
-        program = export.export(jax.jit(matmul), platforms=[platform])
+        program = export.export(jax.jit(any_product), platforms=[platform])
         text = program(jnp.ones([2, 64]), q).mlir_module()
         assert text.count("stablehlo.while") == loops, platform
 
 
 @pytest.mark.parametrize(
-    "w, index",
+    "w",
     [
-        (random_tensor(0, d=9, f=3, groups=1), ()),
-        (random_tensor(0, 2, d=8, f=3, groups=1), ()),
-        (random_tensor(0, d=8, f=3, groups=1), (0,)),
-        (jnp.ones([9, 3]), ()),
-        (jnp.ones([2, 8, 3]), ()),
+        random_tensor(0, d=9, f=3, groups=1),
+        random_tensor(0, 2, d=8, f=3, groups=1),
+        random_tensor(0, 2, d=9, f=3, groups=1)[0],
+        jnp.ones([9, 3]),
+        jnp.ones([2, 8, 3]),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(w, index):
+def test_weights_that_do_not_fit_are_refused(w):
     with pytest.raises(ValueError, match="x of 8 features does not fit"):
-        matmul(jnp.ones([2, 8]), w, index)
+        any_product(jnp.ones([2, 8]), w)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 5), (2,), (1, 2, 4)])
 def test_scales_that_do_not_belong_are_refused(shape):
     q = QuantizedTensor(jnp.ones([8, 4], jnp.int8), jnp.ones(shape, jnp.bfloat16))
-    for use in (dequantize, lambda q: matmul(jnp.ones([2, 8]), q)):
+    for use in (dequantize, lambda q: any_product(jnp.ones([2, 8]), q)):
         with pytest.raises(ValueError, match="do not fit a weight of shape"):
             use(q)
 
@@ -372,14 +414,14 @@ def test_pytree():
 
     @jax.jit
     def scanned(x, stack):
-        return jax.lax.scan(lambda x, q: (matmul(x, q), q.scales), x, stack)
+        return jax.lax.scan(lambda x, q: (any_product(x, q), q.scales), x, stack)
 
     y, scales = scanned(x, jax.device_put(stack, jax.devices()[0]))
     for w in by_formula(stack):
         x = np.asarray(x, np.float64) @ w
     np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(scales, stack.scales)
-    leaves, treedef = jax.tree.flatten(Row(stack, jnp.int32(0)))
+    leaves, treedef = jax.tree.flatten(LazySlice(stack, (jnp.int32(0),)))
     assert [a.dtype for a in leaves] == [jnp.int8, jnp.bfloat16, jnp.int32]
     assert jax.tree.unflatten(treedef, leaves).shape == (16, 16)
 

@@ -11,83 +11,123 @@ import numpy as np
 import pytest
 
 import annotated_moe as am
-from annotated_moe import checkpoints, cli, convert, model
-from annotated_moe.checkpoints import expected, may_be_quantized
+from annotated_moe import checkpoints, convert, model
+from annotated_moe.attention import (
+    AttentionSpec,
+    Chunk,
+    NormedAttentionSpec,
+    UnitAttentionSpec,
+    Window,
+)
+from annotated_moe.checkpoints import groups_for
+from annotated_moe.config import LayerSpec, ModelConfig, Segment, slot_of
+from annotated_moe.families.grok import grok_config
 from annotated_moe.formats import lazy
 from annotated_moe.formats.files import CheckpointError
-from annotated_moe.moe import MoE, Route, plain
-from annotated_moe.quantization import change_bound, dequantize
+from annotated_moe.model import flat_specs
+from annotated_moe.moe import FeedForwardSpec, MoESpec, Route, SharedMoESpec
+from annotated_moe.params import ParamSpec
+from annotated_moe.quantization import as_float, change_bound, dequantize, quantize
+from annotated_moe.rope import Rope
 
-BASE = am.ModelConfig(
-    vocab_size=48, context=64, d_model=32, d_ff=48, num_layers=2, q_heads=4,
-    kv_heads=2, head_size=8, num_experts=4, embedding_multiplier=1.0,
-    output_multiplier=1.0, attn_multiplier=8**-0.5, attn_softcap=None,
-    post_norm=False, activation="silu", tied=False, dtype="float32",
-)  # fmt: skip
+HEADS = (4, 2, 8, 8**-0.5)
+
+
+def of(*pattern, repeats=1, **sizes):
+    return ModelConfig(
+        48, 64, 32, (Segment(pattern, repeats),), dtype="float32", **sizes)
+
+
+def experts(router, **more):
+    return MoESpec(4, 2, 48, "silu", router, **more)
+
+
+DENSE, ROPE = FeedForwardSpec(40, "silu"), Rope()
+NORMED = NormedAttentionSpec(*HEADS, rope=ROPE)
+FAR = UnitAttentionSpec(*HEADS, floor=4, scale=0.5)
+NEAR = UnitAttentionSpec(*HEADS, rope=ROPE, mask=Chunk(8), qk_norm_eps=1e-5)
+SHARED = SharedMoESpec(
+    4, 1, 48, "silu", "sigmoid", shared=FeedForwardSpec(48, "silu"), gate_input=True)
 FAMILY = {
-    "llama": replace(BASE, num_experts=1, top_k=1, attn_bias=True, mlp_bias=True),
-    "mixtral": replace(BASE, router="top_k_softmax", attn_window=7),
-    "qwen": replace(BASE, qk_norm="head", dense_layers=(1,), dense_ff=40, tied=True),
-    "olmoe": replace(BASE, qk_norm="whole", qkv_clip=0.7),
-    "llama4": replace(
-        BASE, router="sigmoid_input", top_k=1, moe_every=2, dense_ff=40,
-        shared_expert=True, qk_norm="after_rope", nope_every=2, attn_chunk=8,
-        attn_temperature=(4, 0.5),
-    ),
-    "grok": replace(
-        BASE, post_norm=True, activation="gelu", attn_softcap=30.0, tied=True,
-        embedding_multiplier=32**0.5, output_multiplier=3**-0.5,
-    ),
-}  # fmt: skip
+    "llama": of(
+        LayerSpec(AttentionSpec(*HEADS, rope=ROPE, bias=True),
+                  FeedForwardSpec(48, "silu", True)), repeats=2),
+    "mixtral": of(
+        LayerSpec(AttentionSpec(*HEADS, rope=ROPE, mask=Window(7)),
+                  experts("top_k_softmax")), repeats=2),
+    "qwen": of(
+        LayerSpec(NORMED, experts("top_k_softmax")), LayerSpec(NORMED, DENSE),
+        tied=True),
+    "olmoe": of(
+        LayerSpec(NormedAttentionSpec(
+            *HEADS, rope=ROPE, whole_norm=True, clip=0.7), experts("softmax_top_k")),
+        repeats=2),
+    "llama4": of(LayerSpec(NEAR, DENSE), LayerSpec(FAR, SHARED)),
+    "grok": grok_config(
+        vocab_size=48, context=64, d_model=32, d_ff=48, num_layers=2, q_heads=4,
+        kv_heads=2, head_size=8, num_experts=4, embedding_multiplier=32**0.5,
+        attn_multiplier=8**-0.5, dtype="float32"),
+}
 TOKENS = np.random.default_rng(5).integers(1, 48, (3, 20))
 
 
 def random_params(config, seed=7):
     rng, params = np.random.default_rng(seed), {}
-    for path, shape in expected(config).items():
-        w = rng.standard_normal(shape)
-        if path.endswith("/w"):
-            w *= shape[-2] ** -0.5 * (4 if "router" in path else 1)
-        elif path.endswith("/scale"):
+    for (module, leaf), spec in flat_specs(config).items():
+        w = rng.standard_normal(spec.shape)
+        if leaf == "w":
+            w *= spec.shape[-2] ** -0.5 * (4 if "router" in module else 1)
+        elif leaf == "scale":
             w = 1 + 0.2 * w
-        module, leaf = path.rsplit("/", 1)
         params.setdefault(module, {})[leaf] = jnp.asarray(w, jnp.float32)
     return params
 
 
-def matrices(params):
+def matrices(config, params):
     """(path, a matrix without its stack) of all that may be quantized."""
-    for module, leaves in params.items():
-        for leaf, w in leaves.items():
-            if may_be_quantized(f"{module}/{leaf}"):
-                for i in np.ndindex(w.shape[:-2]):
-                    yield f"{module}/{leaf}", i, w
+    for (module, leaf), spec in flat_specs(config).items():
+        w = params[module][leaf]
+        if spec.matrix:
+            for i in np.ndindex(w.shape[:-2]):
+                yield module, leaf, i, w
+
+
+def roomy(config):
+    """The model with seats for all, so that its training way drops nothing."""
+    def wider(layer):
+        part = layer.feed_forward
+        if isinstance(part, MoESpec):
+            part = replace(part, capacity_factor=float(part.num_experts))
+        return replace(layer, feed_forward=part)
+
+    return replace(config, layers=tuple(
+        replace(s, pattern=tuple(map(wider, s.pattern))) for s in config.layers))
 
 
 def with_gradient(config, tokens, params):
     """Logits [B, T, V] by the way that has a gradient, and the chosen experts.
 
-    The same function as `Model.logits`, for `capacity_and_drop` with room for
-    all drops nothing; the test compares the two.
+    The same function as `Model.logits`; the test compares the two.
     """
-    chosen = []
+    chosen, config = [], roomy(config)
 
     def spy(call, args, kwargs, context):
-        if isinstance(context.module, MoE):
-            context.module.capacity_factor = float(config.num_experts)
         y = call(*args, **kwargs)
         if isinstance(y, Route):
             chosen.append(jnp.sort(y.experts).reshape(*tokens.shape, -1))
         return y
 
-    layers, _ = model.split_params(params)
-    h = model.embed(params, jnp.asarray(tokens), config)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    table = params["in_out_embed"]["embeddings"]
+    h = model.embed(table, jnp.asarray(tokens), config)
+    b, t = tokens.shape
+    positions, real = model.positions_of(jnp.zeros(b, jnp.int32), t)
     with hk.intercept_methods(spy):
-        for i, kind in enumerate(model.kinds(config)):
-            own = model.slices_of(layers, model.place_of(config, i), kind)
-            layer = model.layer_function(config, kind).apply
-            h, _, _ = layer(own, h, positions, train=True)
+        for layer in range(config.num_layers):
+            slot, i = slot_of(config, layer)
+            stacks = model.slot_params(params, slot)
+            own = jax.tree.map(lambda w, i=i: w[i], stacks)
+            h, *_ = model.apply_layer(
+                own, slot, config, h, positions, real, train=True)
     return model.unembed(params, h, config, train=True), chosen
 
 
@@ -96,13 +136,18 @@ def sent_alike(config, shape, ours, theirs):
 
     It reaches all tokens behind it, which look back; in the last layer itself.
     """
-    last = model.kinds(config)[-1].experts
+    last = isinstance(config.layer(config.num_layers - 1).feed_forward, MoESpec)
     reached = np.zeros(shape, bool)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
         flips = np.asarray(a != b).any(-1)
         final = last and i == len(ours)
         reached |= flips if final else np.logical_or.accumulate(flips, axis=1)
     return ~reached
+
+
+def in_8_bits(config, params):
+    run = jax.jit(lambda params: checkpoints.quantize_params(params, config))
+    return run(params)
 
 
 @functools.cache
@@ -138,7 +183,8 @@ def held_to_the_bound(config, params, quantized, tokens, count=64):
     at = tuple(rng.integers(0, size, count) for size in sizes)
     read = reader(config)
     want, ours, (worst, typical) = read(params, quantized, tokens, at)
-    whole = {m: {n: plain(w) for n, w in ws.items()} for m, ws in quantized.items()}
+    whole = {
+        m: {n: as_float(w) for n, w in ws.items()} for m, ws in quantized.items()}
     other, theirs, _ = read(whole, quantized, tokens, at)
     got = np.asarray(am.Model(config, quantized).logits(tokens))
     np.testing.assert_allclose(got, other, atol=1e-4)
@@ -150,17 +196,17 @@ def held_to_the_bound(config, params, quantized, tokens, count=64):
 @pytest.mark.parametrize("name", FAMILY)
 def test_products_and_logits_of_every_family_are_within_the_bound(name):
     config, params = FAMILY[name], random_params(FAMILY[name])
-    quantized = jax.jit(checkpoints.quantize_params)(params)
+    quantized = in_8_bits(config, params)
     x = np.random.default_rng(1).standard_normal((6, 48)).astype(np.float32)
     count, ratios = 0, []
-    for path, i, w in matrices(params):
-        q = quantized[path[:-2]]["w"]
+    for module, leaf, i, w in matrices(config, params):
+        q = quantized[module][leaf]
         rows, times = x[:, : w.shape[-2]], w.shape[-2] // q.scales.shape[-2]
         step = np.asarray(q.scales[i], np.float32).repeat(times, 0)
         error = rows @ (np.asarray(q.weight[i]) * step - np.asarray(w[i]))
         worst = np.abs(rows) @ step / 2
         typical = np.sqrt(rows**2 @ step**2 / 12)
-        assert (np.abs(error) <= worst + 1e-5).all(), path
+        assert (np.abs(error) <= worst + 1e-5).all(), module
         ratios.append(np.sqrt(np.mean((error / typical) ** 2)))
         count += 1
     assert count >= 14 and 0.8 < np.mean(ratios) < 1.2
@@ -172,7 +218,7 @@ def test_products_and_logits_of_every_family_are_within_the_bound(name):
 
 def test_the_bound_notices_scales_of_another_group():
     config, params = FAMILY["mixtral"], random_params(FAMILY["mixtral"])
-    quantized = jax.jit(checkpoints.quantize_params)(params)
+    quantized = in_8_bits(config, params)
     name = "decoder_layer/multi_head_attention/linear"
     q = quantized[name]["w"]
     moved = am.QuantizedTensor(q.weight, jnp.roll(q.scales, 1, axis=-2))
@@ -183,14 +229,11 @@ def test_the_bound_notices_scales_of_another_group():
 
 def test_what_is_never_quantized():
     for config in FAMILY.values():
-        paths = [path for path in expected(config) if not may_be_quantized(path)]
-        for path in paths:
-            small = "router", "norm", "embed", "lm_head", "/b"
-            assert any(word in path for word in small), path
-        for part in ("shared", "moe", "decoder_layer/linear", "attention"):
-            ours = [p for p in expected(config) if part in p and p.endswith("/w")]
-            assert all(may_be_quantized(path) for path in ours)
-    assert not may_be_quantized("vision/layer_0/w")
+        for (module, leaf), spec in flat_specs(config).items():
+            path = f"{module}/{leaf}"
+            small = "router", "norm", "embed", "lm_head"
+            never = any(word in path for word in small) or leaf == "b"
+            assert spec.matrix == (not never), path
 
 
 def save(config, folder, dtype=np.float32):
@@ -200,14 +243,13 @@ def save(config, folder, dtype=np.float32):
 
 
 @pytest.mark.parametrize("name", ["llama4", "llama"])
-def test_the_command_writes_what_memory_would_hold(tmp_path, name, monkeypatch):
+def test_files_hold_what_memory_would(tmp_path, name, monkeypatch):
     config = FAMILY[name]
     params = save(config, tmp_path / "a", ml_dtypes.bfloat16)
     monkeypatch.setattr(lazy, "BLOCK", 4 * 32 * 20)      # 20 columns
-    job = ["quantize", str(tmp_path / "a"), str(tmp_path / "b")]
-    assert cli.main(job) == 0
+    convert.quantize_files(tmp_path / "a", tmp_path / "b")
     wide = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
-    want = jax.jit(checkpoints.quantize_params)(wide)
+    want = in_8_bits(config, wide)
     got = am.load(tmp_path / "b", dtype="float32").params
     for module, leaves in want.items():
         for leaf, w in leaves.items():
@@ -231,30 +273,32 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
 
 
 def test_groups_divide_whatever_the_width():
-    q = checkpoints.quantize_params(
-        {"decoder_layer/linear_1": {"w": jnp.ones((1, 20, 3))}}
-    )["decoder_layer/linear_1"]["w"]
+    spec = ParamSpec((1, 20, 3), (None, "mlp", "embed"), matrix=True)
+    assert groups_for(spec) == 4 and groups_for(spec, 3) == 1
+    assert groups_for(ParamSpec((1, 20, 3), (None, "embed", "mlp"), True)) == 1
+    q = quantize(jnp.ones((1, 20, 3)), groups_for(spec))
     assert q.scales.shape == (1, 4, 3)
     np.testing.assert_allclose(dequantize(q), 1, rtol=0.01)
 
 
 def test_a_cpu_widens_no_stack_of_bfloat16_weights():
     """Scratch of a model in bfloat16: less than half of its weights."""
-    wide = {"num_layers": 8, "d_model": 64, "d_ff": 128, "dtype": "bfloat16"}
-    config = replace(FAMILY["mixtral"], **wide)
-    shapes = {path: jax.ShapeDtypeStruct(shape, "bfloat16")
-              for path, shape in expected(config).items()}
-    params = {}
-    for path, shape in shapes.items():
-        module, leaf = path.rsplit("/", 1)
+    layer = replace(
+        FAMILY["mixtral"].layer(0), feed_forward=MoESpec(4, 2, 128, "silu"))
+    config = replace(
+        FAMILY["mixtral"], d_model=64, layers=(Segment((layer,), 8),),
+        dtype="bfloat16")
+    params, count = {}, 0
+    for (module, leaf), spec in flat_specs(config).items():
+        shape = jax.ShapeDtypeStruct(spec.shape, "bfloat16")
         params.setdefault(module, {})[leaf] = shape
+        count += shape.size
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     compiled = model.all_logits.lower(params, ids, config).compile()
-    scratch = compiled.memory_analysis().temp_size_in_bytes
-    assert scratch < sum(w.size for w in shapes.values())
+    assert compiled.memory_analysis().temp_size_in_bytes < count
 
 
 def test_a_nan_among_many_is_not_lost_in_a_maximum():
     w = jnp.ones((512, 512)).at[3, 5].set(jnp.nan)
     with pytest.raises(ValueError, match="NaN"):
-        am.quantization.quantize(w)
+        quantize(w)

@@ -32,10 +32,10 @@ from annotated_moe.families.grok import grok_config
 from annotated_moe.generate import Model
 from annotated_moe.linear import product
 from annotated_moe.model import (
+    apply_layer,
     embed,
     init_cache,
     layer_weights,
-    one_layer,
     param_specs,
     unembed,
 )
@@ -400,8 +400,8 @@ def test_bfloat16_rounds_where_the_resident_model_rounds(tmp_path):
             model.store, slot, index, h, positions, real, None
         )
         weights = layer_weights(resident.params, slot, c, index)
-        run = hk.transform(lambda *inputs: one_layer(slot, c.dtype, *inputs))  # noqa: B023
-        h = jax.jit(run.apply)(weights, None, h, positions, real)[0]
+        run = jax.jit(apply_layer, static_argnums=(1, 2))
+        h = run(weights, slot, c, h, positions, real)[0]
         off = np.abs(np.asarray(got) - np.asarray(h))
         assert h.std() > 1 and np.median(off) < 1e-5 and off.max() < 3e-2
     want = unembed(resident.params, h, c).reshape(32, -1)

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import annotated_moe as am
-from annotated_moe import convert, parallel
+from annotated_moe import cli, convert, parallel
 from annotated_moe.families import images, vision
 from annotated_moe.families.vision import SeeingModel, VisionSpec
 from annotated_moe.formats.hub import TRANSFORMS, hub_config
@@ -109,6 +109,23 @@ def test_on_a_mesh(gold, folder):
     np.testing.assert_allclose(y, gold["logits"], atol=1e-4)
     w = sharded.params["vision/layer/query"]["w"]
     assert w.sharding.is_fully_replicated
+
+
+def test_streamed(gold, folder, model, monkeypatch):
+    """Also when the prompt is read in parts that cut an image."""
+    monkeypatch.setattr("annotated_moe.streaming.MOST_TOKENS", 10)
+    streamed = am.load(folder, dtype="float32", stream=True)
+    eyes = ("vision/layer/query", "w")
+    ids, shown = gold["input_ids"], pictures(gold)
+    assert isinstance(streamed, SeeingModel)
+    y = streamed.logits(np.where(ids == 60, 3, ids))
+    np.testing.assert_allclose(y, model.logits(np.where(ids == 60, 3, ids)), atol=1e-4)
+    assert not streamed.store.counts.weights[eyes]      # nothing was shown
+    y = streamed.logits(ids, images=shown)
+    np.testing.assert_allclose(y, gold["logits"], atol=1e-4)
+    greedy = streamed.generate_ids(ids.tolist(), 2, images=shown)
+    assert greedy == gold["greedy"][:, :2].tolist()
+    assert streamed.store.counts.weights[eyes] == 1     # read once, and kept
 
 
 def test_there_and_back(gold, folder, tmp_path):
@@ -213,7 +230,7 @@ def test_sizes_of_no_encoder(change, said):
     ("projector_output_dim", 25, "projector_output_dim is 25; only 24"),
     ("intermediate_size", 60, "intermediate_size is 60; only 64"),
     ("pixel_shuffle_ratio", 0.3, "pixel_shuffle_ratio must be 1/n"),
-    ("new_field", 1, "'new_field' is not supported"),
+    ("attention_sinks", 1, "'attention_sinks' is not supported"),
     ("hidden_size", None, "lacks the field 'hidden_size'"),
 ])
 def test_a_configuration_that_is_refused(tmp_path, gold, field, value, said):
@@ -464,7 +481,7 @@ def test_settings_are_read():
     (beside({"max_patches": "gone"}), "lacks the field 'max_patches'"),
     (beside({"max_patches": 0}), "max_patches must be an int >= 1"),
     (beside({"image_std": [0.5, 0, 0.5]}), "image_std must be 3 positive"),
-    (beside({"sharpen": True}), "'sharpen' is not supported"),
+    (beside({"rescale_range": 2}), "'rescale_range' is not supported"),
     (beside({"image_processor_type": "CLIP"}), "image_processor_type is 'CLIP'"),
     (beside({"patch_token": "<p>"}, "processor_config.json"), "patch_token is '<p>'"),
     (beside({"patch_size": 14}, "processor_config.json"), "patch_size is 14; only 4"),
@@ -501,3 +518,28 @@ def test_a_picture_from_a_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ValueError, match=r"annotated-moe\[images\]"):
         images.read_image(tmp_path / "a.png")
+
+
+def test_the_command_line(talker, tmp_path, monkeypatch):
+    """A file becomes the tiles of its picture, in a chat too."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = picture(16, 16)
+    path = str(tmp_path / "a.png")
+    image.fromarray(pixels).save(path)
+    asked = []
+
+    def stream_ids(model, prompt, **options):
+        asked.append((prompt, options["images"]))
+        return iter([0])
+
+    monkeypatch.setattr(cli, "load_model", lambda *_: (talker, ""))
+    monkeypatch.setattr(Model, "stream_ids", stream_ids)
+    for prompt, ids in (("ab", [*ONE, 0, 1]), ("a<|image|>b", [0, *ONE, 1])):
+        for chat in ([], ["--chat"]):
+            line = ["generate", "--prompt", prompt, "--image", path, *chat]
+            assert cli.main(line) == 0
+            got, tiles = asked.pop()
+            assert got == ids
+            np.testing.assert_array_equal(tiles, images.image_tiles(pixels, TILES))
+    assert cli.main(["generate", "--prompt", "ab"]) == 0
+    assert asked.pop() == ([0, 1], None)

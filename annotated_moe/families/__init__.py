@@ -14,11 +14,11 @@ from annotated_moe.families.qwen import QWENS
 PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 
 
-# %% book/chapters/15_llama.md, cell 54
+# %% book/chapters/15_llama.md, cell 44
 PRESETS |= LLAMAS
 
 
-# %% book/chapters/16_mixtral.md, cell 83
+# %% book/chapters/16_mixtral.md, cell 84
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
 

@@ -60,7 +60,7 @@ def grok_config(
     )
 
 
-# %% book/chapters/10_convert.md, cell 19
+# %% book/chapters/10_convert.md, cell 28
 def grok_sizes(config: ModelConfig) -> dict[str, Any]:
     """What `grok_config` would have to be given for such a model."""
     layer = config.layer(0)
@@ -129,6 +129,7 @@ class GrokFamily(Family):
         WeightName("model.embed_tokens.weight",
                    "in_out_embed/embeddings"),
         WeightName("model.norm.scale", "rms_norm/scale"),
+        WeightName("lm_head.weight", "lm_head/embeddings"),
     )
 
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:

@@ -6,7 +6,7 @@ half a nat a token, than if it forgot everything every 256 tokens. Llama
 numbers. This chapter is about Llama, of which many open models are a
 variation: what it leaves out of Grok-1, what each of its generations
 changed, and how those four numbers work. By its end you will have
-fifteen Llamas, from 1 to 405 billion parameters, as a page of plain
+eighteen Llamas, from 1 to 405 billion parameters, as a page of plain
 data, a proof that the complex numbers in which they were published
 compute what this book computes, and the small model reading its 1,024
 tokens, mended in a line and without training.
@@ -37,8 +37,10 @@ from annotated_moe.formats.hub import (
 from annotated_moe.moe import FeedForwardSpec
 from annotated_moe.rope import Llama3Rope, Rope
 
+# %% book/chapters/15_llama.md, cell 12
+PLAIN = Rope(10000.0)
 
-# %% book/chapters/15_llama.md, cell 13
+
 def llama_config(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,
@@ -46,7 +48,7 @@ def llama_config(
     vocab_size: int = 32000,
     context: int = 2048,
     norm_eps: float = 1e-5,
-    rope: Rope = Rope(10000.0),
+    rope: Rope = PLAIN,
     tied: bool = False,
     eos_ids: tuple[int, ...] = (2,),
     d_model: int | None = None,
@@ -64,9 +66,12 @@ def llama_config(
     )
 
 
-# %% book/chapters/15_llama.md, cell 44
+# %% book/chapters/15_llama.md, cell 42
 LLAMA_1: dict[str, Any] = {"context": 2048, "norm_eps": 1e-6}
 LLAMA_2: dict[str, Any] = {"context": 4096}
+CODE_LLAMA: dict[str, Any] = {
+    "vocab_size": 32016, "context": 16384, "rope": Rope(1000000.0),
+}
 LLAMA_3: dict[str, Any] = {
     "vocab_size": 128256, "context": 8192, "rope": Rope(500000.0),
     "eos_ids": (128001, 128009),
@@ -79,19 +84,16 @@ LLAMA_3_1: dict[str, Any] = LLAMA_3 | {
 LLAMA_3_2: dict[str, Any] = LLAMA_3_1 | {
     "rope": Llama3Rope(500000.0, 32.0, 1.0, 4.0, 8192), "tied": True,
 }
-CODE_LLAMA: dict[str, Any] = {
-    "vocab_size": 32016, "context": 16384, "rope": Rope(1000000.0),
-}
 
 
-# %% book/chapters/15_llama.md, cell 45
+# %% book/chapters/15_llama.md, cell 43
 # Source: the params.json or config.json beside each model's weights.
 LLAMAS = {
     "llama-1-7b": llama_config(32, 32, 32, 11008, **LLAMA_1),
     "llama-1-13b": llama_config(40, 40, 40, 13824, **LLAMA_1),
     "llama-1-33b": llama_config(60, 52, 52, 17920, **LLAMA_1),
     "llama-1-65b": llama_config(
-        80, 64, 64, 22016, context=2048, norm_eps=1e-5),
+        80, 64, 64, 22016, **LLAMA_1 | {"norm_eps": 1e-5}),
     "llama-2-7b": llama_config(32, 32, 32, 11008, **LLAMA_2),
     "llama-2-13b": llama_config(40, 40, 40, 13824, **LLAMA_2),
     "llama-2-70b": llama_config(80, 64, 8, 28672, **LLAMA_2),
@@ -110,7 +112,7 @@ LLAMAS = {
 }
 
 
-# %% book/chapters/15_llama.md, cell 51
+# %% book/chapters/15_llama.md, cell 50
 NORMS = (
     WeightName("input_layernorm.weight", "rms_norm/scale"),
     WeightName("post_attention_layernorm.weight", "rms_norm_2/scale"),
@@ -127,11 +129,10 @@ def projections(
     for a, b in names.items():
         matrix = changes.get(a, "transpose")
         vector = "as is" if matrix == "transpose" else matrix
+        name = f"{theirs}{a}_proj"
         found += [
-            WeightName(
-                f"{theirs}{a}_proj.weight", f"{ours}{b}/w", matrix),
-            WeightName(
-                f"{theirs}{a}_proj.bias", f"{ours}{b}/b", vector),
+            WeightName(f"{name}.weight", f"{ours}{b}/w", matrix),
+            WeightName(f"{name}.bias", f"{ours}{b}/b", vector),
         ]
     return tuple(found)
 
@@ -143,6 +144,44 @@ MLP = projections("mlp.", "", GLU)
 
 
 # %% book/chapters/15_llama.md, cell 52
+def read_llama3_rope(fields: Fields, base: float) -> Rope:
+    return Llama3Rope(
+        base, fields.number("factor"), fields.number("low_freq_factor"),
+        fields.number("high_freq_factor"),
+        fields.size("original_max_position_embeddings"),
+    )
+
+
+ROPES["llama3"] = read_llama3_rope
+ROPE_FIELDS[Llama3Rope] = lambda rope: {
+    "rope_type": "llama3", "factor": rope.factor,
+    "low_freq_factor": rope.low, "high_freq_factor": rope.high,
+    "original_max_position_embeddings": rope.context,
+}
+
+
+# %% book/chapters/15_llama.md, cell 53
+def check_layer_types(fields: Fields, name: str) -> None:
+    """CheckpointError unless all layers, if any are named, are so."""
+    types = fields.get("layer_types", [])
+    if not isinstance(types, list) or set(map(str, types)) - {name}:
+        raise fields.error(
+            f"layer_types may name {name!r} alone: {types!r:.80}"
+        )
+
+
+def write_attention(spec: AttentionSpec) -> dict[str, Any]:
+    """The fields of attention that all these families share."""
+    return {
+        "num_attention_heads": spec.q_heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_size,
+        "attention_bias": spec.bias,
+        **(write_rope(spec.rope) if spec.rope else {}),
+    }
+
+
+# %% book/chapters/15_llama.md, cell 54
 class LlamaFamily(Family):
     """Llama, and what its relatives have in common with it."""
 
@@ -200,10 +239,13 @@ class LlamaFamily(Family):
     def write_layers(self, config: ModelConfig) -> dict[str, Any]:
         """The fields that `read_layers` reads."""
         layer = config.layer(0)
+        network = layer.feed_forward
+        if not isinstance(network, FeedForwardSpec):
+            raise ValueError("this architecture has no experts")
         return {
             **write_attention(layer.attention),
-            "intermediate_size": layer.feed_forward.width,
-            "mlp_bias": layer.feed_forward.bias,
+            "intermediate_size": network.width,
+            "mlp_bias": network.bias,
             "rms_norm_eps": layer.norm_eps,
         }
 
@@ -224,41 +266,3 @@ class LlamaFamily(Family):
 
 
 FAMILIES["LlamaForCausalLM"] = LlamaFamily()
-
-
-# %% book/chapters/15_llama.md, cell 53
-def check_layer_types(fields: Fields, name: str) -> None:
-    """CheckpointError unless all layers, if any are named, are so."""
-    types = fields.get("layer_types", [])
-    if not isinstance(types, list) or set(map(str, types)) - {name}:
-        raise fields.error(
-            f"layer_types may name {name!r} alone: {types!r:.80}"
-        )
-
-
-def write_attention(spec: AttentionSpec) -> dict[str, Any]:
-    """The fields of attention that all these families share."""
-    return {
-        "num_attention_heads": spec.q_heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_size,
-        "attention_bias": spec.bias,
-        **(write_rope(spec.rope) if spec.rope else {}),
-    }
-
-
-# %% book/chapters/15_llama.md, cell 55
-def read_llama3_rope(fields: Fields, base: float) -> Rope:
-    return Llama3Rope(
-        base, fields.number("factor"), fields.number("low_freq_factor"),
-        fields.number("high_freq_factor"),
-        fields.size("original_max_position_embeddings"),
-    )
-
-
-ROPES["llama3"] = read_llama3_rope
-ROPE_FIELDS[Llama3Rope] = lambda rope: {
-    "rope_type": "llama3", "factor": rope.factor,
-    "low_freq_factor": rope.low, "high_freq_factor": rope.high,
-    "original_max_position_embeddings": rope.context,
-}

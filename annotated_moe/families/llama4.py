@@ -333,7 +333,8 @@ def part_of_qkv(
         attention.q_heads, attention.kv_heads, attention.kv_heads
     )
     sizes = [len(w) * n // sum(heads) for n in heads]
-    if sum(sizes) != len(w) or any(n % attention.head_size for n in sizes):
+    whole = not any(n % attention.head_size for n in sizes)
+    if sum(sizes) != len(w) or not whole:
         raise CheckpointError(
             f"has {len(w)} outputs in a file, which are no whole heads "
             f"of {attention.head_size}, {' + '.join(map(str, heads))} "
@@ -392,7 +393,8 @@ ATTENTION_OF_THREE = (
                "transpose"),
 )
 TRAINED_DENSE = ATTENTION_OF_THREE + (
-    WeightName("feed_forward.mlp.layer_norm_weight", "rms_norm_2/scale"),
+    WeightName("feed_forward.mlp.layer_norm_weight",
+               "rms_norm_2/scale"),
     WeightName("feed_forward.mlp.fc1_weight", "linear/w",
                "first of two"),
     WeightName("feed_forward.mlp.fc1_weight", "linear_v/w",

@@ -33,6 +33,7 @@ def window_of(spec: AttentionSpec) -> int | None:
     return spec.mask.size if isinstance(spec.mask, Window) else None
 
 
+# %% book/chapters/16_mixtral.md, cell 68
 class MistralFamily(LlamaFamily):
     """Llama with a window, the same in all layers."""
 
@@ -52,7 +53,9 @@ class MistralFamily(LlamaFamily):
     def read_attention(self, fields: Fields) -> AttentionSpec:
         spec = super().read_attention(fields)
         size = self.read_window(fields)
-        return spec if size is None else replace(spec, mask=Window(size))
+        if size is None:
+            return spec
+        return replace(spec, mask=Window(size))
 
     def read_network(self, fields: Fields) -> FeedForwardSpec | MoESpec:
         return FeedForwardSpec(fields.size("intermediate_size"), "silu")
@@ -79,7 +82,7 @@ class MistralFamily(LlamaFamily):
 FAMILIES["MistralForCausalLM"] = MistralFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 69
+# %% book/chapters/16_mixtral.md, cell 70
 def expert_names(
     router: str, expert: str, theirs: tuple[str, str, str]
 ) -> tuple[WeightName, ...]:
@@ -96,7 +99,7 @@ MIXTRAL_EXPERTS = expert_names(
 )
 
 
-# %% book/chapters/16_mixtral.md, cell 70
+# %% book/chapters/16_mixtral.md, cell 71
 def experts_of(layer: LayerSpec) -> MoESpec:
     """A layer's experts; ValueError where it has none."""
     if not isinstance(layer.feed_forward, MoESpec):
@@ -138,7 +141,7 @@ class MixtralFamily(MistralFamily):
 FAMILIES["MixtralForCausalLM"] = MixtralFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 79
+# %% book/chapters/16_mixtral.md, cell 80
 def mixtral_config(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,

@@ -597,23 +597,27 @@ class SeeingModel(Model):
         tiles = check_images(rows, tiles, spec)
         if not len(tiles):
             return None
-        own = {
-            module: leaves for module, leaves in self.params.items()
-            if module.startswith("vision/")
-        }
         with self.on_mesh():
             embeddings = image_embeddings(
-                own, tiles, spec, self.config.dtype
+                self.encoder, tiles, spec, self.config.dtype
             )
         tokens = pad_rows(rows, width, -1)
         index = embedding_index(tokens, spec.image_id)
         return ImageInputs(embeddings, index)
 
+    @property
+    def encoder(self) -> Params:
+        """The parameters of the image encoder."""
+        return {
+            module: leaves for module, leaves in self.params.items()
+            if module.startswith("vision/")
+        }
+
 
 MODEL_CLASSES[SeeingConfig] = SeeingModel
 
 
-# %% book/chapters/17b_pictures.md, cell 48
+# %% book/chapters/17b_pictures.md, cell 49
 IMAGE_FILES = ["preprocessor_config.json", "processor_config.json"]
 COMPANIONS += [f for f in IMAGE_FILES if f not in COMPANIONS]
 
@@ -646,7 +650,7 @@ def image_fields(
     return own
 
 
-# %% book/chapters/17b_pictures.md, cell 49
+# %% book/chapters/17b_pictures.md, cell 50
 PROCESSOR_MARKS = {
     "start_of_image_token": START, "end_of_image_token": END,
     "image_token": IMAGE, "fake_image_token": IMAGE,
@@ -663,7 +667,7 @@ def check_processor(around: Fields, spec: VisionSpec) -> None:
     around.only("pixel_shuffle_ratio", 1 / spec.shuffle)
 
 
-# %% book/chapters/17b_pictures.md, cell 50
+# %% book/chapters/17b_pictures.md, cell 51
 IMAGE_FIXED = {
     "do_resize": True, "do_rescale": True, "do_normalize": True,
     "resample": 2, "resize_to_max_canvas": False,   # 2: linear
@@ -677,7 +681,7 @@ IMAGE_INERT = frozenset([
 PROCESSORS = "Llama4ImageProcessor", "Llama4ImageProcessorFast"
 
 
-# %% book/chapters/17b_pictures.md, cell 51
+# %% book/chapters/17b_pictures.md, cell 52
 def numbers_in(
     own: Fields, name: str, count: int
 ) -> tuple[float, ...]:
@@ -693,7 +697,7 @@ def numbers_in(
     return tuple(values)
 
 
-# %% book/chapters/17b_pictures.md, cell 52
+# %% book/chapters/17b_pictures.md, cell 53
 def image_settings(
     companions: Mapping[str, bytes], spec: VisionSpec
 ) -> ImageSettings:
@@ -716,7 +720,7 @@ def image_settings(
     return settings
 
 
-# %% book/chapters/17b_pictures.md, cell 55
+# %% book/chapters/17b_pictures.md, cell 56
 HF, META = "vision_model", "vision_embeddings.vision_encoder"
 VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
     (f"{HF}.class_embedding", f"{META}.class_embedding",
@@ -738,7 +742,7 @@ VISION_MODULES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-# %% book/chapters/17b_pictures.md, cell 56
+# %% book/chapters/17b_pictures.md, cell 57
 VISION_LAYER = (
     ("input_layernorm", "ln_1", "norm", "norm"),
     ("self_attn.q_proj", "attn.wq", "query", "turned"),
@@ -757,7 +761,7 @@ VISION_MODULES += tuple(
 )
 
 
-# %% book/chapters/17b_pictures.md, cell 57
+# %% book/chapters/17b_pictures.md, cell 58
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "array": (("", "", "as is"),),
     "norm": ((".weight", "/scale", "as is"),
@@ -770,7 +774,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-# %% book/chapters/17b_pictures.md, cell 58
+# %% book/chapters/17b_pictures.md, cell 59
 def vision_names(meta: bool) -> tuple[WeightName, ...]:
     """What a layout calls each parameter, Hugging Face's or Meta's."""
     return tuple(
@@ -783,14 +787,14 @@ def vision_names(meta: bool) -> tuple[WeightName, ...]:
 VISION_HF, VISION_META = vision_names(False), vision_names(True)
 
 
-# %% book/chapters/17b_pictures.md, cell 60
+# %% book/chapters/17b_pictures.md, cell 61
 TRANSFORMS["image halves"] = WeightTransform(
     lambda w, config: HalvesFromPairs(w, config.vision.head_size),
     lambda w, config: PairsFromHalves(w, config.vision.head_size),
 )
 
 
-# %% book/chapters/17b_pictures.md, cell 62
+# %% book/chapters/17b_pictures.md, cell 63
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",
@@ -819,7 +823,7 @@ VISION_INERT = frozenset([
 ])
 
 
-# %% book/chapters/17b_pictures.md, cell 63
+# %% book/chapters/17b_pictures.md, cell 64
 def read_vision(
     fields: Fields, around: Fields, d_model: int
 ) -> VisionSpec:
@@ -850,7 +854,7 @@ def read_vision(
     return spec
 
 
-# %% book/chapters/17b_pictures.md, cell 64
+# %% book/chapters/17b_pictures.md, cell 65
 def write_vision(spec: VisionSpec) -> dict[str, Any]:
     """The `vision_config` that `read_vision` reads."""
     sizes = {
@@ -867,7 +871,7 @@ def write_vision(spec: VisionSpec) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/17b_pictures.md, cell 66
+# %% book/chapters/17b_pictures.md, cell 67
 class SeeingFamily(Family):
     """A family's decoder with an image encoder before it."""
 

@@ -122,7 +122,8 @@ def release_config(path: Path) -> ModelConfig:
     layers = flat.get("num_layers", 1)
     if type(layers) is not int or not 0 < layers < 10_000:
         raise CheckpointError(
-            f"{path}: num_layers must be an int from 1 to 9999: {layers!r}"
+            f"{path}: num_layers must be an int from 1 to 9999: "
+            f"{layers!r}"
         )
     values = {FIELD_NAMES[name]: value for name, value in flat.items()}
     if "eos_ids" in values:

@@ -65,7 +65,9 @@ class Fields:
         """An int from 1 on."""
         value = self.get(name, default)
         if type(value) is not int or not 0 < value < 2**31:
-            raise self.error(f"{name} must be an int >= 1: {value!r:.80}")
+            raise self.error(
+                f"{name} must be an int >= 1: {value!r:.80}"
+            )
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
@@ -193,9 +195,11 @@ NAMES = """
     unsloth_version unsloth_fixed unsloth_processed is_llama_config
     attn_implementation experts_implementation cache_implementation
     use_flash_attn use_flash_attention use_flash_attention_2
-    flash_attention flash_attn attn_impl use_sdpa use_memory_efficient_attention
+    flash_attention flash_attn attn_impl use_sdpa
+    use_memory_efficient_attention
     use_kernel use_kernels fused_kernels use_liger_kernel
-    gradient_checkpointing use_gradient_checkpointing neftune_noise_alpha
+    gradient_checkpointing use_gradient_checkpointing
+    neftune_noise_alpha
     for_llm_compressor router_jitter_noise input_jitter_noise
     bos_token eos_token pad_token unk_token pad_token_id eos_token_id
     language license datasets tags base_model batch_size
@@ -534,10 +538,8 @@ def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
     found = raw.get("architectures") or raw.get("model_type")
     name = found[0] if isinstance(found, list) else found
     for architecture, family in FAMILIES.items():
-        if raw.get("architectures"):
-            known = architecture
-        else:
-            known = family.model_type
+        named = raw.get("architectures")
+        known = architecture if named else family.model_type
         if isinstance(name, str) and name.lower() == known.lower():
             return family
     shown = repr(name[:40]) if isinstance(name, str) else "none"
@@ -568,7 +570,8 @@ def check_scheme(path: Path, raw: Mapping[str, Any]) -> None:
         for name in (
             "quantization_config", "compression_config", "quantization"
         ):
-            scheme = where.get(name) if isinstance(where, dict) else None
+            own = where if isinstance(where, dict) else {}
+            scheme = own.get(name)
             if isinstance(scheme, dict):
                 method = scheme.get("quant_method")
                 if method == "int8-weight-scale" or not any(
@@ -578,7 +581,8 @@ def check_scheme(path: Path, raw: Mapping[str, Any]) -> None:
                 scheme = method or "a method without a name"
             if scheme:
                 raise CheckpointError(
-                    f"{path}: {name} is not supported ({scheme!r:.40}); "
+                    f"{path}: {name} is not supported "
+                    f"({scheme!r:.40}); "
                     "fetch the weights in bfloat16"
                 )
 

@@ -267,6 +267,7 @@ class ShardedArray(LazyArray):
         return part[i]
 
 
+# %% book/chapters/15_meta.md, cell 41
 def as_span(index: Any, size: int) -> slice:
     """One axis' index as a slice that steps forward."""
     if isinstance(index, slice):

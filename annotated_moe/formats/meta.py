@@ -50,7 +50,7 @@ from annotated_moe.formats.pth import open_pth
 from annotated_moe.model import flat_specs
 from annotated_moe.rope import Llama3Rope, Rope
 
-# %% book/chapters/15_meta.md, cell 43
+# %% book/chapters/15_meta.md, cell 44
 META_ENDS = (
     WeightName("tok_embeddings.weight", "in_out_embed/embeddings"),
     WeightName("norm.weight", "rms_norm/scale"),
@@ -76,7 +76,7 @@ META_LAYER = (
 )
 
 
-# %% book/chapters/15_meta.md, cell 47
+# %% book/chapters/15_meta.md, cell 48
 def join_shares(
     entry: Entry, shares: list[np.ndarray], shape: tuple[int, ...]
 ) -> Any:
@@ -107,7 +107,7 @@ def join_shares(
     return parts[0]
 
 
-# %% book/chapters/15_meta.md, cell 50
+# %% book/chapters/15_meta.md, cell 51
 def pth_files(folder: Path) -> list[Path]:
     """consolidated.00.pth and on; CheckpointError for a gap."""
     found = sorted(
@@ -143,7 +143,7 @@ def check_alike(
                 )
 
 
-# %% book/chapters/15_meta.md, cell 51
+# %% book/chapters/15_meta.md, cell 52
 def open_shares(folder: Path) -> dict[str, list[np.ndarray]]:
     """Name -> each file's share; tables of angles are left out."""
     files = pth_files(folder)
@@ -155,7 +155,7 @@ def open_shares(folder: Path) -> dict[str, list[np.ndarray]]:
     }
 
 
-# %% book/chapters/15_meta.md, cell 52
+# %% book/chapters/15_meta.md, cell 53
 def check_heads(where: Path, config: ModelConfig, files: int) -> None:
     """CheckpointError where a file would hold part of a head."""
     for slot in all_slots(config):
@@ -169,7 +169,7 @@ def check_heads(where: Path, config: ModelConfig, files: int) -> None:
                 )
 
 
-# %% book/chapters/15_meta.md, cell 53
+# %% book/chapters/15_meta.md, cell 54
 def check_tied(
     where: Path, shares: dict[str, list[np.ndarray]]
 ) -> None:
@@ -178,12 +178,13 @@ def check_tied(
     output = shares.get("output.weight", table)
     if any(as_bytes(a) != as_bytes(b) for a, b in zip(table, output)):
         raise CheckpointError(
-            f"{where}: output.weight is not tok_embeddings.weight, as it "
+            f"{where}: output.weight is not tok_embeddings.weight, as "
+            "it "
             "is in the published model of these sizes"
         )
 
 
-# %% book/chapters/15_meta.md, cell 54
+# %% book/chapters/15_meta.md, cell 55
 class MetaFamily(Family):
     """Llama 1 to 3, as Meta publishes them."""
 
@@ -216,7 +217,7 @@ def meta_family(
     return next(f for f in META_FAMILIES if f.matches(raw, names))
 
 
-# %% book/chapters/15_meta.md, cell 55
+# %% book/chapters/15_meta.md, cell 56
 def read_meta(
     folder: Path, config: ModelConfig
 ) -> dict[tuple[str, str], Any]:
@@ -255,7 +256,7 @@ def read_meta(
     }
 
 
-# %% book/chapters/15_meta.md, cell 57
+# %% book/chapters/15_meta.md, cell 58
 def ffn_width(
     hidden: int, multiplier: float, multiple: int, share: float = 1.0
 ) -> int:
@@ -276,7 +277,7 @@ def dense_width(fields: Fields) -> int:
     )
 
 
-# %% book/chapters/15_meta.md, cell 60
+# %% book/chapters/15_meta.md, cell 61
 def read_heads(fields: Fields) -> tuple[int, int, int]:
     """Query heads, key heads, and the features of one."""
     dim, heads = fields.size("dim"), fields.size("n_heads")
@@ -296,7 +297,7 @@ def read_rope_base(fields: Fields) -> float:
     return fields.number("rope_theta", 500000.0 if newer else 10000.0)
 
 
-# %% book/chapters/15_meta.md, cell 62
+# %% book/chapters/15_meta.md, cell 63
 def sizes_of(config: ModelConfig) -> tuple[Any, ...]:
     """What tells published Llamas apart."""
     attention = config.layer(0).attention
@@ -325,7 +326,7 @@ def as_published(config: ModelConfig) -> ModelConfig:
     )
 
 
-# %% book/chapters/15_meta.md, cell 63
+# %% book/chapters/15_meta.md, cell 64
 def generation_of(rope: Rope, norm_eps: float) -> dict[str, Any]:
     """What a file of such a model most likely is of."""
     if isinstance(rope, Llama3Rope):
@@ -354,7 +355,7 @@ def read_params(fields: Fields) -> ModelConfig:
     ))
 
 
-# %% book/chapters/15_meta.md, cell 64
+# %% book/chapters/15_meta.md, cell 65
 def count_words(folder: Path, dim: Any) -> int:
     """V, by the embedding: cut along words, or along features."""
     shares = open_shares(folder).get("tok_embeddings.weight", [])
@@ -387,15 +388,19 @@ def meta_config(folder: Path) -> ModelConfig:
     return config
 
 
-# %% book/chapters/15_meta.md, cell 67
+# %% book/chapters/15_meta.md, cell 68
 # Files of other layouts that this one leaves out: how to make them.
 META_COMPANIONS: dict[str, Callable[[ModelConfig], bytes | None]] = {}
 
 
 def meta_companions(config: ModelConfig) -> dict[str, bytes]:
     """Those that a model needs, by their names."""
-    made = {name: make(config) for name, make in META_COMPANIONS.items()}
-    return {name: data for name, data in made.items() if data is not None}
+    made = {
+        name: make(config) for name, make in META_COMPANIONS.items()
+    }
+    return {
+        name: data for name, data in made.items() if data is not None
+    }
 
 
 def find_meta(folder: Path, names: set[str]) -> Path | None:

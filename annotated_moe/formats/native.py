@@ -27,7 +27,8 @@ def is_native(folder: Path) -> bool:
     path = folder / "config.json"
     if not path.is_file():
         return False
-    return str(read_json(path).get("format")).startswith("annotated-moe")
+    said = str(read_json(path).get("format"))
+    return said.startswith("annotated-moe")
 
 
 # %% book/chapters/09c_layouts.md, cell 19

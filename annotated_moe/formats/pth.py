@@ -328,7 +328,8 @@ def find_storage(
                 "storage", Node() as kind, str(key), _, int(count)
             ),),
         ):
-            dtype, span = STORAGES.get(kind.kind), spans.get(f"data/{key}")
+            dtype = STORAGES.get(kind.kind)
+            span = spans.get(f"data/{key}")
         case _:
             raise CheckpointError("is a tensor without a storage")
     if dtype is None or span is None:
@@ -374,11 +375,14 @@ def view_of(
 ) -> np.ndarray:
     """The tensor that a node describes, as a view of its file."""
     match node:
-        case Node(kind=str(kind), args=(inner, *_)) if kind == PARAMETER:
+        case Node(
+            kind=str(kind), args=(inner, *_)
+        ) if kind == PARAMETER:
             node = inner
     match node:
         case Node(
-            kind=str(kind), args=(storage, offset, shape, strides, *rest)
+            kind=str(kind),
+            args=(storage, offset, shape, strides, *rest),
         ) if kind == TENSOR and 2 <= len(rest) <= 3:
             dtype, begin, count = find_storage(storage, spans)
         case _:

@@ -82,6 +82,7 @@ def write_part(
         append_bytes(path, data[skip:])
         skip = max(skip - len(data), 0)
         watcher.wrote(path, len(data))
+        del block, data             # before the next is made
     if part.name:
         watcher.sums[part.name] = digest.hexdigest()
 

@@ -69,18 +69,13 @@ class MistralFamily(LlamaFamily):
         )
         return [layer] * fields.size("num_hidden_layers")
 
-    def write_network(
-        self, part: FeedForwardSpec | MoESpec
-    ) -> dict[str, Any]:
-        return {"intermediate_size": part.width}
-
     def write_layers(self, config: ModelConfig) -> dict[str, Any]:
         layer = config.layer(0)
         return {
             **write_attention(layer.attention),
             "sliding_window": window_of(layer.attention),
             "rms_norm_eps": layer.norm_eps,
-            **self.write_network(layer.feed_forward),
+            "intermediate_size": layer.feed_forward.width,
         }
 
 

@@ -164,7 +164,8 @@ def test_floats_convert_too(tmp_path):
 
 
 def test_a_dense_model_goes_to_grok_1_but_has_no_hf_name(tmp_path):
-    am.save(model(grok_config(**SIZES | {"num_experts": 1, "top_k": 1})), tmp_path / "a")
+    dense = grok_config(**SIZES | {"num_experts": 1, "top_k": 1})
+    am.save(model(dense), tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", "grok-1")
     convert(tmp_path / "b", tmp_path / "c")
     assert content(tmp_path / "a") == content(tmp_path / "c")

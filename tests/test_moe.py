@@ -348,7 +348,8 @@ def test_blocks_hold_each_choice_once_and_one_expert_each(n, a, e, block):
 
 def test_block_rows():
     assert block_rows(1, 2, 8) == block_rows(2, 1, 8) == 1
-    assert block_rows(2, 2, 8) == block_rows(32, 2, 8) == 8
+    assert block_rows(2, 2, 8) == 2 and block_rows(4, 2, 8) == block_rows(8, 2, 8) == 4
+    assert block_rows(9, 2, 8) == block_rows(32, 2, 8) == 8
     assert block_rows(33, 2, 8) == 16 and block_rows(10**6, 2, 8) == 128
 
 
@@ -495,8 +496,12 @@ def layer(x, real=None, train=False, dtype=jnp.float32):
     return SPEC.build()(x, real, dtype, train)
 
 
+apply = jax.jit(layer.apply, static_argnums=(3, 4))
+init = jax.jit(layer.init)
+
+
 def output(params, x, real=None, train=False, dtype=jnp.float32):
-    return layer.apply(params, x, real, train, dtype)[0]
+    return apply(params, x, real, train, dtype)[0]
 
 
 def experts_of(params):
@@ -510,7 +515,7 @@ def whole_layer(params, x):
 
 
 def test_parameters_have_the_checkpoint_s_names():
-    params = layer.init(jax.random.key(0), normal(1, 3, 16))
+    params = init(jax.random.key(0), normal(1, 3, 16))
     shapes = {f"{module}/{name}": w.shape
               for module, leaves in params.items()
               for name, w in leaves.items()}  # fmt: skip
@@ -523,14 +528,14 @@ def test_parameters_have_the_checkpoint_s_names():
 
 
 def test_a_fresh_layer_keeps_the_size_of_its_input():
-    params = layer.init(jax.random.key(0), normal(1, 3, 16))
+    params = init(jax.random.key(0), normal(1, 3, 16))
     for name, d in [("linear", 16), ("linear_v", 16), ("linear_1", 24)]:
         assert 0.8 < np.std(params[f"moe/{name}"]["w"]) * d**0.5 < 1.2
 
 
 def test_module_takes_float_and_quantized_weights():
     x = normal(2, 3, 16)
-    params = layer.init(jax.random.key(0), x)
+    params = init(jax.random.key(0), x)
     want = whole_layer(params, x)
     np.testing.assert_allclose(output(params, x), want, atol=2e-5)
     eighth = {n: {"w": w["w"] if n == "router" else quantize(w["w"])}
@@ -541,7 +546,7 @@ def test_module_takes_float_and_quantized_weights():
 
 def test_module_routes_in_float32_and_computes_in_the_dtype():
     x = normal(2, 40, 16)
-    params = layer.init(jax.random.key(0), x)
+    params = init(jax.random.key(0), x)
     got = output(params, x, dtype=jnp.bfloat16)
     assert got.dtype == jnp.float32
     want = whole_layer(params, x)
@@ -551,7 +556,7 @@ def test_module_routes_in_float32_and_computes_in_the_dtype():
 
 def test_module_trains_by_capacity_and_serves_without():
     x = normal(1, 64, 16) + 2  # a crowd
-    params = layer.init(jax.random.key(0), x)
+    params = init(jax.random.key(0), x)
     r = route(x[0], params["router"]["w"], 2)
     lost = dropped(r.experts, 4, 1.5).any(1)
     assert 0 < lost.sum() < 64
@@ -573,15 +578,15 @@ def padded_batch():
 @pytest.mark.parametrize("train", [False, True])
 def test_padding_changes_no_answer_and_no_loss(train):
     x, longer, real = padded_batch()
-    params = layer.init(jax.random.key(0), x)
-    y, losses = layer.apply(params, x, None, train)
-    got, got_losses = layer.apply(params, longer, real, train)
+    params = init(jax.random.key(0), x)
+    y, losses = apply(params, x, None, train)
+    got, got_losses = apply(params, longer, real, train)
     if not train:  # more tokens, more seats: training may drop others
         np.testing.assert_allclose(got[:, 8:24], y, atol=1e-5)
     assert (got[~real] == 0).all()
     for name, loss in losses.items():
         np.testing.assert_allclose(got_losses[name], loss, rtol=1e-5)
-        counted = layer.apply(params, longer, None, train)[1][name]
+        counted = apply(params, longer, None, train)[1][name]
         assert abs(counted / loss - 1) > 0.05  # as it was
 
 
@@ -590,7 +595,7 @@ def test_padding_takes_no_seat():
     x = normal(1, 16, 16) + 2
     longer = jnp.concatenate([jnp.tile(x, (1, 3, 1)), x], axis=1)
     real = jnp.arange(64)[None] >= 48
-    params = layer.init(jax.random.key(0), x)
+    params = init(jax.random.key(0), x)
     want = whole_layer(params, x)
     got = output(params, longer, real, train=True)[:, 48:]
     np.testing.assert_allclose(got, want, atol=2e-5)
@@ -612,15 +617,16 @@ def test_padding_is_computed_by_no_expert():
         np.testing.assert_array_equal(np.where(rows == 64, 40, rows), alone_rows)
     x, longer, real = padded_batch()
     broken = jnp.where(real[..., None], longer, jnp.nan)
-    params = layer.init(jax.random.key(0), x)
-    got = output(params, broken, real)[:, 8:24]
-    np.testing.assert_allclose(got, whole_layer(params, x), atol=2e-5)
+    params = init(jax.random.key(0), x)
+    got = output(params, broken, real)
+    assert (got[~real] == 0).all()
+    np.testing.assert_allclose(got[:, 8:24], whole_layer(params, x), atol=2e-5)
 
 
 def test_a_layer_of_padding_alone_has_finite_losses():
     x = normal(1, 8, 16)
-    params = layer.init(jax.random.key(0), x)
-    y, losses = layer.apply(params, x, jnp.zeros((1, 8), bool))
+    params = init(jax.random.key(0), x)
+    y, losses = apply(params, x, jnp.zeros((1, 8), bool))
     assert (y == 0).all() and all(np.isfinite(v) for v in losses.values())
 
 
@@ -643,9 +649,9 @@ def test_the_expert_of_a_subclass_is_what_is_applied():
         return Doubled(SPEC)(x, jnp.ones(x.shape[:2], bool))[0]
 
     x = normal(1, 6, 16)
-    params = layer.init(jax.random.key(0), x)
-    twice = doubled.apply(params, x)
-    np.testing.assert_allclose(twice, 2 * output(params, x), rtol=1e-5)
+    params = init(jax.random.key(0), x)
+    want = 2 * output(params, x)
+    np.testing.assert_allclose(doubled.apply(params, x), want, rtol=1e-5)
 
 
 def test_every_activation_is_applied():
@@ -698,12 +704,13 @@ def test_sharded_experts_equal_whole_ones(data, expert, model, kind):
     x, real = normal(2, 12, 32), jnp.arange(12) < jnp.array([[12], [7]])
     spec = MoESpec(num_experts=4, top_k=2, width=64)
     split = hk.without_apply_rng(hk.transform(lambda x, real: spec.build()(x, real)[0]))
-    params = split.init(jax.random.key(0), x, real)
+    params = jax.jit(split.init)(jax.random.key(0), x, real)
     if kind == "int8":
         groups = {"moe/linear": 1, "moe/linear_v": 1, "moe/linear_1": 8}
         for name, count in groups.items():
             params[name] = {"w": quantize(params[name]["w"], count)}
-    whole = split.apply(params, x, real)
+    whole = jax.jit(split.apply)(params, x, real)
     with jax.set_mesh(make_mesh(data=data, expert=expert, model=model)):
         got = jax.jit(split.apply)(params, x, real)
+    assert len(got.sharding.device_set) == data * expert * model
     np.testing.assert_allclose(got, whole, atol=2e-5)

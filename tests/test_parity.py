@@ -4,6 +4,7 @@ Needs the extra `parity` (torch and transformers), which CI installs.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import model as M
+from annotated_moe.attention import AttentionSpec, Causal
+from annotated_moe.config import as_segments
+from annotated_moe.generate import pad_rows
+from annotated_moe.rope import Rope
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 tf = pytest.importorskip("transformers", reason="needs the extra `parity`")
@@ -56,6 +61,7 @@ CASES = {
         "LlamaForCausalLM",
         {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
     ),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 5}),
     "mixtral": ("MixtralForCausalLM", {**EXPERTS, "sliding_window": 5}),
     "qwen3": (
         "Qwen3MoeForCausalLM",
@@ -75,33 +81,75 @@ CASES = {
     ),
     "llama4": ("Llama4ForCausalLM", LLAMA4),
 }
-# What each switch becomes when it is turned off.
+
+
+def in_layers(config, change):
+    """A model with `change` of each of its layers' specs."""
+    layers = [change(config.layer(i)) for i in range(config.num_layers)]
+    return replace(config, layers=as_segments(layers))
+
+
+def in_part(part, **fields):
+    """`fields` of the parts that have them: attention or feed_forward."""
+    def change(layer):
+        old = getattr(layer, part)
+        own = {n: v for n, v in fields.items() if hasattr(old, n)}
+        return replace(layer, **{part: replace(old, **own)})
+
+    return partial(in_layers, change=change)
+
+
+def without_norms(config):
+    """Attention that norms no queries and keys, and clips nothing."""
+    def change(layer):
+        a = layer.attention
+        plain = AttentionSpec(
+            a.q_heads, a.kv_heads, a.head_size, a.multiplier, rope=a.rope,
+            mask=a.mask, bias=a.bias,
+        )
+        return replace(layer, attention=plain)
+
+    return in_layers(config, change)
+
+
+def everywhere_rope(config):
+    """RoPE in the layers that have none, as in the others."""
+    rope = config.layer(0).attention.rope
+    return in_part("attention", rope=rope)(config)
+
+
+attention, network = partial(in_part, "attention"), partial(in_part, "feed_forward")
+OLD_ROUTER = network(router="softmax_top_k")
+# What each model is without one thing that it has.
 SWITCHES = {
-    "llama": [
-        {"attn_bias": False},
-        {"mlp_bias": False},
-        {"rope_scaling": None},
-        {"activation": "gelu"},
-        {"rope_base": 500.0},
-        {"norm_eps": 0.1},
-        {"tied": True},
-    ],
-    "mixtral": [{"attn_window": None}, {"router": "softmax_top_k"}],
-    "qwen3": [{"qk_norm": "none"}, {"router": "softmax_top_k"}],
-    "olmoe": [
-        {"qk_norm": "none"},
-        {"qkv_clip": None},
-        {"router": "top_k_softmax"},
-    ],
-    "llama4": [
-        {"attn_chunk": None},
-        {"attn_temperature": None},
-        {"nope_every": 0},
-        {"qk_norm": "none"},
-        {"router": "softmax_top_k"},
-        {"shared_expert": False},
-        {"rope_scaling": None},
-    ],
+    "llama": {
+        "bias of attention": attention(bias=False),
+        "bias of the network": network(bias=False),
+        "slower RoPE": attention(rope=Rope(10000.0)),
+        "activation": network(activation="gelu"),
+        "base of RoPE": attention(rope=Rope(500.0)),
+        "eps": partial(in_layers, change=partial(replace, norm_eps=0.1)),
+        "eps of the last norm": partial(replace, norm_eps=0.1),
+        "output matrix": partial(replace, tied=True),
+    },
+    "mistral": {"window": attention(mask=Causal())},
+    "mixtral": {"window": attention(mask=Causal()), "router": OLD_ROUTER},
+    "qwen3": {"norms": without_norms, "router": OLD_ROUTER},
+    "olmoe": {
+        "norms": without_norms,
+        "whole norms' eps": attention(norm_eps=10.0),
+        "clip": attention(clip=None),
+        "router": network(router="top_k_softmax"),
+    },
+    "llama4": {
+        "chunks": attention(mask=Causal()),
+        "temperature": attention(floor=None),
+        "layers without RoPE": everywhere_rope,
+        "norms": attention(qk_norm_eps=None),
+        "router": OLD_ROUTER,
+        "gates on what is read": network(gate_input=False),
+        "slower RoPE": attention(rope=Rope(10000.0)),
+    },
 }
 
 
@@ -171,7 +219,7 @@ def test_cached_steps_and_greedy_tokens(case):
     lengths = np.array([9, 12], np.int32)
     rows = [list(map(int, row[:n])) for row, n in zip(pair.tokens, lengths)]
     cache = M.init_cache(pair.ours.config, 2, 32)
-    prompt = M.pad_rows(rows, 16)
+    prompt = pad_rows(rows, 16)
     logits, cache = pair.ours.prefill(prompt, lengths, cache)
     at = np.arange(2)
     for step in range(8):
@@ -196,12 +244,35 @@ def test_padding_on_either_side(case):
     assert not ours[~mask].any()
 
 
+def logits_of(config, params, tokens):
+    """Of a configuration that may have fewer parameters than there are."""
+    own = {
+        module: {name: params[module][name] for name in leaves}
+        for module, leaves in M.param_specs(config).items()
+    }
+    return np.asarray(M.all_logits(own, jnp.asarray(tokens), config))
+
+
 def test_no_switch_is_decoration(case):
     name, pair = case
     want = pair.logits(pair.tokens)
-    for change in SWITCHES[name]:
-        config = replace(pair.ours.config, **change)
-        assert config != pair.ours.config, change
-        off = M.all_logits(pair.ours.params, jnp.asarray(pair.tokens), config)
-        apart = np.abs(np.asarray(off) - want).max()
-        assert apart > 10 * ATOL, (change, apart)
+    for switch, off in SWITCHES[name].items():
+        config = off(pair.ours.config)
+        assert config != pair.ours.config, switch
+        apart = np.abs(logits_of(config, pair.ours.params, pair.tokens) - want)
+        assert apart.max() > 10 * ATOL, (switch, apart.max())
+
+
+def test_no_expert_is_decoration(case):
+    """Neither those that a router picks nor the one that is always there."""
+    name, pair = case
+    kinds = {"llama4": ["/moe/", "/shared/"], "llama": [], "mistral": []}
+    want = pair.logits(pair.tokens)
+    for kind in kinds.get(name, ["/moe/"]):
+        params = {
+            module: jax.tree.map(jnp.zeros_like, leaves)
+            if kind in f"{module}/" else leaves
+            for module, leaves in pair.ours.params.items()
+        }
+        off = logits_of(pair.ours.config, params, pair.tokens)
+        assert np.abs(off - want).max() > 10 * ATOL, kind

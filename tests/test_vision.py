@@ -230,7 +230,7 @@ def test_sizes_of_no_encoder(change, said):
     ("projector_output_dim", 25, "projector_output_dim is 25; only 24"),
     ("intermediate_size", 60, "intermediate_size is 60; only 64"),
     ("pixel_shuffle_ratio", 0.3, "pixel_shuffle_ratio must be 1/n"),
-    ("new_field", 1, "'new_field' is not supported"),
+    ("attention_sinks", 1, "'attention_sinks' is not supported"),
     ("hidden_size", None, "lacks the field 'hidden_size'"),
 ])
 def test_a_configuration_that_is_refused(tmp_path, gold, field, value, said):
@@ -481,7 +481,7 @@ def test_settings_are_read():
     (beside({"max_patches": "gone"}), "lacks the field 'max_patches'"),
     (beside({"max_patches": 0}), "max_patches must be an int >= 1"),
     (beside({"image_std": [0.5, 0, 0.5]}), "image_std must be 3 positive"),
-    (beside({"sharpen": True}), "'sharpen' is not supported"),
+    (beside({"rescale_range": 2}), "'rescale_range' is not supported"),
     (beside({"image_processor_type": "CLIP"}), "image_processor_type is 'CLIP'"),
     (beside({"patch_token": "<p>"}, "processor_config.json"), "patch_token is '<p>'"),
     (beside({"patch_size": 14}, "processor_config.json"), "patch_size is 14; only 4"),

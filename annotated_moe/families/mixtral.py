@@ -52,10 +52,10 @@ class MistralFamily(LlamaFamily):
 
     def read_attention(self, fields: Fields) -> AttentionSpec:
         spec = super().read_attention(fields)
-        window = self.read_window(fields)
-        if window is None:
+        size = self.read_window(fields)
+        if size is None:
             return spec
-        return replace(spec, mask=Window(window))
+        return replace(spec, mask=Window(size))
 
     def read_network(self, fields: Fields) -> FeedForwardSpec | MoESpec:
         return FeedForwardSpec(fields.size("intermediate_size"), "silu")
@@ -92,15 +92,10 @@ def expert_names(
     router: str, expert: str, theirs: tuple[str, str, str]
 ) -> tuple[WeightName, ...]:
     """A router's name, and those of gate, up and down matrices."""
-    ours = "linear", "linear_v", "linear_1"
-    return (
-        WeightName(f"{router}.weight", "router/w", "transpose"),
-        *(
-            WeightName(
-                f"{expert}.{a}.weight", f"moe/{b}/w", "transpose")
-            for a, b in zip(theirs, ours)
-        ),
-    )
+    names = {f"{router}.weight": "router/w"}
+    for a, b in zip(theirs, ("linear", "linear_v", "linear_1")):
+        names[f"{expert}.{a}.weight"] = f"moe/{b}/w"
+    return tuple(WeightName(*n, "transpose") for n in names.items())
 
 
 MIXTRAL_EXPERTS = expert_names(
@@ -113,7 +108,7 @@ MIXTRAL_EXPERTS = expert_names(
 def experts_of(layer: LayerSpec) -> MoESpec:
     """A layer's experts; ValueError where it has none."""
     if not isinstance(layer.feed_forward, MoESpec):
-        raise ValueError("this architecture needs experts")
+        raise ValueError("this architecture needs experts in layers")
     return layer.feed_forward
 
 
@@ -172,8 +167,8 @@ def mixtral_config(
     )
     part: FeedForwardSpec | MoESpec = FeedForwardSpec(d_ff, "silu")
     if num_experts > 1:
-        part = MoESpec(
-            num_experts, top_k, d_ff, "silu", "top_k_softmax")
+        rule = "top_k_softmax"
+        part = MoESpec(num_experts, top_k, d_ff, "silu", rule)
     layer = LayerSpec(attention, part)
     return ModelConfig(
         vocab_size, context, d_model or q_heads * head_size,
@@ -183,8 +178,7 @@ def mixtral_config(
 
 MIXTRALS = {
     "mistral-7b": mixtral_config(
-        32, 32, 8, 14336, num_experts=1, rope_base=10000.0,
-        window=4096),
+        32, 32, 8, 14336, num_experts=1, rope_base=1e4, window=4096),
     "mistral-7b-v0.3": mixtral_config(
         32, 32, 8, 14336, num_experts=1, vocab_size=32768),
     "mixtral-8x7b": mixtral_config(32, 32, 8, 14336),

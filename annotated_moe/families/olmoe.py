@@ -12,7 +12,11 @@ from annotated_moe.families.llama import (
     write_attention,
 )
 from annotated_moe.families.mixtral import experts_of
-from annotated_moe.families.qwen import QwenFamily, read_router
+from annotated_moe.families.qwen import (
+    QwenFamily,
+    read_router,
+    write_router,
+)
 from annotated_moe.formats.hub import FAMILIES, Fields
 from annotated_moe.moe import MoESpec
 from annotated_moe.rope import Rope
@@ -60,10 +64,8 @@ class OlmoeFamily(QwenFamily):
         return {
             **write_attention(attention),
             "rms_norm_eps": layer.norm_eps,
-            "num_experts": experts.num_experts,
-            "num_experts_per_tok": experts.top_k,
+            **write_router(experts),
             "intermediate_size": experts.width,
-            "norm_topk_prob": experts.router == "top_k_softmax",
             "clip_qkv": attention.clip,
         }
 

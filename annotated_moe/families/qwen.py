@@ -37,6 +37,15 @@ def read_router(fields: Fields) -> str:
     return "top_k_softmax" if renormalised else "softmax_top_k"
 
 
+def write_router(experts: MoESpec) -> dict[str, Any]:
+    """How many experts, and how they are chosen."""
+    return {
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": experts.top_k,
+        "norm_topk_prob": experts.router == "top_k_softmax",
+    }
+
+
 # %% book/chapters/16_mixtral.md, cell 73
 def read_sparse(fields: Fields) -> list[bool]:
     """For each layer, whether it has experts."""
@@ -104,23 +113,20 @@ class QwenFamily(LlamaFamily):
 
     def write_layers(self, config: ModelConfig) -> dict[str, Any]:
         layers = [config.layer(i) for i in range(config.num_layers)]
-        bare = [i for i, layer in enumerate(layers)
-                if not isinstance(layer.feed_forward, MoESpec)]
-        sparse = [
-            layer for i, layer in enumerate(layers) if i not in bare]
-        experts = experts_of((sparse or layers)[0])
-        dense = layers[bare[0]].feed_forward if bare else experts
+        dense = [i for i, layer in enumerate(layers)
+                 if not isinstance(layer.feed_forward, MoESpec)]
+        sparse = [i for i in range(len(layers)) if i not in dense]
+        experts = experts_of(layers[(sparse + dense)[0]])
+        plain = layers[(dense + sparse)[0]].feed_forward
         return {
             **write_attention(layers[0].attention),
             "rms_norm_eps": layers[0].norm_eps,
-            "num_experts": experts.num_experts,
+            **write_router(experts),
             "num_local_experts": experts.num_experts,
-            "num_experts_per_tok": experts.top_k,
             "moe_intermediate_size": experts.width,
-            "intermediate_size": dense.width,
+            "intermediate_size": plain.width,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": bare,
-            "norm_topk_prob": experts.router == "top_k_softmax",
+            "mlp_only_layers": dense,
             "use_sliding_window": False,
         }
 

@@ -538,9 +538,8 @@ def family_of(path: Path, raw: Mapping[str, Any]) -> Family:
     found = raw.get("architectures") or raw.get("model_type")
     name = found[0] if isinstance(found, list) else found
     for architecture, family in FAMILIES.items():
-        known = family.model_type
-        if raw.get("architectures"):
-            known = architecture
+        named = raw.get("architectures")
+        known = architecture if named else family.model_type
         if isinstance(name, str) and name.lower() == known.lower():
             return family
     shown = repr(name[:40]) if isinstance(name, str) else "none"

@@ -164,15 +164,15 @@ def job_of(folder: Path, to: str, most: int) -> str:
 
 
 # %% book/chapters/10_convert.md, cell 18
-def unicode_op(word: str) -> bytes:
+def text_op(word: str) -> bytes:
     """SHORT_BINUNICODE: a text of at most 255 bytes."""
     data = word.encode()
     return b"\x8c" + bytes([len(data)]) + data
 
 
-def global_op(module: str, name: str) -> bytes:
+def import_op(module: str, name: str) -> bytes:
     """STACK_GLOBAL: two texts, and pickle imports what they name."""
-    return unicode_op(module) + unicode_op(name) + b"\x93"
+    return text_op(module) + text_op(name) + b"\x93"
 
 
 def int_op(value: int) -> bytes:
@@ -190,12 +190,12 @@ def dtype_program(dtype: np.dtype) -> bytes:
     codes = {"float32": ("f4", "<"), "int8": ("i1", "|")}
     if dtype.name in codes:
         code, order = codes[dtype.name]
-        what, sizes = unicode_op(code), (-1, -1, 0)
+        what, sizes = text_op(code), (-1, -1, 0)
     else:
         order = "<"
-        what, sizes = global_op("ml_dtypes", "bfloat16"), (2, 2, 64)
-    made = global_op("numpy", "dtype") + what + b"\x89\x88\x87R"
-    state = int_op(3) + unicode_op(order) + b"NNN"
+        what, sizes = import_op("ml_dtypes", "bfloat16"), (2, 2, 64)
+    made = import_op("numpy", "dtype") + what + b"\x89\x88\x87R"
+    state = int_op(3) + text_op(order) + b"NNN"
     return made + b"(" + state + b"".join(map(int_op, sizes)) + b"tb"
 
 
@@ -207,8 +207,8 @@ def unnamed(data: bytes) -> Part:
 
 def array_parts(w: Any, name: str) -> list[Part]:
     """An array's program, its data, and the end of its program."""
-    made = global_op("numpy.core.multiarray", "_reconstruct")
-    made += global_op("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+    made = import_op("numpy.core.multiarray", "_reconstruct")
+    made += import_op("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
     shape = b"(" + b"".join(map(int_op, w.shape)) + b"t"
     head = made + b"(" + int_op(1) + shape + dtype_program(w.dtype)
     data = Part(w, name)
@@ -223,12 +223,12 @@ def pickle_parts(w: Any, name: str) -> list[Part]:
     start, stop = unnamed(b"\x80\x04"), unnamed(b".")
     if not isinstance(w, QuantizedTensor):
         return [start, *array_parts(w, name), stop]
-    pair = global_op("__main__", "QuantizedWeight8bit") + b")\x81}("
+    pair = import_op("__main__", "QuantizedWeight8bit") + b")\x81}("
     return [
         start,
-        unnamed(pair + unicode_op("weight")),
+        unnamed(pair + text_op("weight")),
         *array_parts(w.weight, f"{name}.weight"),
-        unnamed(unicode_op("scales")),
+        unnamed(text_op("scales")),
         *array_parts(w.scales, f"{name}.scales"),
         unnamed(b"ub"),
         stop,

@@ -31,7 +31,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from annotated_moe.convert import global_op, pickle_parts
+from annotated_moe.convert import import_op, pickle_parts
 from annotated_moe.formats.files import CheckpointError
 from annotated_moe.formats.lazy import as_bytes
 from annotated_moe.formats.pickles import (
@@ -89,12 +89,12 @@ def numbers() -> st.SearchStrategy[int]:
 
 # Damage to bytes: an edit is a place (in thousandths), a kind and data.
 WORDS = [
-    b"cos\nsystem\n", global_op("os", "system"), global_op("builtins", "eval"),
-    global_op("__main__", "QuantizedWeight8bit"), b"\x8c\x04exec", b"R.", b"\x81", b"b",
+    b"cos\nsystem\n", import_op("os", "system"), import_op("builtins", "eval"),
+    import_op("__main__", "QuantizedWeight8bit"), b"\x8c\x04exec", b"R.", b"\x81", b"b",
     b"\x8e" + b"\xff" * 8, b"\x8b\xff\xff\xff\x7f", b"(" * 9, b"h\x00", b"\x94" * 9,
     b'"F32"', b'"I8"', b'"data_offsets"', b"[0,0]", b"{", b"}", b"9" * 30, b"null",
     b"1e999", b"-1", b'"a":', b"\\ud800", b"[" * 2000,
-    *(global_op(*name.rsplit(".", 1)) for name in ALLOWED),
+    *(import_op(*name.rsplit(".", 1)) for name in ALLOWED),
 ]  # fmt: skip
 EDITS = st.tuples(
     st.integers(0, 999),

@@ -23,7 +23,6 @@ import annotated_moe as am
 from annotated_moe import checkpoints as ck
 from annotated_moe import cli, convert, templates
 from annotated_moe import tokenizer as formats
-from annotated_moe.model import Model
 from annotated_moe.tokenizer import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -415,7 +414,7 @@ def test_a_saved_and_a_converted_model_keep_it(name, tmp_path):
     (tmp_path / "in" / own).write_bytes(data_of(name))
     (tmp_path / "in" / "chat_template.jinja").write_text(TEMPLATE)
     model = am.load()
-    model = Model(model.config, model.params, Tokenizer(tmp_path / "in" / own))
+    model = am.Model(model.config, model.params, Tokenizer(tmp_path / "in" / own))
     am.save(model, tmp_path / "saved")
     convert.convert(tmp_path / "saved", tmp_path / "copy", "hf")
     for folder in ["saved", "copy"]:
@@ -921,12 +920,12 @@ def test_what_is_no_conversation(messages, tmp_path):
 
 def test_generate_chat_prompts_with_the_template(tmp_path):
     small = am.load()
-    model = Model(small.config, small.params, chatty("byte level", tmp_path))
-    args = argparse.Namespace(prompt="Hello world", chat=True)
-    assert cli.prompt_ids(model, args, [])[0] == model.tokenizer.chat(HELLO)
-    assert set(cli.ends(model, True)) == {*cli.ends(model, False), 1}
+    model = am.Model(small.config, small.params, chatty("byte level", tmp_path))
+    args = argparse.Namespace(prompt="Hello world", chat=True, add_bos=None)
+    assert cli.ids_of_prompt(model, args, [])[0] == model.tokenizer.chat(HELLO)
+    assert 1 in model.tokenizer.stop_ids and 1 not in model.config.eos_ids
     args.chat = False
-    assert cli.prompt_ids(model, args, [])[0] == model.tokenizer.encode("Hello world")
+    assert cli.ids_of_prompt(model, args, [])[0] == model.tokenizer.encode("Hello world")
     assert made("llama 3").stop_ids == (266, 274)
 
 

@@ -434,7 +434,8 @@ def load_into_memory(
     config = replace(opened.config, dtype=dtype)
     specs, tensors = flat_specs(config), opened.read()
     params: dict[str, dict[str, Any]] = {}
-    announce(mesh, "load", config=config, weights=tensors)
+    named = {"/".join(path): w for path, w in tensors.items()}
+    announce(mesh, "load", config=config, weights=named)
     for (module, name), w in tensors.items():
         spec, full = specs[module, name], f"{module}/{name}"
         try:

@@ -125,7 +125,7 @@ def difference(told: list[dict[str, Any]]) -> str:
     names = [name for name in {**first, **other}
              if first.get(name) != other.get(name)]
     a, b = quotes(first.get(names[0]), other.get(names[0]))
-    more = f" (and {', '.join(names[1:4])})" if names[1:] else ""
+    more = f" (and {', '.join(names[1:3])})" if names[1:] else ""
     return (
         f"{call}: the processes differ in {names[0]}{more}: process 0 "
         f"has {a}, process {i} has {b}; give every process the same"

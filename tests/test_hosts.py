@@ -207,7 +207,7 @@ DIFFERENT = {
     "seed": ("generate_ids", ASKED, {"seed": 1},
              "seed: process 0 has 0, process 1 has 1"),
     "top_p": ("generate_ids", ASKED, {"top_p": 0.5}, "top_p: "),
-    "stop": ("generate_ids", ASKED, {"stop_ids": [3]}, "has [], process 1 has [3]"),
+    "stop": ("generate_ids", ASKED, {"stop_ids": [3]}, "has [2], process 1 has [3]"),
     "tokens": ("logits", {"tokens": TOKENS}, {"tokens": TOKENS[::-1]}, "tokens: "),
     "mesh": ("load", LOADED, {"mesh": [2, 2]}, "differ in mesh.data (and mesh.model"),
     "dtype": ("load", LOADED, {"dtype": "bfloat16"}, "differ in config.dtype: "),
@@ -275,7 +275,7 @@ def test_only_the_first_process_prints(spawn):
     first, second = generate(spawn, 8)
     out, status = first.communicate(timeout=LONG)
     model = am.load(dtype="float32")
-    prompt = model.text_ids("In the beginning")
+    prompt = model.read_prompt("In the beginning", None, None)[0]
     ids = model.stream_ids(prompt, max_new_tokens=8)
     assert out == "In the beginning" + "".join(cli.read_on(model, prompt, ids)) + "\n"
     assert "Process 0 of 2" in status and "onto 2 CPU devices" in status

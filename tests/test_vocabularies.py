@@ -925,7 +925,8 @@ def test_generate_chat_prompts_with_the_template(tmp_path):
     assert cli.ids_of_prompt(model, args, [])[0] == model.tokenizer.chat(HELLO)
     assert 1 in model.tokenizer.stop_ids and 1 not in model.config.eos_ids
     args.chat = False
-    assert cli.ids_of_prompt(model, args, [])[0] == model.tokenizer.encode("Hello world")
+    ids, _ = cli.ids_of_prompt(model, args, [])
+    assert ids == model.tokenizer.encode("Hello world")
     assert made("llama 3").stop_ids == (266, 274)
 
 

@@ -31,6 +31,7 @@ from annotated_moe.config import DTYPES, ModelConfig, all_slots
 from annotated_moe.formats.files import (
     CheckpointError,
     list_folder,
+    other_file,
     read_json,
 )
 from annotated_moe.formats.grok1 import read_release, release_config
@@ -118,6 +119,11 @@ def check_tensor(
     where: Path, name: str, w: Any, spec: ParamSpec
 ) -> None:
     """CheckpointError unless a tensor is what a parameter must be."""
+    if 0 in w.shape:
+        raise CheckpointError(
+            f"{where}: {name} is empty, of shape {tuple(w.shape)}: "
+            "it was never written; fetch or save it again"
+        )
     if tuple(w.shape) != spec.shape:
         raise CheckpointError(
             f"{where}: {name} has shape {tuple(w.shape)}; the "
@@ -254,6 +260,10 @@ def find_tokenizer(
     folder: Path, config: ModelConfig | None = None
 ) -> Tokenizer | None:
     """The tokenizer of a folder, if there is one."""
+    for path in folder.glob("tokenizer.*"):
+        with open(path, "rb") as file:
+            if sentence := other_file(file.read(64)):
+                raise CheckpointError(f"{path} {sentence}")
     try:
         return open_tokenizer(folder)
     except (ValueError, OSError) as error:

@@ -176,8 +176,11 @@ def abstract_params(
     """Every weight without its numbers, matrices in 8 bits if asked.
 
     Those in 8 bits have the groups of scales that Grok-1's have.
+    Beside them its table is in float32; others publish 16 bits.
     """
     def one(spec: ParamSpec) -> Any:
+        if "vocab" in spec.axes and not eight_bits:
+            spec = replace(spec, float32=False)
         small = eight_bits and spec.matrix
         groups = groups_for(spec) if small else None
         return abstract_weight(spec, config.dtype, groups)

@@ -791,13 +791,12 @@ def stream_unembed(
     table = head_table(store.params, config)
     check_unchanged(table, store.opened)
     gain = store.fetch("rms_norm", "scale")
-    h = rms_norm(h, gain, config.norm_eps).astype(config.dtype)
+    h = rms_norm(h, gain, config.norm_eps)
     y = []
     for words in table_pieces(table):
         y.append(word_logits(h, mapped(words)))
         store.counts.add(("output matrix",), words.nbytes)
-    scale = jnp.asarray(config.output_multiplier, config.dtype)
-    return jnp.concatenate(y, axis=1) * scale.astype(jnp.float32)
+    return jnp.concatenate(y, axis=1) * config.output_multiplier
 
 
 # %% book/chapters/11_streaming.md, cell 57

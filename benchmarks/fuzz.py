@@ -43,6 +43,7 @@ from annotated_moe.formats.pickles import (
 )
 from annotated_moe.formats.pth import (
     TORCH_NAMES,
+    global_op,
     open_pth,
     pth_bytes,
     pth_program,

@@ -863,7 +863,7 @@ def test_there_and_back(tiny, tmp_path, kind):
     assert_same_params(loaded.params, model.params)
     half = am.load(tmp_path / "new" / "ours")
     assert half.config.dtype == "bfloat16"
-    assert half.params["in_out_embed"]["embeddings"].dtype == jnp.bfloat16
+    assert half.params["in_out_embed"]["embeddings"].dtype == jnp.float32
     assert half.params["decoder_layer/router"]["w"].dtype == jnp.float32
 
 

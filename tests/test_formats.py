@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save, save_file
 
 import annotated_moe as am
 from annotated_moe.convert import convert
+from annotated_moe.families.grok import grok_config
 from annotated_moe.formats import lazy
 from annotated_moe.formats.files import CheckpointError, map_file, read_json
 from annotated_moe.formats.lazy import (
@@ -61,7 +62,7 @@ def refused(action, *words):
 def made(tmp_path_factory):
     """One small model in each layout."""
     home = tmp_path_factory.mktemp("made")
-    config = am.ModelConfig(
+    config = grok_config(
         vocab_size=32, context=8, d_model=16, d_ff=24, num_layers=2,
         q_heads=2, kv_heads=1, head_size=8, num_experts=2,
     )  # fmt: skip

@@ -97,6 +97,11 @@ def stack_tensors(where: Path, path: str, parts: list) -> Any:
     """
     first = describe_tensor(parts[0])
     for i, w in enumerate(parts):
+        if 0 in w.shape:
+            raise CheckpointError(
+                f"{where}: {path} is empty, of shape {tuple(w.shape)}: "
+                "it was never written; fetch or save it again"
+            )
         if (other := describe_tensor(w)) != first:
             raise CheckpointError(
                 f"{where}: tensors of {path} are not alike: number 0"

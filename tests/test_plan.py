@@ -151,11 +151,11 @@ def test_grok_1_on_meshes_that_are_not_there():
         mesh = abstract_mesh(*shape)
         sizes[shape] = device_bytes(on_mesh(params, GROK, mesh))
     assert round(sizes[1, 1, 1] / 1e9) == 318
-    assert round(sizes[1, 8, 1] / 1e9, 1) == 39.6
+    assert round(sizes[1, 8, 1] / 1e9, 1) == 39.8
     assert abs(sizes[2, 16, 1] / sizes[4, 8, 1] - 1) < 0.001
     assert sizes[4, 8, 1] * 31 < sizes[1, 1, 1] < sizes[4, 8, 1] * 32
     experts = 64 * 8 * 3 * 6144 * 32768 / 64
-    assert experts < sizes[1, 8, 8] < 1.2 * experts
+    assert experts < sizes[1, 8, 8] < 1.25 * experts
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 1), (5, 1, 1), (1, 48, 1), (1, 8, 3)])

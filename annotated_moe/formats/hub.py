@@ -454,7 +454,12 @@ class HubFolder:
         if name not in self.arrays:
             raise CheckpointError(f"{self.where} lacks {name}")
         self.taken.add(name)
-        return self.arrays[name]
+        if 0 in (w := self.arrays[name]).shape:
+            raise CheckpointError(
+                f"{self.where}: {name} is empty, of shape {w.shape}: "
+                "it was never written; fetch or save it again"
+            )
+        return w
 
     def read(self, entry: Entry) -> Any:
         """One tensor, with its scales, as ours: only views."""

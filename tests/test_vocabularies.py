@@ -923,11 +923,26 @@ def test_generate_chat_prompts_with_the_template(tmp_path):
     model = am.Model(small.config, small.params, chatty("byte level", tmp_path))
     args = argparse.Namespace(prompt="Hello world", chat=True, add_bos=None)
     assert cli.ids_of_prompt(model, args, [])[0] == model.tokenizer.chat(HELLO)
-    assert 1 in model.tokenizer.stop_ids and 1 not in model.config.eos_ids
     args.chat = False
     ids, _ = cli.ids_of_prompt(model, args, [])
     assert ids == model.tokenizer.encode("Hello world")
     assert made("llama 3").stop_ids == (266, 274)
+
+
+@pytest.mark.parametrize("words, stops", [([], {2}), (["--chat"], {1, 2})])
+def test_generate_stops_at_the_end_of_a_turn(tmp_path, monkeypatch, words, stops):
+    """The model's own ends of a text always, the tokenizer's in a chat."""
+    small, asked = am.load(), []
+    model = am.Model(small.config, small.params, chatty("byte level", tmp_path))
+
+    def stream_ids(self, prompt, stop_ids, **options):
+        asked.append(set(stop_ids))
+        return iter([])
+
+    monkeypatch.setattr(cli, "load_model", lambda *_: (model, ""))
+    monkeypatch.setattr(am.Model, "stream_ids", stream_ids)
+    assert cli.main(["generate", "--prompt", "Hello", *words]) == 0
+    assert asked == [stops]
 
 
 def test_no_template_is_an_error(tmp_path):

@@ -34,10 +34,11 @@ from annotated_moe.formats.hub import (
     WeightName,
 )
 from annotated_moe.linear import matmul
-from annotated_moe.model import init_params
+from annotated_moe.model import init_cache, init_params
 from annotated_moe.moe import MoE, MoESpec, Route
 from annotated_moe.params import get_parameter
 from annotated_moe.placement import here
+from annotated_moe.plan import abstract_params, make_plan
 
 
 @dataclass(frozen=True)
@@ -231,3 +232,31 @@ def test_quantized(model: am.Model, tmp_path: Path) -> None:
     am.save(small, tmp_path / "eight")
     again = am.load(tmp_path / "eight", dtype="float32")
     np.testing.assert_array_equal(np.asarray(again.logits(IDS)), z)
+
+
+def test_streamed(model: am.Model, tmp_path: Path) -> None:
+    am.save(model, tmp_path / "native")
+    streamed = am.load(tmp_path / "native", dtype="float32", stream=True)
+    y = np.asarray(model.logits(IDS))
+    np.testing.assert_allclose(np.asarray(streamed.logits(IDS)), y, atol=1e-5)
+    np.testing.assert_allclose(cached_logits(streamed), y[:, 3:], atol=1e-5)
+
+
+def bytes_of_device_0(tree: Any) -> int:
+    shards = [s for w in jax.tree.leaves(tree) for s in w.addressable_shards]
+    return sum(s.data.nbytes for s in shards if s.device.id == 0)
+
+
+def test_planned(model: am.Model, tmp_path: Path) -> None:
+    """A plan says what a device then holds of weights and cache."""
+    am.save(model, tmp_path / "native")
+    mesh = am.make_mesh(data=1, expert=2, model=2)
+    placed = am.load(tmp_path / "native", mesh=mesh, dtype="float32")
+    config = placed.config
+    plan = make_plan("new", config, abstract_params(config), mesh, "h100", 2, 16)
+    assert plan.parameters == sum(w.size for w in jax.tree.leaves(model.params))
+    assert plan.weights == bytes_of_device_0(placed.params)
+    with jax.set_mesh(mesh):
+        (cache,) = init_cache(config, 2, 16).slots
+    assert plan.cache == bytes_of_device_0([cache.k, cache.v])
+    assert 0 < plan.needs["experts"] < plan.weights

@@ -3,7 +3,7 @@
 between a table that turns tokens into vectors and the same table
 turning vectors back into tokens. The chapters before this one built
 what is inside the layer. This one puts the rest around it: a model
-described as data, a stack that compiles as fast as a single layer, a
+described as data, a stack whose program does not grow with its depth, a
 cache that lets every token be computed once, a sampler, and the loop.
 At its end a small trained model of the same architecture writes text,
 and before that you will have seen which of its experts reads what.

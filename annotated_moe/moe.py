@@ -7,8 +7,9 @@ price of a model a quarter its size. Picking is easy. Multiplying is
 hard, because a matrix product multiplies all tokens by one matrix, and
 here each token has picked matrices of its own. By the end of this
 chapter you will have a router and five ways to bring tokens to experts,
-proved to give one answer and counted for what they cost, and you will
-have trained a router, first badly, then well.
+tested to give one answer as long as nothing is dropped; four of them
+are counted for what they cost. And you will have trained a router,
+first badly, then well.
 """
 
 import math

@@ -3,11 +3,11 @@
 of thirty to sixty fields, and tensors under PyTorch's names. Read one
 of these fields in the wrong place and nothing fails. The model loads,
 speaks, and is a little stupid. This chapter reads the layout so that
-this cannot happen: every field is asked for by name, and one that
-nobody asked for stops the loading unless it is known to change nothing.
-By its end `load` takes such a folder, or just the name of a model on
-the hub; `convert --to hf` writes one, in shards; and a new architecture
-is a table of names and two small methods.
+this is hard to do unnoticed: every field is asked for by name, and one
+that nobody asked for stops the loading if its name speaks of a part of
+a model. By its end `load` takes such a folder, or just the name of a
+model on the hub; `convert --to hf` writes one, in shards; and a new
+architecture is a table of names and two small methods.
 """
 
 import re
@@ -137,13 +137,13 @@ class Fields:
 
 # %% book/chapters/14_hub.md, cell 7
 WORDS = """
-    act adapter alibi attn attention bias bits block cap causal chunk
-    conv cross depth dim embed expert factor feed ffn freq gate glu head
-    hidden image intermediate interleav key kv layer local logit lora
-    mask mlp moe mrope mup multiplier norm parallel posit quant query
-    rank ratio residual rope rotary rout scal share shared sink size
-    skip softmax span sparse ssm state swi theta tie topk value vision
-    weight width window
+    act adapter alibi attention attn bias bits block cap causal chunk
+    conv cross dense depth dim embed expert factor feed ffn freq func
+    gate glu group head hidden image interleav intermediate key kv layer
+    local logit lora mask mlp moe mrope multiplier mup norm parallel
+    posit quant query rank ratio residual rope rotary rout scal scor
+    share shared sink size skip softmax span sparse ssm state swi theta
+    tie topk value vision weight width window
 """
 PARTS = WORDS.split()
 
@@ -271,7 +271,9 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 
 # %% book/chapters/14_hub.md, cell 15
 def read_dtype(fields: Fields) -> str:
-    """What the weights are; a half is as precise as none of ours is."""
+    """What to compute in: "bfloat16", also for halves, or "float32"."""
+    for name in ("torch_dtype", "dtype"):
+        fields.only(name, "float32", "bfloat16", "float16")
     older = fields.get("torch_dtype", "bfloat16")
     name = fields.get("dtype", older)
     return "float32" if name == "float32" else "bfloat16"

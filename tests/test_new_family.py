@@ -42,7 +42,7 @@ from annotated_moe.plan import abstract_params, make_plan
 
 
 @dataclass(frozen=True)
-class SinkSpec(AttentionSpec):
+class HeadSinkSpec(AttentionSpec):
     def build(self) -> "SinkAttention":
         return SinkAttention(self)
 
@@ -119,7 +119,7 @@ class BiasedMoE(MoE):
 
 
 def new_config() -> ModelConfig:
-    attention = SinkSpec(4, 2, 16, 0.25, value_size=24)
+    attention = HeadSinkSpec(4, 2, 16, 0.25, value_size=24)
     layer = LayerSpec(attention, BiasedSpec(8, 2, 48, "silu"))
     return ModelConfig(
         64, 128, 32, (Segment((layer,), 3),), eos_ids=(1,), dtype="float32"

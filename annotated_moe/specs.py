@@ -2,7 +2,6 @@
 """What a part of a model is, as plain data that checks itself.
 """
 
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -124,6 +123,11 @@ def expected_by(hint: Any) -> str:
 
 
 # %% book/chapters/92_specs.md, cell 7
+def in_range(value: int | float) -> bool:
+    """Whether float32 has a number near it, and not 0 for it."""
+    return value == 0 or 2.0**-126 <= abs(value) < 2.0**127
+
+
 def fits_type(value: Any, hint: Any) -> bool:
     """Whether a value is what a field's type asks for."""
     base = typing.get_origin(hint)
@@ -141,8 +145,10 @@ def fits_type(value: Any, hint: Any) -> bool:
             map(fits_type, value, args)
         )
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if hint in (int, bool, str):
+        return type(value) in (int, float) and in_range(value)
+    if hint is int:
+        return type(value) is int and -(2**31) <= value < 2**31
+    if hint in (bool, str):
         return type(value) is hint
     return hint is Any or isinstance(value, hint)
 
@@ -153,9 +159,12 @@ def check_types(spec: Spec) -> None:
     for field in fields(spec):  # type: ignore[arg-type]
         value = getattr(spec, field.name)
         if not fits_type(value, field.type):
+            said = expected_by(field.type)
+            number = type(value) in (int, float)
+            if number and 2**31 <= abs(value) < float("inf"):
+                said += ", in 32 bits"
             raise ValueError(
-                f"{field.name} must be {expected_by(field.type)}: "
-                f"{value!r:.200}"
+                f"{field.name} must be {said}: {value!r:.200}"
             )
         if type(value) is int and "number" in expected_by(field.type):
             # As in JSON, 1 is 1.0 where a number is asked for.

@@ -44,7 +44,7 @@ class Every(Spec):
 @pytest.mark.parametrize(
     "field, good",
     [
-        ("size", [1, 2**40]),
+        ("size", [1, 2**31 - 1]),
         ("factor", [1, 1e-30, 2.5]),
         ("name", ["red", "blue"]),
         ("flag", [True, False]),
@@ -157,3 +157,21 @@ def test_a_missing_field_has_its_default():
 def test_other_json_is_one_clear_error(raw, message):
     with pytest.raises(ValueError, match=message):
         from_json(raw)
+
+
+def test_an_int_is_a_float_where_a_number_is_asked_for():
+    spec = Every(factor=2, size=2, least=-1)
+    kinds = [type(v) for v in (spec.factor, spec.size, spec.least)]
+    assert kinds == [float, int, float]
+
+
+@pytest.mark.parametrize("value", [10**400, 1e308, 1e-300, float("nan")])
+def test_a_number_that_float32_has_not(value):
+    with pytest.raises(ValueError, match="factor must be a number above 0"):
+        Every(factor=value)
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**400])
+def test_a_size_of_more_than_32_bits(value):
+    with pytest.raises(ValueError, match="size must be an int .*, in 32 bits: "):
+        Every(size=value)

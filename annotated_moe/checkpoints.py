@@ -315,7 +315,8 @@ FINDERS: list[Callable[[str], Path | None]] = []
 
 def find_folder(path: str | os.PathLike[str]) -> Path:
     """The folder that is there, or that a finder has for a name."""
-    text = os.fspath(path)
+    if not (text := os.fspath(path)):
+        raise CheckpointError("the path of a checkpoint is empty")
     if not os.path.lexists(text):
         for find in FINDERS:
             if found := find(text):
@@ -522,6 +523,10 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
             "load it without stream=True to save it elsewhere"
         )
     target = Path(path).absolute()
+    if target.is_symlink():
+        raise CheckpointError(
+            f"{target} is a symbolic link: give the folder it leads to"
+        )
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not is_native(target):
         raise CheckpointError(

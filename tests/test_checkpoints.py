@@ -1029,7 +1029,7 @@ LAYER = ("layers", 0, "pattern", 0)
     ((*LAYER, "attention", "spec"), "Shell", "spec is 'Shell', which is not known"),
     ((*LAYER, "attention"), 5, "attention must be AttentionSpec"),
     (("layers",), [], "at least one layer"),
-    (("format",), "annotated-moe-1", "written by an earlier version"),
+    (("format",), "annotated-moe-1", "written by another version"),
     (("spec",), "Rope", "Rope has no field"),
     (("norm_eps",), float("nan"), "norm_eps must be a number above 0"),
 ])  # fmt: skip
@@ -1064,3 +1064,22 @@ def test_quantize_params_like_the_release():
         f"{attention}/linear": groups,
         "moe/linear": 1, "moe/linear_v": 1, "moe/linear_1": groups,
     }
+
+
+@pytest.mark.parametrize("there", ["absolute", "relative", "nothing"])
+def test_a_link_is_not_written_over(tmp_path, there):
+    model = am.load(dtype="float32")
+    am.save(model, tmp_path / "real")
+    (tmp_path / "real" / "notes.txt").write_text("mine")
+    leads = {"absolute": tmp_path / "real", "relative": "real", "nothing": "none"}
+    (tmp_path / "link").symlink_to(leads[there])
+    with pytest.raises(CheckpointError, match="link is a symbolic link"):
+        am.save(model, tmp_path / "link")
+    assert (tmp_path / "real" / "notes.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_an_empty_path():
+    for call in (am.load, checkpoints.open_checkpoint):
+        with pytest.raises(CheckpointError, match="path of a checkpoint is empty"):
+            call("")

@@ -37,8 +37,8 @@ def native_config(path: Path) -> ModelConfig:
     raw = read_json(path)
     if raw.pop("format") != FORMAT:
         raise CheckpointError(
-            f"{path} was written by an earlier version: convert the "
-            "original checkpoint again"
+            f"{path} was written by another version, this one reads "
+            f"{FORMAT}: convert the original checkpoint again"
         )
     try:
         config = from_json(raw)

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -284,7 +283,7 @@ def lines_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 # %% book/chapters/99_command_line.md, cell 17
 def run_info(args: argparse.Namespace) -> None:
-    folder = Path(args.path or small_model())
+    folder = small_model() if args.path is None else args.path
     opened = open_checkpoint(folder)
     total, active = parameter_counts(opened.config)
     about = {

@@ -3,6 +3,7 @@
 """
 
 import contextlib
+import operator
 from collections.abc import (
     Callable,
     Collection,
@@ -24,6 +25,7 @@ from annotated_moe.model import (
     Cache,
     Params,
     all_logits,
+    check_room,
     decode_step,
     init_cache,
     prefill,
@@ -86,11 +88,17 @@ class Session:
     def prefill(
         self, rows: Rows, inputs: Any = None
     ) -> Float32[Array, "B V"]:
-        """Every row's last logits, once its prompt is read."""
-        c = self.model.config
-        width = bucket(max(map(len, rows)), c.context)
+        """Every row's last logits, once its prompt is read.
+
+        An empty row is left as it is. TypeError or ValueError for what
+        is no id, and where a row has no slots left.
+        """
+        c, lengths = self.model.config, np.array([*map(len, rows)], int)
+        announce(None, "prefill", prompts=rows, config=c)
+        self.check_slots(lengths)
+        width = bucket(int(lengths.max()), c.context)
         tokens = pad_rows(rows, width, c.pad_id)
-        lengths = np.array([len(row) for row in rows], np.int32)
+        lengths = lengths.astype(np.int32)
         with self.model.on_mesh():
             logits, self.cache = self.model.prefill(
                 tokens, lengths, self.cache, inputs
@@ -101,11 +109,25 @@ class Session:
         self, tokens: Any, active: Any = None
     ) -> Float32[Array, "B V"]:
         """One more token a row, of the rows that are active."""
+        if not isinstance(tokens, jax.Array):       # whose ids we chose
+            announce(None, "step", tokens=tokens, active=active,
+                     config=self.model.config)
+            tokens = np.asarray(tokens, np.int32)
+        if active is not None:
+            active = np.asarray(active, bool)
+        self.check_slots(1 if active is None else active)
         with self.model.on_mesh():
             logits, self.cache = self.model.decode_step(
                 tokens, self.cache, active
             )
         return logits
+
+    def check_slots(self, new: Any) -> None:
+        """ValueError where a row has no slots for its `new` tokens."""
+        length = self.cache.length
+        if length.is_fully_addressable:     # of this process alone
+            longest = (np.asarray(length) + new).max(initial=0)
+            check_room(self.cache, int(longest))
 
 
 # %% book/chapters/08_model.md, cell 89
@@ -204,6 +226,21 @@ def logits(
 
 
 # %% book/chapters/08_model.md, cell 94
+def stop_set(
+    model: "Model", stop_ids: Iterable[int] | None
+) -> set[int]:
+    """`stop_ids`, or the model's own; TypeError for what is no id."""
+    if stop_ids is None:
+        return set(model.config.eos_ids)
+    try:
+        return {operator.index(i) for i in stop_ids}
+    except TypeError:
+        raise TypeError(
+            f"stop_ids must be token ids: {stop_ids!r:.80}"
+        ) from None
+
+
+# %% book/chapters/08_model.md, cell 95
 def generate_ids(
     model: "Model", prompts: Iterable[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -217,12 +254,12 @@ def generate_ids(
     models that see, each prompt's tiles [I, C, Y, X], or None.
     TypeError or ValueError for what cannot be run.
     """
-    stop = model.config.eos_ids if stop_ids is None else stop_ids
+    stop = stop_set(model, stop_ids)
     rows = [np.asarray(row).tolist() for row in prompts]
     announce(
         model.mesh, "generate_ids", prompts=rows,
         max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, top_k=top_k, seed=seed, stop_ids=set(stop),
+        top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop,
         images=images, config=model.config,
     )
     settings = settings_per_row(
@@ -232,7 +269,7 @@ def generate_ids(
     return collect(steps, len(rows), stop)
 
 
-# %% book/chapters/08_model.md, cell 95
+# %% book/chapters/08_model.md, cell 96
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -240,12 +277,12 @@ def stream_ids(
     stop_ids: Collection[int] | None = None, images: Any = None,
 ) -> Iterator[int]:
     """The new ids of one list of ids, each as it comes."""
-    stop = model.config.eos_ids if stop_ids is None else stop_ids
+    stop = stop_set(model, stop_ids)
     rows = [np.asarray(prompt).tolist()]
     announce(
         model.mesh, "stream_ids", prompts=rows,
         max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, top_k=top_k, seed=seed, stop_ids=set(stop),
+        top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop,
         images=images, config=model.config,
     )
     settings = settings_per_row(1, temperature, top_p, top_k, seed)
@@ -255,7 +292,7 @@ def stream_ids(
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% book/chapters/08_model.md, cell 96
+# %% book/chapters/08_model.md, cell 97
 def read_prompt(
     model: "Model", prompt: Any, images: Any = None,
     add_bos: bool | None = None,
@@ -282,7 +319,7 @@ def no_inputs(
     return None
 
 
-# %% book/chapters/08_model.md, cell 97
+# %% book/chapters/08_model.md, cell 98
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
@@ -307,7 +344,7 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 98
+# %% book/chapters/08_model.md, cell 99
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
@@ -339,7 +376,7 @@ def generate(
     return texts[0] if one else texts
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08_model.md, cell 100
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
@@ -361,7 +398,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08_model.md, cell 100
+# %% book/chapters/08_model.md, cell 101
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -424,7 +461,7 @@ class Model:
     stream = stream
 
 
-# %% book/chapters/08_model.md, cell 101
+# %% book/chapters/08_model.md, cell 102
 MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
 
 
@@ -536,11 +573,42 @@ def check_whole(
 
 
 # %% book/chapters/94_requests.md, cell 16
+def check_rows(rows: Any, config: ModelConfig) -> None:
+    """TypeError or ValueError for prompts that are no ids."""
+    for i, row in enumerate(rows):
+        if len(row):
+            check_prompt(i, np.asarray(row).tolist(), 0, config)
+
+
+def check_step(tokens: Any, active: Any, config: ModelConfig) -> None:
+    """ValueError unless there is an id for each active row."""
+    ids = np.asarray(tokens)
+    there = np.ones(ids.shape) if active is None else np.asarray(active)
+    good = ids.ndim == 1 and ids.dtype.kind in "iu"
+    if not good or there.shape != ids.shape:
+        raise ValueError(
+            f"a step takes an id a row, and as many of `active`: "
+            f"{tokens!r:.80}"
+        )
+    of_active = ids[there.astype(bool)]
+    if ((of_active < 0) | (of_active >= config.vocab_size)).any():
+        raise ValueError(
+            f"a step's ids run from 0 to {config.vocab_size - 1}: "
+            f"{tokens!r:.80}"
+        )
+
+
+# %% book/chapters/94_requests.md, cell 18
 def check_request(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
     """TypeError or ValueError for a request that cannot be run."""
     if call == "logits":
         check_whole(inputs["tokens"], inputs["lengths"], inputs["mask"],
                     inputs["config"])
+    if call == "prefill":
+        check_rows(inputs["prompts"], inputs["config"])
+    if call == "step":
+        check_step(inputs["tokens"], inputs["active"],
+                   inputs["config"])
     if call not in ("generate_ids", "stream_ids"):
         return
     new, rows = inputs["max_new_tokens"], inputs["prompts"]

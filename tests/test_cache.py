@@ -10,7 +10,13 @@ import pytest
 
 from annotated_moe import parallel
 from annotated_moe.attention import AttentionSpec, Causal, Window, attend, attend_any
-from annotated_moe.cache import PAD_POSITION, KVCache, RingCache, write_cache
+from annotated_moe.cache import (
+    PAD_POSITION,
+    KVCache,
+    RingCache,
+    end_after,
+    write_cache,
+)
 
 K, H, V = 2, 4, 3
 
@@ -136,20 +142,20 @@ def test_a_row_is_evicted_and_another_conversation_takes_it(name):
     kind, mask = KINDS[name]
     slots = 5 if name == "window" else 20
     first, second = heads(3, 20), heads(1, 20, seed=10)
-    lengths = np.array([9, 7, 4])
+    lengths = np.array([7, 9, 4])
     at = counted(3, 9)
     at = jnp.where(at < lengths[:, None], at, PAD_POSITION)
     prompt = [x[:, :9] for x in first]
     _, cache = steps_of(kind, mask, *prompt, empty(kind, 3, slots), at)
-    assert cache.length.tolist() == [9, 7, 4]
+    assert cache.length.tolist() == [7, 9, 4]
 
     small = 5 if name == "window" else 8
     part = [x[:, :6] for x in second]
     _, other = steps_of(kind, mask, *part, empty(kind, 1, small), counted(1, 6))
     cache = cache.evict(1)
-    assert cache.length.tolist() == [9, 0, 4]
+    assert cache.length.tolist() == [7, 0, 4]
     cache = jax.jit(lambda c, row, o: c.insert(row, o))(cache, 1, other)
-    assert cache.length.tolist() == [9, 6, 4]
+    assert cache.length.tolist() == [7, 6, 4]
 
     joined = [x.at[1].set(y[0]) for x, y in zip(first, second, strict=True)]
     expected = by_definition(mask, *joined)
@@ -239,3 +245,16 @@ def test_a_row_is_inserted_on_a_mesh():
     with jax.set_mesh(mesh):
         split = jax.jit(lambda c, o: c.insert(2, o))(placed, other)
     np.testing.assert_array_equal(split.k, whole.k)
+
+
+def test_padding_adds_no_length():
+    positions = jnp.array([[7, PAD_POSITION], [PAD_POSITION] * 2], jnp.int32)
+    assert end_after(jnp.array([7, 4]), positions).tolist() == [8, 4]
+
+
+def test_a_ring_shows_new_tokens_as_it_keeps_them():
+    cache = jax.tree.map(
+        lambda a: a.astype(jnp.bfloat16) if a.ndim > 1 else a, empty(RingCache, 1, 5))
+    k, v = normal(1, 3, K, H), normal(1, 3, K, V)
+    new, keys, values, _ = cache.update(0, k, v, counted(1, 3))
+    assert keys.dtype == values.dtype == new.k.dtype == jnp.bfloat16

@@ -24,6 +24,7 @@ from annotated_moe.formats.lazy import (
     LazyArray,
     StackedArray,
     first_not_finite,
+    stack_tensors,
 )
 from annotated_moe.formats.pickles import read_pickled
 from annotated_moe.formats.pth import open_pth
@@ -423,3 +424,9 @@ def test_a_writer_goes_on_where_it_stopped(tmp_path, done):
 
 def test_paths_as_they_are_given(made):
     assert open_folder(Path(made / "hf")).keys() == open_folder(made / "shards").keys()
+
+
+def test_empty_tensors_are_not_stacked():
+    parts = [np.zeros((0, 3), np.float32)] * 2
+    refused(lambda: stack_tensors(Path("folder"), "moe/linear/w", parts),
+            "folder: moe/linear/w is empty, of shape (0, 3)", "never written")

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from dataclasses import fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jax
@@ -445,3 +447,40 @@ def test_a_finder_is_asked_only_for_what_does_not_exist(monkeypatch, tiny):
     assert am.load("anything").config.num_layers == 2
     am.load(tiny / "ours")
     assert asked == ["anything"]
+
+
+def test_the_newer_dtype_goes_first(tmp_path):
+    assert read({"dtype": "float32"}, tmp_path).dtype == "float32"
+    both = {"dtype": "bfloat16", "torch_dtype": "float32"}
+    assert read(both, tmp_path).dtype == "bfloat16"
+    refused(lambda: read({"dtype": "flaot32"}, tmp_path), "dtype is 'flaot32'")
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_a_part_of_a_head_turned_is_refused_inside_too(tmp_path, place):
+    inner = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    refused(lambda: read({place: inner}, tmp_path), "partial_rotary_factor")
+
+
+def test_what_is_fetched(monkeypatch, tmp_path):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options)
+        return str(tmp_path)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert fetch_from_hub("org/tiny") == tmp_path
+
+    def taken(file):
+        return (any(fnmatch(file, p) for p in asked["allow_patterns"])
+                and not any(fnmatch(file, p) for p in asked["ignore_patterns"]))
+
+    for file in ("config.json", "model-00001-of-00002.safetensors",
+                 "model.safetensors.index.json", "tokenizer.model",
+                 "chat_template.jinja", "ckpt-0/tensor00000_000"):
+        assert taken(file), file
+    for file in ("pytorch_model.bin", "original/consolidated.safetensors",
+                 "original/params.json", "model.gguf"):
+        assert not taken(file), file

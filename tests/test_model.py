@@ -717,3 +717,41 @@ def test_quantized_attention_at_batch_2():
     for i in range(2):
         one = all_logits(params, rows[i : i + 1], CONFIGS["dense"])
         np.testing.assert_allclose(both[i], one[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [list, set, iter, np.array])
+def test_stop_ids_of_any_kind(kind):
+    model = am.load(dtype="float32")
+    (new,) = model.generate_ids([[1]], max_new_tokens=5)
+    stop = kind([new[2]])
+    want = new[: new.index(new[2])]
+    assert model.generate_ids([[1]], max_new_tokens=5, stop_ids=stop) == [want]
+    stop = kind([new[2]])
+    assert list(model.stream_ids([1], max_new_tokens=5, stop_ids=stop)) == want
+
+
+@pytest.mark.parametrize("stop", [["1"], [1.5], "ab", 5, [[1]]])
+def test_what_is_no_stop_id(stop):
+    with pytest.raises(TypeError, match="stop_ids must be token ids"):
+        am.load().generate_ids([[1]], stop_ids=stop)
+
+
+def test_a_session_takes_only_what_it_has_room_for():
+    model = am.load(dtype="float32")
+    top = model.config.vocab_size
+    session = am.Session(model, 2, 16)
+    for wrong in ([[-1], [1]], [[top], [1]], [[1.9], [1]], [[1] * 17, [1]]):
+        with pytest.raises(ValueError):
+            session.prefill(wrong)
+    session.prefill([[1] * 10, []])
+    with pytest.raises(ValueError, match="17 tokens, 16 slots"):
+        session.prefill([[1] * 7, [1]])
+    for wrong in ([1], 1, [1, top], [1, -1], [1.5, 1]):
+        with pytest.raises(ValueError):
+            session.step(wrong)
+    for _ in range(6):
+        session.step([1, -1], [True, False])
+    with pytest.raises(ValueError, match="17 tokens, 16 slots"):
+        session.step([1, 1])
+    session.step([-1, 1], [False, True])
+    assert session.cache.length.tolist() == [16, 1]

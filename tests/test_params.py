@@ -128,3 +128,16 @@ def test_everything_is_here_until_something_else_is_found(monkeypatch):
     x, w = normal(2, 8), normal(8, 6, seed=1)
     y = linear.matmul(x, w, ("embed", "mlp"))
     np.testing.assert_allclose(y, -(x @ w), rtol=0, atol=1e-5)
+
+
+def test_what_was_registered_last_is_asked_first(monkeypatch):
+    class First(OneDevice):
+        pass
+
+    class Last(OneDevice):
+        pass
+
+    monkeypatch.setattr(placement, "PLACEMENTS", [*PLACEMENTS, First, Last])
+    assert type(here()) is Last
+    monkeypatch.setattr(placement, "PLACEMENTS", [First, lambda: None])
+    assert type(here()) is First

@@ -24,6 +24,7 @@ from annotated_moe.checkpoints import groups_for, small_model
 from annotated_moe.config import LayerSpec, ModelConfig, as_segments
 from annotated_moe.families import PRESETS
 from annotated_moe.families.grok import grok_config
+from annotated_moe.families.vision import SeeingConfig, VisionSpec
 from annotated_moe.model import init_cache
 from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 from annotated_moe.parallel import (
@@ -33,6 +34,7 @@ from annotated_moe.parallel import (
     partition_specs,
     shardings,
 )
+from annotated_moe.params import record_specs
 from annotated_moe.plan import (
     HARDWARE,
     Plan,
@@ -549,3 +551,28 @@ def test_bad_input_is_one_sentence(words, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         planning.plan_of(asked(*words))
     assert "\n" not in str(error.value)
+
+
+def test_no_step_reads_what_only_images_need():
+    plain = FAMILY["dense"]
+    eyes = VisionSpec(d_model=plain.d_model, image_id=5)
+    config, mesh = SeeingConfig(**vars(plain), vision=eyes), abstract_mesh()
+    shapes = on_mesh(abstract_params(config), config, mesh)
+    blind = on_mesh(abstract_params(plain), plain, mesh)
+    others = record_specs(config.other_parameters)
+    sight = device_bytes({m: shapes[m] for m in others})
+    unread = planning.unread_bytes(blind, plain, 2)
+    assert sight > 0
+    assert math.isclose(planning.unread_bytes(shapes, config, 2), sight + unread)
+    cache = abstract_cache(config, mesh, 2, 32)
+    assert step_needs(shapes, cache, config, 2) == step_needs(blind, cache, plain, 2)
+
+
+def test_a_twentieth_of_memory_is_spared(monkeypatch):
+    params, mesh = abstract_params(GROK, True), abstract_mesh(model=4)
+    size = device_bytes(on_mesh(params, GROK, mesh))
+    size += cache_bytes(abstract_cache(GROK, mesh, 1, 8192))
+    for share, devices in [(0.94, 4), (0.97, 8)]:
+        tight = replace(HARDWARE["h100"], memory=size / share)
+        monkeypatch.setitem(HARDWARE, "h100", tight)
+        assert planning.fewest_devices(GROK, params, "h100", 1, 8192) == devices

@@ -75,8 +75,8 @@ class ModelConfig(Spec):
 
     def layer(self, i: int) -> LayerSpec:
         """What layer `i` is."""
-        slot, _ = slot_of(self, i)
-        return slot.spec
+        place, _ = place_of(self, i)
+        return place.spec
 
     def other_parameters(self) -> None:
         """Asks for the parameters of what a model has besides."""
@@ -87,7 +87,7 @@ class ModelConfig(Spec):
 
 
 # %% book/chapters/08_model.md, cell 10
-class Slot(NamedTuple):
+class Place(NamedTuple):
     """A place in a pattern, and the layers that are made like it.
 
     Their weights lie behind one another in stacks, in modules whose
@@ -100,33 +100,34 @@ class Slot(NamedTuple):
 
 
 @functools.cache
-def segments(config: ModelConfig) -> tuple[tuple[Slot, ...], ...]:
-    """The slots of each segment's pattern, in order."""
+def segments(config: ModelConfig) -> tuple[tuple[Place, ...], ...]:
+    """The places of each segment's pattern, in order."""
     found, first, count = [], 0, 0
     for segment in config.layers:
         step = len(segment.pattern)
         end = first + step * segment.repeats
-        slots = []
+        places = []
         for i, spec in enumerate(segment.pattern):
             name = "decoder_layer" + (f"_{count}" if count else "")
-            slots.append(Slot(name, spec, range(first + i, end, step)))
+            layers = range(first + i, end, step)
+            places.append(Place(name, spec, layers))
             count += 1
-        found.append(tuple(slots))
+        found.append(tuple(places))
         first = end
     return tuple(found)
 
 
 # %% book/chapters/08_model.md, cell 11
-def all_slots(config: ModelConfig) -> tuple[Slot, ...]:
-    """The slots of all segments, in order."""
+def all_places(config: ModelConfig) -> tuple[Place, ...]:
+    """The places of all segments, in order."""
     return sum(segments(config), ())
 
 
-def slot_of(config: ModelConfig, layer: int) -> tuple[Slot, int]:
-    """The slot that a layer belongs to, and its index in the stacks."""
-    for slot in all_slots(config):
-        if layer in slot.layers:
-            return slot, slot.layers.index(layer)
+def place_of(config: ModelConfig, layer: int) -> tuple[Place, int]:
+    """The place that a layer has, and its index in the stacks."""
+    for place in all_places(config):
+        if layer in place.layers:
+            return place, place.layers.index(layer)
     raise ValueError(f"no layer {layer} of {config.num_layers}")
 
 

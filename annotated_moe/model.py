@@ -24,8 +24,8 @@ from annotated_moe.cache import PAD_POSITION, KVCache
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
-    Slot,
-    all_slots,
+    Place,
+    all_places,
     segments,
 )
 from annotated_moe.moe import Losses
@@ -122,10 +122,10 @@ def outer_parameters(config: ModelConfig) -> None:
 
 
 # %% book/chapters/08_model.md, cell 22
-def layer_parameters(slot: Slot, config: ModelConfig) -> None:
+def layer_parameters(place: Place, config: ModelConfig) -> None:
     """Ask for the parameters of a layer: run it on one token."""
     h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
-    layer = DecoderLayer(slot.spec, config.dtype, slot.name)
+    layer = DecoderLayer(place.spec, config.dtype, place.name)
     layer(h, at, at == 0, train=True)
 
 
@@ -136,12 +136,12 @@ def param_specs(
 ) -> dict[str, dict[str, ParamSpec]]:
     """Module -> name -> what each parameter is; layers stacked."""
     specs = record_specs(partial(outer_parameters, config))
-    for slot in all_slots(config):
-        asked = record_specs(partial(layer_parameters, slot, config))
+    for place in all_places(config):
+        asked = record_specs(partial(layer_parameters, place, config))
         for module, leaves in asked.items():
             specs[module] = {
                 name: replace(
-                    spec, shape=(len(slot.layers), *spec.shape),
+                    spec, shape=(len(place.layers), *spec.shape),
                     axes=("layers", *spec.axes),
                 )
                 for name, spec in leaves.items()
@@ -174,39 +174,39 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     key, own = jax.random.split(key)
     outer = hk.transform(partial(outer_parameters, config))
     params: dict[str, Any] = dict(outer.init(own))
-    for slot in all_slots(config):
-        layer = hk.transform(partial(layer_parameters, slot, config))
+    for place in all_places(config):
+        layer = hk.transform(partial(layer_parameters, place, config))
         key, own = jax.random.split(key)
-        keys = jax.random.split(own, len(slot.layers))
+        keys = jax.random.split(own, len(place.layers))
         params |= jax.lax.map(layer.init, keys)
     return params
 
 
 # %% book/chapters/08_model.md, cell 30
-def slot_params(params: Params, slot: Slot) -> Params:
-    """The stacks of a slot's layers.
+def place_params(params: Params, place: Place) -> Params:
+    """The stacks of a place's layers.
 
-    ValueError unless each holds as many layers as the slot has.
+    ValueError unless each holds as many layers as the place has.
     """
     found = {
         module: leaves for module, leaves in params.items()
-        if f"{module}/".startswith(f"{slot.name}/")
+        if f"{module}/".startswith(f"{place.name}/")
     }
     for module, leaves in found.items():
         for name, w in leaves.items():
-            if w.shape[0] != len(slot.layers):
+            if w.shape[0] != len(place.layers):
                 raise ValueError(
                     f"{module}/{name} holds {w.shape[0]} layers, "
-                    f"the configuration {len(slot.layers)}"
+                    f"the configuration {len(place.layers)}"
                 )
     return found
 
 
 # %% book/chapters/08_model.md, cell 31
 def layer_weights(
-    params: Params, slot: Slot, config: ModelConfig, index: Any
+    params: Params, place: Place, config: ModelConfig, index: Any
 ) -> Params:
-    """Layer `index` of a slot: matrices unread, the rest cut out."""
+    """Layer `index` of a place: matrices unread, the rest cut out."""
     specs = param_specs(config)
     return {
         module: {
@@ -214,14 +214,14 @@ def layer_weights(
             if specs[module][name].matrix else w[index]
             for name, w in leaves.items()
         }
-        for module, leaves in slot_params(params, slot).items()
+        for module, leaves in place_params(params, place).items()
     }
 
 
 # %% book/chapters/08_model.md, cell 32
 def apply_layer(
     weights: Params,
-    slot: Slot,
+    place: Place,
     config: ModelConfig,
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
@@ -232,7 +232,7 @@ def apply_layer(
 ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
     """What a layer with these weights makes of h; see DecoderLayer."""
     def run() -> Any:
-        layer = DecoderLayer(slot.spec, config.dtype, slot.name)
+        layer = DecoderLayer(place.spec, config.dtype, place.name)
         return layer(h, positions, real, cache, index, train)
 
     return hk.transform(run).apply(weights, None)
@@ -242,29 +242,29 @@ def apply_layer(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """The caches of all layers: one for each slot, in order."""
+    """The caches of all layers: one for each place, in order."""
 
-    slots: tuple[KVCache, ...]
+    places: tuple[KVCache, ...]
 
     @property
     def length(self) -> Any:
         """How many tokens each batch row has, int32 [B]."""
-        return self.slots[0].length
+        return self.places[0].length
 
     def with_length(self, length: Int32[Array, " B"]) -> "Cache":
-        slots = (replace(c, length=length) for c in self.slots)
-        return Cache(tuple(slots))
+        longer = (replace(c, length=length) for c in self.places)
+        return Cache(tuple(longer))
 
     def insert(
         self, row: int | Int[Array, ""], other: "Cache"
     ) -> "Cache":
         """Batch row `row` becomes row 0 of `other`."""
-        pairs = zip(self.slots, other.slots, strict=True)
+        pairs = zip(self.places, other.places, strict=True)
         return Cache(tuple(a.insert(row, b) for a, b in pairs))
 
     def evict(self, row: int | Int[Array, ""]) -> "Cache":
         """Batch row `row` is empty."""
-        return Cache(tuple(c.evict(row) for c in self.slots))
+        return Cache(tuple(c.evict(row) for c in self.places))
 
 
 # %% book/chapters/08_model.md, cell 36
@@ -287,25 +287,25 @@ def decoder(
     """All layers; each pattern is compiled once and scanned."""
     done: list[Any] = []
     h = constrain_residual(h)
-    for slots in segments(config):
-        caches: tuple[Any, ...] = (None,) * len(slots)
+    for places in segments(config):
+        caches: tuple[Any, ...] = (None,) * len(places)
         if cache is not None:
             first = len(done)
-            caches = cache.slots[first : first + len(slots)]
+            caches = cache.places[first : first + len(places)]
 
-        def body(carry: Any, index: Array, slots: Any = slots) -> Any:
+        def body(carry: Any, index: Array, places: Any = places) -> Any:
             h, caches = carry
             after = []
-            for slot, kept in zip(slots, caches):
-                w = layer_weights(params, slot, config, index)
+            for place, kept in zip(places, caches):
+                w = layer_weights(params, place, config, index)
                 h, kept, _ = apply_layer(
-                    w, slot, config, h, positions, real, kept, index
+                    w, place, config, h, positions, real, kept, index
                 )
                 h = constrain_residual(h)
                 after.append(kept)
             return (h, tuple(after)), None
 
-        repeats = jnp.arange(len(slots[0].layers))
+        repeats = jnp.arange(len(places[0].layers))
         (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
         h = constrain_residual(h)       # else a loop may cut it anew
         done += caches
@@ -456,29 +456,29 @@ def all_logits(
 # %% book/chapters/08_model.md, cell 62
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
-    def held(slot: KVCache) -> KVCache:
-        return jax.tree.map(here().constrain, slot, slot.axes)
+    def held(part: KVCache) -> KVCache:
+        return jax.tree.map(here().constrain, part, part.axes)
 
-    return Cache(tuple(map(held, cache.slots)))
+    return Cache(tuple(map(held, cache.places)))
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache in `config.dtype` for `slots` tokens a row."""
     return constrain_cache(Cache(tuple(
-        slot.spec.attention.empty_cache(
-            len(slot.layers), batch, slots, config.dtype
+        place.spec.attention.empty_cache(
+            len(place.layers), batch, slots, config.dtype
         )
-        for slot in all_slots(config)
+        for place in all_places(config)
     )))
 
 
 # %% book/chapters/08_model.md, cell 63
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
-    for slot in cache.slots:
-        if slot.room is not None and tokens > slot.room:
-            raise ValueError(f"{tokens} tokens, {slot.room} slots")
+    for part in cache.places:
+        if part.room is not None and tokens > part.room:
+            raise ValueError(f"{tokens} tokens, {part.room} slots")
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -539,17 +539,17 @@ def decoder_to_train(
     Losses are means over the layers that have them.
     """
     found: dict[str, list[Array]] = {}
-    for slots in segments(config):
-        def body(h: Array, weights: Any, slots: Any = slots) -> Any:
+    for places in segments(config):
+        def body(h: Array, weights: Any, places: Any = places) -> Any:
             losses = []
-            for slot, own in zip(slots, weights):
+            for place, own in zip(places, weights):
                 h, _, loss = apply_layer(
-                    own, slot, config, h, positions, real, train=True
+                    own, place, config, h, positions, real, train=True
                 )
                 losses.append(loss)
             return h, losses
 
-        stacks = [slot_params(params, slot) for slot in slots]
+        stacks = [place_params(params, place) for place in places]
         h, losses = jax.lax.scan(body, h, stacks)
         for loss in losses:
             for name, values in loss.items():           # [repeats]

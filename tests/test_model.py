@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from annotated_moe.config import Segment, all_slots, as_segments, slot_of
+from annotated_moe.config import Segment, all_places, as_segments, place_of
 from annotated_moe.families import PRESETS
 from annotated_moe.families.grok import grok_config
 from annotated_moe.generate import RUN_CHECKS, Model, Session, bucket
@@ -259,10 +259,10 @@ def test_scan_is_the_loop_over_layers(kind):
     positions = jnp.tile(jnp.arange(5), [2, 1])
     real = positions >= 0
     scanned, cache = decoder(params, h, positions, real, config)
-    (slot,) = all_slots(config)
+    (place,) = all_places(config)
     for i in range(config.num_layers):
-        own = layer_weights(params, slot, config, i)
-        h, _, _ = apply_layer(own, slot, config, h, positions, real)
+        own = layer_weights(params, place, config, i)
+        h, _, _ = apply_layer(own, place, config, h, positions, real)
     np.testing.assert_allclose(scanned, h, atol=1e-5)
     assert cache is None
     deeper = replace(config, layers=(replace(config.layers[0], repeats=3),))
@@ -271,7 +271,7 @@ def test_scan_is_the_loop_over_layers(kind):
 
 
 def mixed_stack():
-    """One dense layer, then twice (dense, sparse): two segments, three slots."""
+    """One dense layer, then twice (dense, sparse): two segments, three places."""
     sparse = SMALL.layer(0)
     dense = replace(sparse, feed_forward=FeedForwardSpec(40))
     layers = Segment((dense,), 1), Segment((dense, sparse), 2)
@@ -281,17 +281,17 @@ def mixed_stack():
 def test_segments_are_the_layers_one_by_one():
     config = mixed_stack()
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
-    names = [slot.name for slot in all_slots(config)]
+    names = [place.name for place in all_places(config)]
     assert names == ["decoder_layer", "decoder_layer_1", "decoder_layer_2"]
-    assert [list(s.layers) for s in all_slots(config)] == [[0], [1, 3], [2, 4]]
+    assert [list(s.layers) for s in all_places(config)] == [[0], [1, 3], [2, 4]]
     h = jax.random.normal(jax.random.key(0), [1, 5, 32])
     positions = jnp.arange(5)[None]
     scanned, _ = decoder(params, h, positions, positions >= 0, config)
     for i in range(5):
-        slot, index = slot_of(config, i)
-        assert config.layer(i) == slot.spec
-        own = layer_weights(params, slot, config, index)
-        h, _, _ = apply_layer(own, slot, config, h, positions, positions >= 0)
+        place, index = place_of(config, i)
+        assert config.layer(i) == place.spec
+        own = layer_weights(params, place, config, index)
+        h, _, _ = apply_layer(own, place, config, h, positions, positions >= 0)
     np.testing.assert_allclose(scanned, h, atol=1e-5)
     rows = [[3, 1, 4, 1, 5], [9, 2]]
     model = Model(config, params)
@@ -406,14 +406,14 @@ def test_rows_join_leave_and_wait():
     cache = init_cache(SMALL, 2, 16)
     prompt, two = jnp.array([[7, 8], [20, 21]]), jnp.array([2, 2])
     _, cache = prefill(params, prompt, two, cache, SMALL)
-    kept = np.asarray(cache.slots[0].k[:, 0])
+    kept = np.asarray(cache.places[0].k[:, 0])
     for step, token in enumerate([22, 23]):
         active = jnp.array([False, True])
         new = jnp.array([50, token])
         logits, cache = decode_step(params, new, cache, SMALL, active)
         np.testing.assert_allclose(logits[1], whole[1, 2 + step], atol=1e-4)
     assert cache.length.tolist() == [2, 4]
-    np.testing.assert_array_equal(cache.slots[0].k[:, 0], kept)
+    np.testing.assert_array_equal(cache.places[0].k[:, 0], kept)
     logits, cache = decode_step(params, jnp.array([9, 1]), cache, SMALL)
     np.testing.assert_allclose(logits[0], whole[0, 2], atol=1e-4)
     other = init_cache(SMALL, 1, 8)
@@ -487,7 +487,7 @@ def test_one_program_a_bucket_and_a_donated_cache():
     assert widths == [16, 16, 32, 64, 100, 100]
     cache = init_cache(SMALL, 1, 16)
     _, new = decode_step(weights("mixed"), jnp.array([1]), cache, SMALL)
-    assert cache.slots[0].k.is_deleted() and not new.slots[0].k.is_deleted()
+    assert cache.places[0].k.is_deleted() and not new.places[0].k.is_deleted()
 
 
 def test_masked_logits_are_those_of_the_rows_alone():

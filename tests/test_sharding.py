@@ -463,7 +463,7 @@ SAME = grok_config(kv_heads=8, **SIZES)
 )  # fmt: skip
 def test_a_device_caches_its_rows_and_its_heads(config, shape, rows, held):
     with jax.set_mesh(make_mesh(*shape)):
-        (cache,) = init_cache(config, rows, 16).slots
+        (cache,) = init_cache(config, rows, 16).places
     for stack in (cache.k, cache.v):
         assert {s.data.shape for s in stack.addressable_shards} == {held}
 

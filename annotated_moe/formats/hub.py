@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from annotated_moe.config import LayerSpec, ModelConfig, all_slots
+from annotated_moe.config import LayerSpec, ModelConfig, all_places
 from annotated_moe.formats.files import CheckpointError, read_json
 from annotated_moe.formats.lazy import (
     LazyArray,
@@ -423,24 +423,24 @@ def end_entries(
 
 def entries(family: Family, config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of theirs that a model has, in our order."""
-    slots = {slot.name: slot for slot in all_slots(config)}
+    places = {place.name: place for place in all_places(config)}
     for module, leaves in param_specs(config).items():
         top, _, rest = module.partition("/")
         for leaf, spec in leaves.items():
             path = module, leaf
-            if top not in slots:
+            if top not in places:
                 yield from end_entries(family, config, path)
                 continue
-            slot = slots[top]
-            names = family.layer(slot.spec)
-            name = match(names, f"{rest}/{leaf}", f"layer {slot.name}")
-            for i, layer in enumerate(slot.layers):
+            place = places[top]
+            names = family.layer(place.spec)
+            name = match(names, f"{rest}/{leaf}", f"layer {place.name}")
+            for i, layer in enumerate(place.layers):
                 theirs = family.prefix.format(layer=layer) + name.theirs
                 for e in experts_in(theirs, spec):
                     index = (i,) if e is None else (i, e)
                     yield Entry(
                         theirs.format(expert=e), path, index,
-                        name.transform, slot.spec,
+                        name.transform, place.spec,
                     )
 
 

@@ -544,8 +544,9 @@ def test_a_session_refuses_nothing_and_is_announced(monkeypatch):
     tokens = greedy(session.prefill([[5, 6, 7]]))
     row = [int(tokens[0]), int(greedy(session.step(tokens))[0])]
     assert row == net.generate_ids([[5, 6, 7]], max_new_tokens=2)[0]
-    assert [call for call, _ in seen] == ["Session", "generate_ids", "Session"]
-    assert seen[0][1]["slots"] == 16 and seen[1][1]["prompts"] == [[5, 6, 7]]
+    calls = ["Session", "prefill", "generate_ids", "Session", "prefill"]
+    assert [call for call, _ in seen] == calls
+    assert seen[0][1]["slots"] == 16 and seen[2][1]["prompts"] == [[5, 6, 7]]
 
 
 def test_text_in_text_out():

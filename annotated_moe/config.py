@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
+# Generated from book/chapters/07b_layer.md by `make sync`; edit the chapter.
 """A model as plain data: sizes of the whole, and a list of layers.
 """
 
@@ -12,7 +12,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.specs import OneOf, Positive, Range, Size, Spec
 
 
-# %% book/chapters/08_model.md, cell 3
+# %% book/chapters/07b_layer.md, cell 3
 @dataclass(frozen=True)
 class LayerSpec(Spec):
     """One layer: attention, then a feed-forward network or experts."""
@@ -23,7 +23,7 @@ class LayerSpec(Spec):
     post_norm: bool = False                 # a norm after each part too
 
 
-# %% book/chapters/08_model.md, cell 4
+# %% book/chapters/07b_layer.md, cell 4
 @dataclass(frozen=True)
 class Segment(Spec):
     """A run of layers: a pattern, so many times."""
@@ -36,12 +36,12 @@ class Segment(Spec):
             raise ValueError("a segment needs a layer in its pattern")
 
 
-# %% book/chapters/08_model.md, cell 5
+# %% book/chapters/07b_layer.md, cell 5
 DTYPES = {"float32": 4, "bfloat16": 2}      # bytes a number
 TokenId = Annotated[int, Range(0)]
 
 
-# %% book/chapters/08_model.md, cell 6
+# %% book/chapters/07b_layer.md, cell 6
 @dataclass(frozen=True)
 class ModelConfig(Spec):
     """A decoder: sizes of the whole, and its layers."""
@@ -86,7 +86,7 @@ class ModelConfig(Spec):
         raise ValueError("this model reads tokens and nothing else")
 
 
-# %% book/chapters/08_model.md, cell 10
+# %% book/chapters/07b_layer.md, cell 10
 class Place(NamedTuple):
     """A place in a pattern, and the layers that are made like it.
 
@@ -117,7 +117,7 @@ def segments(config: ModelConfig) -> tuple[tuple[Place, ...], ...]:
     return tuple(found)
 
 
-# %% book/chapters/08_model.md, cell 11
+# %% book/chapters/07b_layer.md, cell 11
 def all_places(config: ModelConfig) -> tuple[Place, ...]:
     """The places of all segments, in order."""
     return sum(segments(config), ())
@@ -131,7 +131,7 @@ def place_of(config: ModelConfig, layer: int) -> tuple[Place, int]:
     raise ValueError(f"no layer {layer} of {config.num_layers}")
 
 
-# %% book/chapters/08_model.md, cell 12
+# %% book/chapters/07b_layer.md, cell 12
 def as_segments(layers: Sequence[LayerSpec]) -> tuple[Segment, ...]:
     """Layers as the shortest pattern that repeats, or as runs."""
     n, layers = len(layers), tuple(layers)

@@ -1,12 +1,6 @@
-# Generated from book/chapters/08_model.md, book/chapters/95_training_stack.md by `make sync`; edit the chapters.
-"""Grok-1 is a layer of 4.9 billion weights, sixty-four times over,
-between a table that turns tokens into vectors and the same table
-turning vectors back into tokens. The chapters before this one built
-what is inside the layer. This one puts the rest around it: a model
-described as data, a stack whose program does not grow with its depth, a
-cache that lets every token be computed once, a sampler, and the loop.
-At its end a small trained model of the same architecture writes text,
-and before that you will have seen which of its experts reads what.
+# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/95_training_stack.md by `make sync`; edit the chapters.
+"""The decoder: a layer, the stack of them, the table at both ends, and
+the programs that read a prompt and add a token.
 """
 
 import functools
@@ -35,7 +29,7 @@ from annotated_moe.quantization import LazySlice, read_slice, tile_rows
 from annotated_moe.rms_norm import RMSNorm, rms_norm
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/07b_layer.md, cell 18
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -93,7 +87,7 @@ class DecoderLayer(hk.Module):
         return h + (self.norm(y, name) if self.spec.post_norm else y)
 
 
-# %% book/chapters/08_model.md, cell 20
+# %% book/chapters/07b_layer.md, cell 20
 class InOutEmbed(hk.Module):
     """A table with a row of D numbers for each of V tokens."""
 
@@ -111,7 +105,98 @@ class InOutEmbed(hk.Module):
         )
 
 
-# %% book/chapters/08_model.md, cell 21
+# %% book/chapters/07b_layer.md, cell 21
+def embed(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"],
+    config: ModelConfig,
+) -> Float32[Array, "B T D"]:
+    """Rows of the table times the multiplier, in float32."""
+    h = table[tokens].astype(jnp.float32)
+    return h * config.embedding_multiplier
+
+
+# %% book/chapters/07b_layer.md, cell 22
+def tied_logits(
+    h: Float[Array, "N D"], table: Float[Array, "V D"]
+) -> Float32[Array, "N V"]:
+    """Every row of `h` times every row of the table, in `h.dtype`."""
+    table = table.astype(h.dtype)
+    return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
+
+
+# %% book/chapters/07b_layer.md, cell 23
+def tied_logits_tiled(
+    h: Float[Array, "N D"], table: Float[Array, "V D"]
+) -> Float32[Array, "N V"]:
+    """`tied_logits` without a second copy of the table.
+
+    Few rows are multiplied one by one, in float32.
+    """
+    n, v = h.shape[0], table.shape[0]
+    tile = tile_rows(v, 512)
+    tiles = table.reshape(v // tile, tile, -1)
+
+    def add_tile(t: Array, y: Array) -> Array:
+        words = read_slice(LazySlice(tiles, (t,)))          # [tile, D]
+        if n > 8:
+            part = tied_logits(h, words)                    # [N, tile]
+        else:
+            rows = jnp.split(h.astype(jnp.float32), n)
+            words = words.astype(jnp.float32)
+            part = jnp.concatenate(
+                [tied_logits(row, words) for row in rows])
+        return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
+
+    y = jnp.zeros((n, v), jnp.float32)
+    return jax.lax.fori_loop(0, v // tile, add_tile, y)
+
+
+# %% book/chapters/07b_layer.md, cell 26
+def all_tied_logits(
+    h: Float[Array, "N D"], table: Float[Array, "V D"],
+    train: bool = False,
+) -> Float32[Array, "N V"]:
+    """One of the two, wherever it runs."""
+    if train:
+        return tied_logits(h, table)
+
+    def run(h: Array, table: Array) -> Array:
+        y = jax.lax.platform_dependent(
+            h, table, cpu=tied_logits_tiled, default=tied_logits
+        )
+        return here().total(y, "table")
+
+    axes = (None, "table"), ("vocab", "table")
+    return here().split(run, axes, (None, None))(h, table)
+
+
+# %% book/chapters/07b_layer.md, cell 27
+Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
+
+
+# %% book/chapters/07b_layer.md, cell 28
+def head_table(params: Params, config: ModelConfig) -> Any:
+    """The output matrix, [V, D]."""
+    module = "in_out_embed" if config.tied else "lm_head"
+    return params[module]["embeddings"]
+
+
+def unembed(
+    params: Params,
+    h: Float32[Array, "B T D"],
+    config: ModelConfig,
+    train: bool = False,
+) -> Float32[Array, "B T V"]:
+    """Logits: the last norm, the output matrix, the multiplier."""
+    *lead, d = h.shape
+    h = rms_norm(h, params["rms_norm"]["scale"], config.norm_eps)
+    h = h.reshape(-1, d)                                    # [N, D]
+    h = h.astype(config.dtype) if train else h
+    y = all_tied_logits(h, head_table(params, config), train)
+    return y.reshape(*lead, -1) * config.output_multiplier
+
+
+# %% book/chapters/07b_layer.md, cell 30
 def outer_parameters(config: ModelConfig) -> None:
     """Ask for the parameters before and after the layers."""
     InOutEmbed(config.vocab_size, config.d_model)()
@@ -121,7 +206,7 @@ def outer_parameters(config: ModelConfig) -> None:
     RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
 
 
-# %% book/chapters/08_model.md, cell 22
+# %% book/chapters/07b_layer.md, cell 31
 def layer_parameters(place: Place, config: ModelConfig) -> None:
     """Ask for the parameters of a layer: run it on one token."""
     h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
@@ -129,7 +214,7 @@ def layer_parameters(place: Place, config: ModelConfig) -> None:
     layer(h, at, at == 0, train=True)
 
 
-# %% book/chapters/08_model.md, cell 23
+# %% book/chapters/07b_layer.md, cell 32
 @functools.cache
 def param_specs(
     config: ModelConfig,
@@ -149,7 +234,7 @@ def param_specs(
     return specs
 
 
-# %% book/chapters/08_model.md, cell 24
+# %% book/chapters/07b_layer.md, cell 33
 def flat_specs(
     config: ModelConfig,
 ) -> dict[tuple[str, str], ParamSpec]:
@@ -161,10 +246,7 @@ def flat_specs(
     }
 
 
-# %% book/chapters/08_model.md, cell 28
-Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
-
-
+# %% book/chapters/07b_layer.md, cell 37
 def init_params(key: Array, config: ModelConfig) -> Params:
     """Random float32 weights, module -> name -> array.
 
@@ -182,7 +264,7 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     return params
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 4
 def place_params(params: Params, place: Place) -> Params:
     """The stacks of a place's layers.
 
@@ -202,7 +284,7 @@ def place_params(params: Params, place: Place) -> Params:
     return found
 
 
-# %% book/chapters/08_model.md, cell 31
+# %% book/chapters/08_model.md, cell 5
 def layer_weights(
     params: Params, place: Place, config: ModelConfig, index: Any
 ) -> Params:
@@ -218,7 +300,7 @@ def layer_weights(
     }
 
 
-# %% book/chapters/08_model.md, cell 32
+# %% book/chapters/08_model.md, cell 6
 def apply_layer(
     weights: Params,
     place: Place,
@@ -238,7 +320,7 @@ def apply_layer(
     return hk.transform(run).apply(weights, None)
 
 
-# %% book/chapters/08_model.md, cell 35
+# %% book/chapters/08_model.md, cell 9
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -267,7 +349,7 @@ class Cache:
         return Cache(tuple(c.evict(row) for c in self.places))
 
 
-# %% book/chapters/08_model.md, cell 36
+# %% book/chapters/08_model.md, cell 10
 def constrain_residual(
     h: Float32[Array, "B T D"],
 ) -> Float32[Array, "B T D"]:
@@ -275,7 +357,7 @@ def constrain_residual(
     return here().constrain(h, (None, None, "embed"))
 
 
-# %% book/chapters/08_model.md, cell 37
+# %% book/chapters/08_model.md, cell 11
 def decoder(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -312,94 +394,7 @@ def decoder(
     return h, None if cache is None else Cache(tuple(done))
 
 
-# %% book/chapters/08_model.md, cell 42
-def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"],
-    config: ModelConfig,
-) -> Float32[Array, "B T D"]:
-    """Rows of the table times the multiplier, in float32."""
-    h = table[tokens].astype(jnp.float32)
-    return h * config.embedding_multiplier
-
-
-# %% book/chapters/08_model.md, cell 43
-def tied_logits(
-    h: Float[Array, "N D"], table: Float[Array, "V D"]
-) -> Float32[Array, "N V"]:
-    """Every row of `h` times every row of the table, in `h.dtype`."""
-    table = table.astype(h.dtype)
-    return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
-
-
-# %% book/chapters/08_model.md, cell 44
-def tied_logits_tiled(
-    h: Float[Array, "N D"], table: Float[Array, "V D"]
-) -> Float32[Array, "N V"]:
-    """`tied_logits` without a second copy of the table.
-
-    Few rows are multiplied one by one, in float32.
-    """
-    n, v = h.shape[0], table.shape[0]
-    tile = tile_rows(v, 512)
-    tiles = table.reshape(v // tile, tile, -1)
-
-    def add_tile(t: Array, y: Array) -> Array:
-        words = read_slice(LazySlice(tiles, (t,)))          # [tile, D]
-        if n > 8:
-            part = tied_logits(h, words)                    # [N, tile]
-        else:
-            rows = jnp.split(h.astype(jnp.float32), n)
-            words = words.astype(jnp.float32)
-            part = jnp.concatenate(
-                [tied_logits(row, words) for row in rows])
-        return jax.lax.dynamic_update_slice(y, part, (0, t * tile))
-
-    y = jnp.zeros((n, v), jnp.float32)
-    return jax.lax.fori_loop(0, v // tile, add_tile, y)
-
-
-# %% book/chapters/08_model.md, cell 47
-def all_tied_logits(
-    h: Float[Array, "N D"], table: Float[Array, "V D"],
-    train: bool = False,
-) -> Float32[Array, "N V"]:
-    """One of the two, wherever it runs."""
-    if train:
-        return tied_logits(h, table)
-
-    def run(h: Array, table: Array) -> Array:
-        y = jax.lax.platform_dependent(
-            h, table, cpu=tied_logits_tiled, default=tied_logits
-        )
-        return here().total(y, "table")
-
-    axes = (None, "table"), ("vocab", "table")
-    return here().split(run, axes, (None, None))(h, table)
-
-
-# %% book/chapters/08_model.md, cell 48
-def head_table(params: Params, config: ModelConfig) -> Any:
-    """The output matrix, [V, D]."""
-    module = "in_out_embed" if config.tied else "lm_head"
-    return params[module]["embeddings"]
-
-
-def unembed(
-    params: Params,
-    h: Float32[Array, "B T D"],
-    config: ModelConfig,
-    train: bool = False,
-) -> Float32[Array, "B T V"]:
-    """Logits: the last norm, the output matrix, the multiplier."""
-    *lead, d = h.shape
-    h = rms_norm(h, params["rms_norm"]["scale"], config.norm_eps)
-    h = h.reshape(-1, d)                                    # [N, D]
-    h = h.astype(config.dtype) if train else h
-    y = all_tied_logits(h, head_table(params, config), train)
-    return y.reshape(*lead, -1) * config.output_multiplier
-
-
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/08_model.md, cell 16
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -415,7 +410,7 @@ def positions_of(
     return positions, real
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 17
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -442,7 +437,7 @@ def forward(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 18
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -453,7 +448,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 62
+# %% book/chapters/08_model.md, cell 28
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(part: KVCache) -> KVCache:
@@ -473,7 +468,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     )))
 
 
-# %% book/chapters/08_model.md, cell 63
+# %% book/chapters/08_model.md, cell 29
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for part in cache.places:
@@ -505,7 +500,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 64
+# %% book/chapters/08_model.md, cell 30
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,

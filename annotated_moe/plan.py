@@ -287,7 +287,8 @@ def abstract_cache(
 def cache_bytes(cache: Cache) -> int:
     """Bytes that a device holds of the keys and values of all slots."""
     return sum(
-        device_bytes(replace(kept, length=None)) for kept in cache.places
+        device_bytes(replace(kept, length=None))
+        for kept in cache.places
     )
 
 

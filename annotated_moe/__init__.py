@@ -16,7 +16,7 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.streaming import load_from_disk
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08c_generate.md, cell 33
+# %% book/chapters/08c_generate.md, cell 32
 __all__ = [
     "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
     "Tokenizer", "make_mesh",

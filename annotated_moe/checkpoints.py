@@ -488,9 +488,11 @@ def load(
     Grok-1 release, `checkpoint.py`.
     """
     dtype = default_dtype() if dtype is None else dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         known = " or ".join(DTYPES)
         raise ValueError(f"dtype must be {known}: {dtype!r}")
+    if not isinstance(stream, bool):
+        raise TypeError(f"stream must be True or False: {stream!r}")
     if stream and mesh is not None:
         raise ValueError(
             "stream=True runs on one device: leave out the mesh"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import annotated_moe as am
 from annotated_moe.config import Segment, all_places, as_segments, place_of
 from annotated_moe.families import PRESETS
 from annotated_moe.families.grok import grok_config
@@ -535,7 +536,7 @@ def test_options_are_in_the_signatures_with_one_default():
     assert found == [[32, 0.0, 1.0, None, 0, None, None]] * 4
 
 
-def test_a_session_refuses_nothing_and_is_announced(monkeypatch):
+def test_a_session_is_announced_and_so_are_its_prompts(monkeypatch):
     seen = []
     checks = [*RUN_CHECKS, lambda mesh, call, inputs: seen.append((call, inputs))]
     monkeypatch.setattr("annotated_moe.generate.RUN_CHECKS", checks)
@@ -544,8 +545,9 @@ def test_a_session_refuses_nothing_and_is_announced(monkeypatch):
     tokens = greedy(session.prefill([[5, 6, 7]]))
     row = [int(tokens[0]), int(greedy(session.step(tokens))[0])]
     assert row == net.generate_ids([[5, 6, 7]], max_new_tokens=2)[0]
-    calls = ["Session", "prefill", "generate_ids", "Session", "prefill"]
-    assert [call for call, _ in seen] == calls
+    assert [call for call, _ in seen] == [
+        "Session", "prefill", "generate_ids", "Session", "prefill"
+    ]
     assert seen[0][1]["slots"] == 16 and seen[2][1]["prompts"] == [[5, 6, 7]]
 
 
@@ -721,7 +723,7 @@ def test_quantized_attention_at_batch_2():
 
 
 @pytest.mark.parametrize("kind", [list, set, iter, np.array])
-def test_stop_ids_of_any_kind(kind):
+def test_stop_ids_of_any_kind(kind, any_types):
     model = am.load(dtype="float32")
     (new,) = model.generate_ids([[1]], max_new_tokens=5)
     stop = kind([new[2]])
@@ -732,12 +734,12 @@ def test_stop_ids_of_any_kind(kind):
 
 
 @pytest.mark.parametrize("stop", [["1"], [1.5], "ab", 5, [[1]]])
-def test_what_is_no_stop_id(stop):
+def test_what_is_no_stop_id(stop, any_types):
     with pytest.raises(TypeError, match="stop_ids must be token ids"):
         am.load().generate_ids([[1]], stop_ids=stop)
 
 
-def test_a_session_takes_only_what_it_has_room_for():
+def test_a_session_takes_only_what_it_has_room_for(any_types):
     model = am.load(dtype="float32")
     top = model.config.vocab_size
     session = am.Session(model, 2, 16)

@@ -613,17 +613,16 @@ def hub_config(folder: Path) -> ModelConfig:
 
 # %% book/chapters/14_hub.md, cell 40
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = [
-    "*.json", "*.safetensors", "*.model", "*.jinja", "*.txt",
-    "*.tiktoken", "ckpt-0/*",
-]
+SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+WEIGHT_FILES = ["*.safetensors", "ckpt-0/*"]
 
 
 def fetch_from_hub(name: str) -> Path | None:
     """The folder of the model `name` of the hub, fetched if need be.
 
     None for what is no name, as `./folder`. CheckpointError where it
-    cannot be had.
+    cannot be had, or has a configuration that we do not support: then
+    no weights are fetched.
     """
     if not HUB_NAME.fullmatch(name):
         return None
@@ -634,17 +633,21 @@ def fetch_from_hub(name: str) -> Path | None:
             f"{name} is no folder; to fetch a model of this name from "
             'the Hugging Face hub, pip install "annotated-moe[hub]"'
         ) from None
-    try:
-        found = snapshot_download(
-            name, allow_patterns=WANTED, ignore_patterns=["original/*"]
-        )
-    except Exception as error:      # of the network: of many classes
-        why = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{name} is no folder, and could not be fetched from the "
-            f"Hugging Face hub: {why:.200}"
-        ) from None
-    return Path(found)
+    for files in (SMALL_FILES, WEIGHT_FILES):
+        try:
+            found = Path(snapshot_download(
+                name, allow_patterns=files, ignore_patterns=["original/*"]
+            ))
+        except Exception as error:      # of the network: of many classes
+            why = str(error).strip().split("\n")[0]
+            raise CheckpointError(
+                f"{name} is no folder, and could not be fetched from the "
+                f"Hugging Face hub: {why:.200}"
+            ) from None
+        config = found / "config.json"
+        if config.is_file() and "architectures" in read_json(config):
+            hub_config(found)       # refused before weights are fetched
+    return found
 
 
 # %% book/chapters/14_hub.md, cell 43

@@ -636,7 +636,8 @@ def fetch_from_hub(name: str) -> Path | None:
     for files in (SMALL_FILES, WEIGHT_FILES):
         try:
             found = Path(snapshot_download(
-                name, allow_patterns=files, ignore_patterns=["original/*"]
+                name, allow_patterns=files,
+                ignore_patterns=["original/*"],
             ))
         except Exception as error:      # of the network: of many classes
             why = str(error).strip().split("\n")[0]

@@ -639,11 +639,11 @@ def fetch_from_hub(name: str) -> Path | None:
                 name, allow_patterns=files,
                 ignore_patterns=["original/*"],
             ))
-        except Exception as error:      # of the network: of many classes
+        except Exception as error:  # the network's: many classes
             why = str(error).strip().split("\n")[0]
             raise CheckpointError(
-                f"{name} is no folder, and could not be fetched from the "
-                f"Hugging Face hub: {why:.200}"
+                f"{name} is no folder, and could not be fetched from "
+                f"the Hugging Face hub: {why:.200}"
             ) from None
         config = found / "config.json"
         if config.is_file() and "architectures" in read_json(config):

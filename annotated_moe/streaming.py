@@ -982,7 +982,7 @@ def load_from_disk(
     return kind(config, params, tokenizer, mesh)
 
 
-# %% book/chapters/11_streaming.md, cell 82
+# %% book/chapters/11_streaming.md, cell 81
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -1004,7 +1004,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 83
+# %% book/chapters/11_streaming.md, cell 82
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

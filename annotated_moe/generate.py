@@ -245,7 +245,7 @@ def generate_ids(
     model: "Model", prompts: Iterable[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
     top_k: Integers | None = None, seed: Integers = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
 ) -> Rows:
     """New ids for each list of ids; a stop id ends a row, unseen.
 
@@ -274,7 +274,7 @@ def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
     top_k: int | None = None, seed: int = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
 ) -> Iterator[int]:
     """The new ids of one list of ids, each as it comes."""
     stop = stop_set(model, stop_ids)
@@ -325,6 +325,11 @@ def read_prompts(
     add_bos: bool | None,
 ) -> tuple[Rows, list[Any]]:
     """Ids and tiles of each prompt; an error says of which."""
+    if not isinstance(prompts, (list, tuple, np.ndarray)):
+        raise TypeError(
+            "prompts are a text, or a list of texts and lists of ids: "
+            f"{prompts!r:.60}"
+        )
     shown = [None] * len(prompts) if images is None else images
     if not isinstance(shown, (list, tuple)):
         raise TypeError("images must be a list: a picture a prompt")
@@ -349,7 +354,7 @@ def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
     top_k: Integers | None = None, seed: Integers = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
     add_bos: bool | None = None,
 ) -> Any:
     """New text for a text, or a list of them for a list.
@@ -381,7 +386,7 @@ def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
     top_k: int | None = None, seed: int = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
     add_bos: bool | None = None,
 ) -> Iterator[str]:
     """The new text of one prompt, piece by piece as it comes.

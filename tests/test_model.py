@@ -589,6 +589,12 @@ def test_text_in_text_out():
         m.generate(["a"], images=picture)
 
 
+@pytest.mark.parametrize("wrong", [None, 5, {"a": 1}])
+def test_what_is_no_list_of_prompts(wrong, any_types):
+    with pytest.raises(TypeError, match="prompts are a text, or a list of texts"):
+        am.load().generate(wrong)
+
+
 @pytest.mark.parametrize(
     "error, prompts, options",
     [

@@ -18,7 +18,7 @@ PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 PRESETS |= LLAMAS
 
 
-# %% book/chapters/16_mixtral.md, cell 84
+# %% book/chapters/16_mixtral.md, cell 85
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
 

@@ -11,10 +11,11 @@ byte of it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -62,24 +63,27 @@ MESH_AXES: dict[str | None, MeshAxis] = {
     "experts": "expert",
     "table": ("data", "model"),             # the width of an embedding
     "batch": "data",
+    "tokens": None,                         # or the rows they lie in
     "vocab": None,
     "layers": None,
     None: None,
 }
 
 
-def partition_spec(axes: Axes) -> P:
+def partition_spec(
+    axes: Axes, table: Mapping[str | None, MeshAxis] = MESH_AXES
+) -> P:
     """Which mesh axes cut an array whose axes count what `axes` say.
 
-    ValueError for a name that `MESH_AXES` does not have.
+    ValueError for a name that `table` does not have.
     """
     for axis in axes:
-        if axis not in MESH_AXES:
+        if axis not in table:
             raise ValueError(
                 f"MESH_AXES does not say what cuts the axis {axis!r}: "
                 "add it there, with None to keep it whole everywhere"
             )
-    return P(*(MESH_AXES[axis] for axis in axes))
+    return P(*(table[axis] for axis in axes))
 
 
 # %% book/chapters/07_sharding.md, cell 19
@@ -199,14 +203,16 @@ def shardings(specs: Any, mesh: AnyMesh) -> Any:
 def matmul_in_blocks(
     product: Callable[[Array, Any], Array],
     x: Float[Array, "N D"], w: Any, axes: Axes, mesh: AnyMesh,
+    tokens: MeshAxis = None,
 ) -> Float[Array, "N F"]:
     """`product`, of whose weight each device holds a block.
 
     Each device multiplies its block; then they sum over what cuts D.
-    Source: Pope et al. (2023), section 3.2.
+    `tokens` may cut N. Source: Pope et al. (2023), section 3.2.
     """
     spec = partition_spec(axes)
     d, f = fit_spec(spec, w.shape, mesh)
+    n = fit(tokens, len(x), mesh)
 
     def local(x: Array, w: Any) -> Array:
         y = product(x, w)                                   # [N, F_Y]
@@ -214,8 +220,8 @@ def matmul_in_blocks(
 
     return jax.shard_map(
         local, mesh=mesh, check_vma=False,
-        in_specs=(P(None, d), weight_spec(spec, w, mesh)),
-        out_specs=P(None, f),
+        in_specs=(P(n, d), weight_spec(spec, w, mesh)),
+        out_specs=P(n, f),
     )(x, w)
 
 
@@ -256,6 +262,12 @@ class OneOfMany(OneDevice):
         along = self.along(axis)
         return jax.lax.axis_index(along) * count if along else 0
 
+    def exchange(
+        self, run: Callable[[Array, Array, Array], Array], x: Array,
+        gates: Array, experts: Array, held: int,
+    ) -> Array:
+        return self.total(run(x, gates, experts), "mlp", "experts")
+
 
 PART: ContextVar[OneOfMany | None] = ContextVar("PART", default=None)
 
@@ -276,18 +288,20 @@ def is_weight(w: Any) -> bool:
 # %% book/chapters/07_sharding.md, cell 57
 def split_over(
     mesh: AnyMesh, function: Callable[..., Any], in_axes: Any,
-    out_axes: Any,
+    out_axes: Any, part: Callable[..., OneOfMany] = OneOfMany,
+    table: Mapping[str | None, MeshAxis] = MESH_AXES,
 ) -> Callable[..., Any]:
     """`function`, run by each device on its parts of the arrays.
 
-    `in_axes` and `out_axes` name what the axes of each array count.
+    `in_axes` and `out_axes` name what the axes of each array count,
+    `table` says what cuts them, and a device answers as a `part`.
     ValueError when one name would be cut here and whole there.
     """
     def run(*arrays: Any) -> Any:
         cut: dict[str | None, MeshAxis] = {}
 
         def spec_of(a: Any, axes: Axes) -> Any:
-            spec = partition_spec(axes)
+            spec = partition_spec(axes, table)
             for axis, along in zip(axes, fit_spec(spec, a.shape, mesh)):
                 if cut.setdefault(axis, along) != along:
                     raise ValueError(
@@ -297,7 +311,7 @@ def split_over(
             return weight_spec(spec, a, mesh)
 
         def local(*arrays: Any) -> Any:
-            token = PART.set(OneOfMany(cut))
+            token = PART.set(part(cut))
             try:
                 return function(*arrays)
             finally:
@@ -321,23 +335,33 @@ def split_over(
 # %% book/chapters/07_sharding.md, cell 58
 @dataclass(frozen=True)
 class OnMesh(OneDevice):
-    """On all devices of a mesh; arrays look whole."""
+    """On all devices of a mesh; arrays look whole.
+
+    Another way to use a mesh overrides the table or a part's answers.
+    """
 
     mesh: AnyMesh
+    table: ClassVar[Mapping[str | None, MeshAxis]] = MESH_AXES
+    part: ClassVar[type[OneOfMany]] = OneOfMany
 
     def matmul(
         self, product: Callable[[Array, Any], Array], x: Array, w: Any,
         axes: Axes, summed: bool,
     ) -> Array:
-        return matmul_in_blocks(product, x, w, axes, self.mesh)
+        tokens = self.table["tokens"]
+        return matmul_in_blocks(product, x, w, axes, self.mesh, tokens)
 
     def split(
         self, function: Callable[..., Any], in_axes: Any, out_axes: Any
     ) -> Callable[..., Any]:
-        return split_over(self.mesh, function, in_axes, out_axes)
+        return split_over(
+            self.mesh, function, in_axes, out_axes, self.part,
+            self.table,
+        )
 
     def constrain(self, x: Array, axes: Axes) -> Array:
-        spec = fit_spec(partition_spec(axes), x.shape, self.mesh)
+        wish = partition_spec(axes, self.table)
+        spec = fit_spec(wish, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, spec)
 
     def head_copies(self, kv_heads: int, q_heads: int) -> int:
@@ -360,6 +384,26 @@ class OnMesh(OneDevice):
 
 
 # %% book/chapters/07_sharding.md, cell 59
+EXCHANGES: dict[str, type[OnMesh]] = {"sum": OnMesh}
+EXCHANGE = jax.make_user_context("sum")
+
+
+def check_exchange(name: str) -> None:
+    """ValueError unless `name` is one of `EXCHANGES`."""
+    if name not in EXCHANGES:
+        known = " or ".join(map(repr, EXCHANGES))
+        raise ValueError(f"exchange must be {known}: {name!r}")
+
+
+@contextmanager
+def use_mesh(mesh: Mesh, exchange: str = "sum") -> Iterator[None]:
+    """Compute on `mesh`; `exchange` says how tokens reach experts."""
+    check_exchange(exchange)
+    with EXCHANGE(exchange), jax.set_mesh(mesh):
+        yield
+
+
+# %% book/chapters/07_sharding.md, cell 60
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -371,13 +415,13 @@ def find_mesh() -> OneDevice | None:
     if part := PART.get():
         return part
     mesh = current_mesh()
-    return None if mesh is None else OnMesh(mesh)
+    return None if mesh is None else EXCHANGES[EXCHANGE.value](mesh)
 
 
 PLACEMENTS.append(find_mesh)
 
 
-# %% book/chapters/07_sharding.md, cell 66
+# %% book/chapters/07_sharding.md, cell 67
 def copies_of_heads(
     kv_heads: int, q_heads: int, mesh: AnyMesh
 ) -> int:
@@ -389,7 +433,7 @@ def copies_of_heads(
     return math.lcm(kv_heads, axis_size(mesh, axis)) // kv_heads
 
 
-# %% book/chapters/07_sharding.md, cell 67
+# %% book/chapters/07_sharding.md, cell 68
 def gather_parted_heads(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K V"],
     q_heads: int, mesh: AnyMesh,

@@ -552,7 +552,6 @@ class MoE(hk.Module):
             x: Array, gates: Array, experts: Array, w: Experts
         ) -> Array:
             held = next(iter(w.values())).shape[0]
-
             def run(x: Array, gates: Array, experts: Array) -> Array:
                 own = number_among_held(experts, held)
                 return sort_and_tile(x, gates, own, w, self.expert)

@@ -1,4 +1,4 @@
-# Generated from book/chapters/07_sharding.md by `make sync`; edit the chapter.
+# Generated from book/chapters/07_sharding.md, book/chapters/21_experts_in_parallel.md by `make sync`; edit the chapters.
 """Grok-1's weights fill 318 GB, and an accelerator with 80 GB of memory
 is a large one. No single device can hold the model, so eight hold an
 eighth each, and every product has to be computed where its weights lie.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from annotated_moe.moe import capacity
 from annotated_moe.params import Axes, ParamSpec
 from annotated_moe.placement import PLACEMENTS, OneDevice
 from annotated_moe.quantization import LazySlice, QuantizedTensor
@@ -461,3 +463,171 @@ def gather_parted_heads(
         in_specs=(part, part), out_specs=[P(), P()],
     )(*flat)
     return whole[0].reshape(k.shape), whole[1].reshape(v.shape)
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 10
+def seating(
+    experts: Int[Array, "own A"], held: int, devices: int
+) -> tuple[Int[Array, "devices own"], Int[Array, " devices"]]:
+    """For each device our tokens, those that it is sent first.
+
+    And how many these are. Each device has `held` experts.
+    """
+    device = jnp.arange(devices)[:, None, None]
+    wanted = jnp.any(experts // held == device, axis=-1)
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    return order, wanted.sum(axis=1)
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 13
+def deal_padded(
+    benches: Float[Array, "devices own D"],
+    sent: Int[Array, " devices"], received: Int[Array, " devices"],
+    axis: str, few: int,
+) -> Float[Array, "devices own D"]:
+    """Bench i goes to device i; the one from device i becomes bench i.
+
+    `few` seats of each travel if nobody fills more, else all.
+    """
+    def every(benches: Array) -> Array:
+        return jax.lax.all_to_all(benches, axis, 0, 0)
+
+    def some(benches: Array) -> Array:
+        empty = benches.shape[1] - few
+        there = every(benches[:, :few])
+        return jnp.pad(there, ((0, 0), (0, empty), (0, 0)))
+
+    if few >= benches.shape[1]:
+        return every(benches)
+    most = jnp.maximum(sent.max(), received.max())
+    fits = jax.lax.pmax(most, axis) <= few
+    return jax.lax.cond(fits, some, every, benches)
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 14
+def deal_ragged(
+    benches: Float[Array, "devices own D"],
+    sent: Int[Array, " devices"], received: Int[Array, " devices"],
+    axis: str,
+) -> Float[Array, "devices own D"]:
+    """`deal_padded`, in which only filled seats travel."""
+    devices, own, _ = benches.shape
+    flat = benches.reshape(devices * own, -1)
+    starts = own * jnp.arange(devices, dtype=jnp.int32)
+    mine = own * jax.lax.axis_index(axis)
+    there = jax.lax.ragged_all_to_all(
+        flat, jnp.zeros_like(flat), starts, sent.astype(jnp.int32),
+        jnp.full_like(starts, mine), received.astype(jnp.int32),
+        axis_name=axis,
+    )
+    return there.reshape(benches.shape)
+
+
+def deal(
+    benches: Float[Array, "devices own D"],
+    sent: Int[Array, " devices"], received: Int[Array, " devices"],
+    axis: str, few: int,
+) -> Float[Array, "devices own D"]:
+    """Benches to their devices, as the backend can."""
+    return jax.lax.platform_dependent(
+        benches, sent, received,
+        cpu=partial(deal_padded, axis=axis, few=few),
+        default=partial(deal_ragged, axis=axis),
+    )
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 15
+FEW = 1.5                                   # seats, over the mean
+
+
+@dataclass(frozen=True)
+class TokensApart(OneOfMany):
+    """A device's part where each device has tokens of its own."""
+
+    def expert_axis(self, held: int) -> str:
+        """The mesh axis that deals experts out.
+
+        ValueError where experts are whole and tokens are not.
+        """
+        if not self.along("experts"):
+            devices = jax.lax.axis_size(self.along("tokens"))
+            raise ValueError(
+                f"{held} experts cannot be dealt out to {devices} "
+                "devices: give the mesh an axis `expert` that divides "
+                "them"
+            )
+        return self.along("experts")[0]
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 16
+@dataclass(frozen=True)
+class AllToAll(TokensApart):
+    """Tokens travel to their experts, and results travel back.
+
+    Source: GShard, section 3.2, but nothing is dropped.
+    """
+
+    def exchange(
+        self, run: Callable[[Array, Array, Array], Array], x: Array,
+        gates: Array, experts: Array, held: int,
+    ) -> Array:
+        if not self.along("tokens"):
+            return super().exchange(run, x, gates, experts, held)
+        axis = self.expert_axis(held)
+        n, (own, d) = jax.lax.axis_size(axis), x.shape
+        few = capacity(own, min(experts.shape[1], n), n, FEW)
+        order, sent = seating(experts, held, n)
+        choices, gates = (
+            jax.lax.all_to_all(z[order], axis, 0, 0)
+            .reshape(n * own, -1) for z in (experts, gates)
+        )
+        mine = choices // held == jax.lax.axis_index(axis)
+        received = mine.any(axis=-1).reshape(n, own).sum(axis=1)
+        xs = deal(x[order], sent, received, axis, few)
+        y = run(xs.reshape(n * own, d), gates, choices)
+        back = deal(y.reshape(n, own, d), received, sent, axis, few)
+        total = jnp.zeros((own, d), y.dtype).at[order].add(back)
+        return self.total(total, "mlp")
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 17
+@dataclass(frozen=True)
+class Ring(TokensApart):
+    """All tokens are gathered, and of the results each its own."""
+
+    def exchange(
+        self, run: Callable[[Array, Array, Array], Array], x: Array,
+        gates: Array, experts: Array, held: int,
+    ) -> Array:
+        if not self.along("tokens"):
+            return super().exchange(run, x, gates, experts, held)
+        axis = self.expert_axis(held)
+        every = [jax.lax.all_gather(z, axis, tiled=True)
+                 for z in (x, gates, experts)]
+        y = jax.lax.psum_scatter(
+            run(*every), axis, scatter_dimension=0, tiled=True
+        )
+        return self.total(y, "mlp")
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 18
+APART: dict[str | None, MeshAxis] = {
+    **MESH_AXES, "tokens": "expert", "batch": ("data", "expert"),
+}
+
+
+class AllToAllOnMesh(OnMesh):
+    """On a mesh, tokens apart, by all-to-all."""
+
+    table: ClassVar[Mapping[str | None, MeshAxis]] = APART
+    part: ClassVar[type[OneOfMany]] = AllToAll
+
+
+class RingOnMesh(OnMesh):
+    """On a mesh, tokens apart, around a ring."""
+
+    table: ClassVar[Mapping[str | None, MeshAxis]] = APART
+    part: ClassVar[type[OneOfMany]] = Ring
+
+
+EXCHANGES |= {"all_to_all": AllToAllOnMesh, "ring": RingOnMesh}

@@ -75,6 +75,7 @@ from annotated_moe.generate import MODEL_CLASSES, Model, announce
 from annotated_moe.model import Params, flat_specs
 from annotated_moe.parallel import (
     MeshAxis,
+    check_exchange,
     fit_spec,
     group_repeats,
     partition_spec,
@@ -477,11 +478,14 @@ def load(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     stream: bool = False,
+    exchange: str = "sum",
 ) -> Model:
     """A model from a checkpoint folder; without one, the small model.
 
-    `mesh` comes from `make_mesh`; None is one device. `dtype` is what
-    it computes in, "bfloat16" or "float32"; None: what is fast here.
+    `mesh` comes from `make_mesh`; None is one device. `exchange` says
+    how tokens reach the experts of other devices, by a name that
+    `parallel.EXCHANGES` has. `dtype` is what it computes in,
+    "bfloat16" or "float32"; None: what is fast here.
     With `stream`, weights stay on disk, for a model larger than memory.
     Raises CheckpointError for whatever is missing, left over, misshapen
     or unsafe, and ValueError for another dtype or mesh. Source: the
@@ -497,10 +501,14 @@ def load(
         raise ValueError(
             "stream=True runs on one device: leave out the mesh"
         )
+    check_exchange(exchange)
     opened = open_checkpoint(small_model() if path is None else path)
     if mesh is not None:
         check_mesh(opened.folder, opened.config, mesh)
-    return LOADERS["disk" if stream else "memory"](opened, mesh, dtype)
+    announce(mesh, "load", exchange=exchange)
+    model = LOADERS["disk" if stream else "memory"](opened, mesh, dtype)
+    same = model.exchange == exchange
+    return model if same else replace(model, exchange=exchange)
 
 
 # %% book/chapters/09c_layouts.md, cell 55

@@ -30,6 +30,7 @@ from annotated_moe.model import (
     init_cache,
     prefill,
 )
+from annotated_moe.parallel import use_mesh
 from annotated_moe.sampling import (
     NO_TOKEN,
     Sampling,
@@ -416,6 +417,7 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None = None
     mesh: Any = None
+    exchange: str = "sum"                   # of tokens, on a mesh
     in_memory: ClassVar[bool] = True        # or are weights on disk
 
     def __repr__(self) -> str:
@@ -427,7 +429,7 @@ class Model:
         """The context in which compiled functions are called."""
         if self.mesh is None:
             return contextlib.nullcontext()
-        return jax.set_mesh(self.mesh)
+        return use_mesh(self.mesh, self.exchange)
 
     def all_logits(
         self, tokens: Any, lengths: Any, inputs: Any = None

@@ -354,7 +354,7 @@ def constrain_residual(
     h: Float32[Array, "B T D"],
 ) -> Float32[Array, "B T D"]:
     """The residual stream's layout on a mesh, layer after layer."""
-    return here().constrain(h, (None, None, "embed"))
+    return here().constrain(h, ("tokens", None, "embed"))
 
 
 # %% book/chapters/08_model.md, cell 11

@@ -552,14 +552,16 @@ class MoE(hk.Module):
             x: Array, gates: Array, experts: Array, w: Experts
         ) -> Array:
             held = next(iter(w.values())).shape[0]
-            experts = number_among_held(experts, held)
-            y = sort_and_tile(x, gates, experts, w, self.expert)
-            return here().total(y, "mlp", "experts")
+            def run(x: Array, gates: Array, experts: Array) -> Array:
+                own = number_among_held(experts, held)
+                return sort_and_tile(x, gates, own, w, self.expert)
+
+            return here().exchange(run, x, gates, experts, held)
 
         axes = {name: ("experts", *axes)
                 for name, (_, axes) in self.parameters(d).items()}
-        flat, whole = (None, "embed"), (None, None)
-        in_axes = flat, whole, whole, axes
+        flat, choices = ("tokens", "embed"), ("tokens", None)
+        in_axes = flat, choices, choices, axes
         split = here().split(held_here, in_axes, flat)
         return split(x, routed.gates, experts, w)
 

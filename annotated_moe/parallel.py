@@ -1,4 +1,4 @@
-# Generated from book/chapters/07_sharding.md by `make sync`; edit the chapter.
+# Generated from book/chapters/07_sharding.md, book/chapters/21_experts_in_parallel.md by `make sync`; edit the chapters.
 """Grok-1's weights fill 318 GB, and an accelerator with 80 GB of memory
 is a large one. No single device can hold the model, so eight hold an
 eighth each, and every product has to be computed where its weights lie.
@@ -11,18 +11,21 @@ byte of it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from annotated_moe.moe import capacity
 from annotated_moe.params import Axes, ParamSpec
 from annotated_moe.placement import PLACEMENTS, OneDevice
 from annotated_moe.quantization import LazySlice, QuantizedTensor
@@ -65,24 +68,27 @@ MESH_AXES: dict[str | None, MeshAxis] = {
     "experts": "expert",
     "table": ("data", "model"),             # the width of an embedding
     "batch": "data",
+    "tokens": None,                         # or the rows they lie in
     "vocab": None,
     "layers": None,
     None: None,
 }
 
 
-def partition_spec(axes: Axes) -> P:
+def partition_spec(
+    axes: Axes, table: Mapping[str | None, MeshAxis] = MESH_AXES
+) -> P:
     """Which mesh axes cut an array whose axes count what `axes` say.
 
-    ValueError for a name that `MESH_AXES` does not have.
+    ValueError for a name that `table` does not have.
     """
     for axis in axes:
-        if axis not in MESH_AXES:
+        if axis not in table:
             raise ValueError(
                 f"MESH_AXES does not say what cuts the axis {axis!r}: "
                 "add it there, with None to keep it whole everywhere"
             )
-    return P(*(MESH_AXES[axis] for axis in axes))
+    return P(*(table[axis] for axis in axes))
 
 
 # %% book/chapters/07_sharding.md, cell 19
@@ -202,14 +208,16 @@ def shardings(specs: Any, mesh: AnyMesh) -> Any:
 def matmul_in_blocks(
     product: Callable[[Array, Any], Array],
     x: Float[Array, "N D"], w: Any, axes: Axes, mesh: AnyMesh,
+    tokens: MeshAxis = None,
 ) -> Float[Array, "N F"]:
     """`product`, of whose weight each device holds a block.
 
     Each device multiplies its block; then they sum over what cuts D.
-    Source: Pope et al. (2023), section 3.2.
+    `tokens` may cut N. Source: Pope et al. (2023), section 3.2.
     """
     spec = partition_spec(axes)
     d, f = fit_spec(spec, w.shape, mesh)
+    n = fit(tokens, len(x), mesh)
 
     def local(x: Array, w: Any) -> Array:
         y = product(x, w)                                   # [N, F_Y]
@@ -217,8 +225,8 @@ def matmul_in_blocks(
 
     return jax.shard_map(
         local, mesh=mesh, check_vma=False,
-        in_specs=(P(None, d), weight_spec(spec, w, mesh)),
-        out_specs=P(None, f),
+        in_specs=(P(n, d), weight_spec(spec, w, mesh)),
+        out_specs=P(n, f),
     )(x, w)
 
 
@@ -259,6 +267,12 @@ class OneOfMany(OneDevice):
         along = self.along(axis)
         return jax.lax.axis_index(along) * count if along else 0
 
+    def exchange(
+        self, run: Callable[[Array, Array, Array], Array], x: Array,
+        gates: Array, experts: Array, held: int,
+    ) -> Array:
+        return self.total(run(x, gates, experts), "mlp", "experts")
+
 
 PART: ContextVar[OneOfMany | None] = ContextVar("PART", default=None)
 
@@ -279,18 +293,20 @@ def is_weight(w: Any) -> bool:
 # %% book/chapters/07_sharding.md, cell 57
 def split_over(
     mesh: AnyMesh, function: Callable[..., Any], in_axes: Any,
-    out_axes: Any,
+    out_axes: Any, part: Callable[..., OneOfMany] = OneOfMany,
+    table: Mapping[str | None, MeshAxis] = MESH_AXES,
 ) -> Callable[..., Any]:
     """`function`, run by each device on its parts of the arrays.
 
-    `in_axes` and `out_axes` name what the axes of each array count.
+    `in_axes` and `out_axes` name what the axes of each array count,
+    `table` says what cuts them, and a device answers as a `part`.
     ValueError when one name would be cut here and whole there.
     """
     def run(*arrays: Any) -> Any:
         cut: dict[str | None, MeshAxis] = {}
 
         def spec_of(a: Any, axes: Axes) -> Any:
-            spec = partition_spec(axes)
+            spec = partition_spec(axes, table)
             for axis, along in zip(axes, fit_spec(spec, a.shape, mesh)):
                 if cut.setdefault(axis, along) != along:
                     raise ValueError(
@@ -300,7 +316,7 @@ def split_over(
             return weight_spec(spec, a, mesh)
 
         def local(*arrays: Any) -> Any:
-            token = PART.set(OneOfMany(cut))
+            token = PART.set(part(cut))
             try:
                 return function(*arrays)
             finally:
@@ -324,23 +340,33 @@ def split_over(
 # %% book/chapters/07_sharding.md, cell 58
 @dataclass(frozen=True)
 class OnMesh(OneDevice):
-    """On all devices of a mesh; arrays look whole."""
+    """On all devices of a mesh; arrays look whole.
+
+    Another way to use a mesh overrides the table or a part's answers.
+    """
 
     mesh: AnyMesh
+    table: ClassVar[Mapping[str | None, MeshAxis]] = MESH_AXES
+    part: ClassVar[type[OneOfMany]] = OneOfMany
 
     def matmul(
         self, product: Callable[[Array, Any], Array], x: Array, w: Any,
         axes: Axes, summed: bool,
     ) -> Array:
-        return matmul_in_blocks(product, x, w, axes, self.mesh)
+        tokens = self.table["tokens"]
+        return matmul_in_blocks(product, x, w, axes, self.mesh, tokens)
 
     def split(
         self, function: Callable[..., Any], in_axes: Any, out_axes: Any
     ) -> Callable[..., Any]:
-        return split_over(self.mesh, function, in_axes, out_axes)
+        return split_over(
+            self.mesh, function, in_axes, out_axes, self.part,
+            self.table,
+        )
 
     def constrain(self, x: Array, axes: Axes) -> Array:
-        spec = fit_spec(partition_spec(axes), x.shape, self.mesh)
+        wish = partition_spec(axes, self.table)
+        spec = fit_spec(wish, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, spec)
 
     def head_copies(self, kv_heads: int, q_heads: int) -> int:
@@ -363,6 +389,26 @@ class OnMesh(OneDevice):
 
 
 # %% book/chapters/07_sharding.md, cell 59
+EXCHANGES: dict[str, type[OnMesh]] = {"sum": OnMesh}
+EXCHANGE = jax.make_user_context("sum")
+
+
+def check_exchange(name: str) -> None:
+    """ValueError unless `name` is one of `EXCHANGES`."""
+    if name not in EXCHANGES:
+        known = " or ".join(map(repr, EXCHANGES))
+        raise ValueError(f"exchange must be {known}: {name!r}")
+
+
+@contextmanager
+def use_mesh(mesh: Mesh, exchange: str = "sum") -> Iterator[None]:
+    """Compute on `mesh`; `exchange` says how tokens reach experts."""
+    check_exchange(exchange)
+    with EXCHANGE(exchange), jax.set_mesh(mesh):
+        yield
+
+
+# %% book/chapters/07_sharding.md, cell 60
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -374,13 +420,13 @@ def find_mesh() -> OneDevice | None:
     if part := PART.get():
         return part
     mesh = current_mesh()
-    return None if mesh is None else OnMesh(mesh)
+    return None if mesh is None else EXCHANGES[EXCHANGE.value](mesh)
 
 
 PLACEMENTS.append(find_mesh)
 
 
-# %% book/chapters/07_sharding.md, cell 66
+# %% book/chapters/07_sharding.md, cell 67
 def copies_of_heads(
     kv_heads: int, q_heads: int, mesh: AnyMesh
 ) -> int:
@@ -392,7 +438,7 @@ def copies_of_heads(
     return math.lcm(kv_heads, axis_size(mesh, axis)) // kv_heads
 
 
-# %% book/chapters/07_sharding.md, cell 67
+# %% book/chapters/07_sharding.md, cell 68
 def gather_parted_heads(
     k: Float[Array, "B T K H"], v: Float[Array, "B T K V"],
     q_heads: int, mesh: AnyMesh,
@@ -420,3 +466,171 @@ def gather_parted_heads(
         in_specs=(part, part), out_specs=[P(), P()],
     )(*flat)
     return whole[0].reshape(k.shape), whole[1].reshape(v.shape)
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 10
+def seating(
+    experts: Int[Array, "own A"], held: int, devices: int
+) -> tuple[Int[Array, "devices own"], Int[Array, " devices"]]:
+    """For each device our tokens, those that it is sent first.
+
+    And how many these are. Each device has `held` experts.
+    """
+    device = jnp.arange(devices)[:, None, None]
+    wanted = jnp.any(experts // held == device, axis=-1)
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    return order, wanted.sum(axis=1)
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 13
+def deal_padded(
+    benches: Float[Array, "devices own D"],
+    sent: Int[Array, " devices"], received: Int[Array, " devices"],
+    axis: str, few: int,
+) -> Float[Array, "devices own D"]:
+    """Bench i goes to device i; the one from device i becomes bench i.
+
+    `few` seats of each travel if nobody fills more, else all.
+    """
+    def every(benches: Array) -> Array:
+        return jax.lax.all_to_all(benches, axis, 0, 0)
+
+    def some(benches: Array) -> Array:
+        empty = benches.shape[1] - few
+        there = every(benches[:, :few])
+        return jnp.pad(there, ((0, 0), (0, empty), (0, 0)))
+
+    if few >= benches.shape[1]:
+        return every(benches)
+    most = jnp.maximum(sent.max(), received.max())
+    fits = jax.lax.pmax(most, axis) <= few
+    return jax.lax.cond(fits, some, every, benches)
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 14
+def deal_ragged(
+    benches: Float[Array, "devices own D"],
+    sent: Int[Array, " devices"], received: Int[Array, " devices"],
+    axis: str,
+) -> Float[Array, "devices own D"]:
+    """`deal_padded`, in which only filled seats travel."""
+    devices, own, _ = benches.shape
+    flat = benches.reshape(devices * own, -1)
+    starts = own * jnp.arange(devices, dtype=jnp.int32)
+    mine = own * jax.lax.axis_index(axis)
+    there = jax.lax.ragged_all_to_all(
+        flat, jnp.zeros_like(flat), starts, sent.astype(jnp.int32),
+        jnp.full_like(starts, mine), received.astype(jnp.int32),
+        axis_name=axis,
+    )
+    return there.reshape(benches.shape)
+
+
+def deal(
+    benches: Float[Array, "devices own D"],
+    sent: Int[Array, " devices"], received: Int[Array, " devices"],
+    axis: str, few: int,
+) -> Float[Array, "devices own D"]:
+    """Benches to their devices, as the backend can."""
+    return jax.lax.platform_dependent(
+        benches, sent, received,
+        cpu=partial(deal_padded, axis=axis, few=few),
+        default=partial(deal_ragged, axis=axis),
+    )
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 15
+FEW = 1.5                                   # seats, over the mean
+
+
+@dataclass(frozen=True)
+class TokensApart(OneOfMany):
+    """A device's part where each device has tokens of its own."""
+
+    def expert_axis(self, held: int) -> str:
+        """The mesh axis that deals experts out.
+
+        ValueError where experts are whole and tokens are not.
+        """
+        if not self.along("experts"):
+            devices = jax.lax.axis_size(self.along("tokens"))
+            raise ValueError(
+                f"{held} experts cannot be dealt out to {devices} "
+                "devices: give the mesh an axis `expert` that divides "
+                "them"
+            )
+        return self.along("experts")[0]
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 16
+@dataclass(frozen=True)
+class AllToAll(TokensApart):
+    """Tokens travel to their experts, and results travel back.
+
+    Source: GShard, section 3.2, but nothing is dropped.
+    """
+
+    def exchange(
+        self, run: Callable[[Array, Array, Array], Array], x: Array,
+        gates: Array, experts: Array, held: int,
+    ) -> Array:
+        if not self.along("tokens"):
+            return super().exchange(run, x, gates, experts, held)
+        axis = self.expert_axis(held)
+        n, (own, d) = jax.lax.axis_size(axis), x.shape
+        few = capacity(own, min(experts.shape[1], n), n, FEW)
+        order, sent = seating(experts, held, n)
+        choices, gates = (
+            jax.lax.all_to_all(z[order], axis, 0, 0)
+            .reshape(n * own, -1) for z in (experts, gates)
+        )
+        mine = choices // held == jax.lax.axis_index(axis)
+        received = mine.any(axis=-1).reshape(n, own).sum(axis=1)
+        xs = deal(x[order], sent, received, axis, few)
+        y = run(xs.reshape(n * own, d), gates, choices)
+        back = deal(y.reshape(n, own, d), received, sent, axis, few)
+        total = jnp.zeros((own, d), y.dtype).at[order].add(back)
+        return self.total(total, "mlp")
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 17
+@dataclass(frozen=True)
+class Ring(TokensApart):
+    """All tokens are gathered, and of the results each its own."""
+
+    def exchange(
+        self, run: Callable[[Array, Array, Array], Array], x: Array,
+        gates: Array, experts: Array, held: int,
+    ) -> Array:
+        if not self.along("tokens"):
+            return super().exchange(run, x, gates, experts, held)
+        axis = self.expert_axis(held)
+        every = [jax.lax.all_gather(z, axis, tiled=True)
+                 for z in (x, gates, experts)]
+        y = jax.lax.psum_scatter(
+            run(*every), axis, scatter_dimension=0, tiled=True
+        )
+        return self.total(y, "mlp")
+
+
+# %% book/chapters/21_experts_in_parallel.md, cell 18
+APART: dict[str | None, MeshAxis] = {
+    **MESH_AXES, "tokens": "expert", "batch": ("data", "expert"),
+}
+
+
+class AllToAllOnMesh(OnMesh):
+    """On a mesh, tokens apart, by all-to-all."""
+
+    table: ClassVar[Mapping[str | None, MeshAxis]] = APART
+    part: ClassVar[type[OneOfMany]] = AllToAll
+
+
+class RingOnMesh(OnMesh):
+    """On a mesh, tokens apart, around a ring."""
+
+    table: ClassVar[Mapping[str | None, MeshAxis]] = APART
+    part: ClassVar[type[OneOfMany]] = Ring
+
+
+EXCHANGES |= {"all_to_all": AllToAllOnMesh, "ring": RingOnMesh}

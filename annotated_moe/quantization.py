@@ -291,6 +291,28 @@ def read_slice(w: LazySlice) -> Float[Array, "..."]:
 
 
 # %% book/chapters/06_quantization.md, cell 66
+MOST_GROUPS = 64                                    # one by one
+
+
+def matmul_by_group(
+    x: Float[Array, "N D"], q: QuantizedTensor, index: Index = ()
+) -> Float[Array, "N F"]:
+    """`whole_matmul`, a group of scales at a time if they are few."""
+    scales = q.scales[index].astype(jnp.float32)            # [G, F]
+    groups = len(scales)
+    if groups > MOST_GROUPS:
+        return whole_matmul(x, q, index)
+    size = x.shape[1] // groups
+    total = jnp.zeros((len(x), q.shape[-1]), jnp.float32)
+    for g in range(groups):
+        w = read_rows(q.weight, index, g * size, size).astype(x.dtype)
+        xg = x[:, g * size : (g + 1) * size]
+        y = jnp.dot(xg, w, preferred_element_type=jnp.float32)
+        total = total + y * scales[g]
+    return total
+
+
+# %% book/chapters/06_quantization.md, cell 68
 def quantized_matmul(
     x: Float[Array, "N D"], w: QuantizedTensor, index: Index = ()
 ) -> Float32[Array, "N F"]:
@@ -300,25 +322,28 @@ def quantized_matmul(
     group_size(w)
     index = tuple(jnp.asarray(i, jnp.int32) for i in index)
     return jax.lax.platform_dependent(
-        x, w, index, cpu=tiled_matmul, default=whole_matmul
+        x, w, index, cpu=tiled_matmul, default=matmul_by_group
     )
 
 
-# %% book/chapters/06_quantization.md, cell 67
+# %% book/chapters/06_quantization.md, cell 69
 def slice_matmul(
     x: Float[Array, "N D"], w: LazySlice
 ) -> Float32[Array, "N F"]:
     """x times a slice that is read where it is multiplied."""
+    index = tuple(jnp.asarray(i, jnp.int32) for i in w.index)
+    if index:       # or a loop over one expert cuts it out beforehand
+        index = jax.lax.optimization_barrier(index)
     if isinstance(w.stack, QuantizedTensor):
-        return quantized_matmul(x, w.stack, w.index)
-    return product(x, read_slice(w))
+        return quantized_matmul(x, w.stack, index)
+    return product(x, read_slice(LazySlice(w.stack, index)))
 
 
 PRODUCTS[QuantizedTensor] = quantized_matmul
 PRODUCTS[LazySlice] = slice_matmul
 
 
-# %% book/chapters/06_quantization.md, cell 68
+# %% book/chapters/06_quantization.md, cell 70
 def as_float(w: Any) -> Float[Array, "..."]:
     """A weight of any type as an array; quantized ones as float32."""
     if isinstance(w, LazySlice):

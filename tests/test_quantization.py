@@ -20,6 +20,7 @@ from annotated_moe.quantization import (
     as_float,
     change_bound,
     dequantize,
+    matmul_by_group,
     quantize,
     quantized_matmul,
     read_rows,
@@ -29,7 +30,7 @@ from annotated_moe.quantization import (
     whole_matmul,
 )
 
-PRODUCTS = [whole_matmul, tiled_matmul, quantized_matmul]
+PRODUCTS = [whole_matmul, matmul_by_group, tiled_matmul, quantized_matmul]
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 

@@ -556,12 +556,12 @@ class UnitAttention(Attention):
         return q, k, v
 
 
-# %% book/chapters/20_gradients.md, cell 25
+# %% book/chapters/20_gradients.md, cell 26
 class Tiles(NamedTuple):
     """Which pairs of a block of queries and one of keys to visit."""
 
     order: Int[Array, " M"]                 # visited ones come first
-    count: Int[Array, ""]                   # how many are visited
+    visits: Int[Array, ""]                  # how many are visited
     across: int                             # blocks of keys
 
 
@@ -592,7 +592,7 @@ def visible_tiles(
     return Tiles(order, seen.sum(), len(k))
 
 
-# %% book/chapters/20_gradients.md, cell 29
+# %% book/chapters/20_gradients.md, cell 30
 def cut(x: Array, i: Any, block: int) -> Array:
     """Block `i` of the second axis."""
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
@@ -605,6 +605,7 @@ def put(x: Array, part: Array, i: Any, block: int) -> Array:
     )
 
 
+# %% book/chapters/20_gradients.md, cell 31
 def walk_tiles(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -649,13 +650,13 @@ def walk_tiles(
 
     top = jnp.full(shape, MASK_VALUE, jnp.float32)
     empty = top, jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
-    top, total, y = jax.lax.fori_loop(0, tiles.count, visit, empty)
+    top, total, y = jax.lax.fori_loop(0, tiles.visits, visit, empty)
     total = jnp.where(total > 0, total, 1)
     y = (y / total[..., None]).reshape(b, t, heads, -1)
     return y, top + jnp.log(total)
 
 
-# %% book/chapters/20_gradients.md, cell 30
+# %% book/chapters/20_gradients.md, cell 32
 def walk_tiles_back(
     multiplier: float, softcap: float | None, sees: Sees, block: int,
     saved: Any, dy: Float[Array, "B T Q V"],
@@ -703,13 +704,13 @@ def walk_tiles_back(
 
     inputs = by_key_head(q), k, v
     zeros = tuple(jnp.zeros(z.shape, jnp.float32) for z in inputs)
-    sums = jax.lax.fori_loop(0, tiles.count, visit, zeros)
+    sums = jax.lax.fori_loop(0, tiles.visits, visit, zeros)
     dq, dk, dv = (s.reshape(z.shape).astype(z.dtype)
                   for s, z in zip(sums, (q, k, v)))
     return dq, dk, dv, None, None
 
 
-# %% book/chapters/20_gradients.md, cell 31
+# %% book/chapters/20_gradients.md, cell 33
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def flash(
     q: Array, k: Array, v: Array, positions: Array,
@@ -737,7 +738,7 @@ def flash_there(
 flash.defvjp(flash_there, walk_tiles_back)
 
 
-# %% book/chapters/20_gradients.md, cell 32
+# %% book/chapters/20_gradients.md, cell 34
 def whole_blocks(x: Array, block: int, fill: Any = 0) -> Array:
     """`x`, its second axis filled up to a multiple of `block`."""
     wide = [(0, 0)] * x.ndim
@@ -777,7 +778,7 @@ def attend_flash(
     return y[:, :t]
 
 
-# %% book/chapters/20_gradients.md, cell 43
+# %% book/chapters/20_gradients.md, cell 45
 FLASH_FROM = 256                                            # tokens
 
 

@@ -527,7 +527,7 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/20_gradients.md, cell 44
+# %% book/chapters/20_gradients.md, cell 46
 def decoder_to_train(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -561,7 +561,7 @@ def decoder_to_train(
     return h, means
 
 
-# %% book/chapters/20_gradients.md, cell 45
+# %% book/chapters/20_gradients.md, cell 47
 def forward_to_train(
     params: Params,
     tokens: Int[Array, "B T"],

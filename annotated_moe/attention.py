@@ -819,3 +819,91 @@ def attend_back(
 
 attend_to_train.defvjp(attend_there, attend_back)
 WAYS_TO_ATTEND.append(attend_to_train)
+
+
+# %% book/chapters/20_gradients.md, cell 56
+def attend_pallas(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    multiplier: float,
+    softcap: float | None = None,
+    sees: Sees = is_past,
+    block: int = 128,
+    interpret: bool = False,
+) -> Float[Array, "B T Q V"]:
+    """`attend_flash`, forward alone, as a kernel for TPUs.
+
+    Checked by `interpret` and compiled for a v5p; never run on one.
+    Source: Dao (2024), algorithm 1.
+    """
+    from jax.experimental import pallas as pl
+
+    def kernel(
+        at: Any, key_at: Any, q: Any, k: Any, v: Any, y: Any
+    ) -> None:
+        def visit(j: Array, seen: Array, state: Any) -> Any:
+            top, total, sums = state
+            keys = k[pl.ds(j * block, block), :]            # [block, H]
+            s = multiplier * jax.lax.dot_general(
+                q[...], keys, (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )                                       # [block, block]
+            s = softcap * jnp.tanh(s / softcap) if softcap else s
+            s = jnp.where(seen, s, MASK_VALUE)
+            higher = jnp.maximum(top, s.max(1, keepdims=True))
+            p = jnp.where(seen, jnp.exp(s - higher), 0)
+            fade = jnp.exp(top - higher)
+            part = jnp.dot(
+                p.astype(v.dtype), v[pl.ds(j * block, block), :],
+                preferred_element_type=jnp.float32,
+            )
+            total = fade * total + p.sum(1, keepdims=True)
+            return higher, total, fade * sums + part
+
+        def step(j: Array, state: Any) -> Any:
+            keys_at = key_at[:, :, pl.ds(j * block, block)]
+            seen = sees(at[...], keys_at) & (at[...] != PAD_POSITION)
+            seen = seen[0]                          # [block, block]
+            return jax.lax.cond(
+                jnp.max(seen.astype(jnp.int32)) > 0,
+                lambda state: visit(j, seen, state),
+                lambda state: state, state,
+            )
+
+        top = jnp.full((block, 1), MASK_VALUE, jnp.float32)
+        empty = top, jnp.zeros((block, 1)), jnp.zeros(y.shape)
+        turns = k.shape[0] // block
+        _, total, sums = jax.lax.fori_loop(0, turns, step, empty)
+        total = jnp.where(total > 0, total, 1)
+        y[...] = (sums / total).astype(y.dtype)
+
+    t, group = q.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = (whole_blocks(z, block).swapaxes(1, 2)
+               for z in (q, k, v))                      # [B, Q, T, H]
+    at, key_at = (whole_blocks(a, block, PAD_POSITION)
+                  for a in (positions, key_positions))
+    b, heads, rows, h = q.shape
+    slots, width = v.shape[2:]
+    out = jax.ShapeDtypeStruct((b, heads, rows, width), q.dtype)
+    y = pl.pallas_call(
+        kernel,
+        grid=(b, heads, rows // block),
+        in_specs=[
+            pl.BlockSpec((1, block, 1), lambda b, q, i: (b, i, 0)),
+            pl.BlockSpec((1, 1, slots), lambda b, q, i: (b, 0, 0)),
+            pl.BlockSpec((None, None, block, h),
+                         lambda b, q, i: (b, q, i, 0)),
+            pl.BlockSpec((None, None, slots, h),
+                         lambda b, q, i: (b, q // group, 0, 0)),
+            pl.BlockSpec((None, None, slots, width),
+                         lambda b, q, i: (b, q // group, 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, None, block, width),
+                               lambda b, q, i: (b, q, i, 0)),
+        out_shape=out,
+        interpret=interpret,
+    )(at[..., None], key_at[:, None], q, k, v)
+    return y.swapaxes(1, 2)[:, :t]

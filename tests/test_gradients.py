@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from annotated_moe import attention
 from annotated_moe.attention import (
@@ -17,6 +19,7 @@ from annotated_moe.attention import (
     attend,
     attend_any,
     attend_flash,
+    attend_pallas,
     attend_to_train,
     is_past,
     visible_tiles,
@@ -38,6 +41,7 @@ from annotated_moe.moe import (
 )
 from annotated_moe.parallel import make_mesh
 from annotated_moe.placement import here
+from annotated_moe.plan import tpu_devices
 from annotated_moe.quantization import quantize
 
 WAYS = {
@@ -361,3 +365,26 @@ def test_only_a_gradient_takes_the_tiles():
 def test_impossible_blocks_are_one_clear_error():
     with pytest.raises(ValueError, match="at least 1 slot, got 0"):
         attend_flash(*rows(8), 0.4, block=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_kernel_interpreted_is_the_walk(rule):
+    job = *rows(50), 0.4, 3.0, RULES[rule]
+    got = attend_pallas(*job, block=16, interpret=True)
+    np.testing.assert_allclose(got, attend_flash(*job), atol=2e-6)
+
+
+def test_the_tpu_s_compiler_takes_the_kernel():
+    """At Grok-1's heads, for a slice that is not there."""
+    pytest.importorskip("libtpu")
+    mesh = Mesh(np.array(tpu_devices("v5p:2x2x1")[:1]), ("one",))
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
+
+    at = shape(1, 8192, dtype=jnp.int32)
+    q, k = shape(1, 8192, 48, 128), shape(1, 8192, 8, 128)
+    run = partial(attend_pallas, multiplier=128**-0.5, softcap=30.0)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = jax.jit(run).lower(q, k, k, at, at).compile()
+    assert "tpu_custom_call" in program.as_text()

@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/09c_layouts.md, book/chapters/11_streaming.md, book/chapters/19_vocabularies.md, book/chapters/99_command_line.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08c_generate.md, book/chapters/09c_layouts.md, book/chapters/11_streaming.md, book/chapters/19_vocabularies.md, book/chapters/99_command_line.md by `make sync`; edit the chapters.
 """The front door: a Grok-1-class mixture-of-experts model that a book
 builds, piece by piece.
 """
@@ -16,7 +16,7 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.streaming import load_from_disk
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 114
+# %% book/chapters/08c_generate.md, cell 32
 __all__ = [
     "PRESETS", "Model", "ModelConfig", "QuantizedTensor", "Session",
     "Tokenizer", "make_mesh",

@@ -423,7 +423,7 @@ class Window(Causal):
         return RingCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
 
 
-# %% book/chapters/16_mixtral.md, cell 46
+# %% book/chapters/16_mixtral.md, cell 47
 def norm_qk(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B T K H"],
@@ -443,7 +443,7 @@ def norm_qk(
     return normed(q, "query_norm"), normed(k, "key_norm")
 
 
-# %% book/chapters/16_mixtral.md, cell 51
+# %% book/chapters/16_mixtral.md, cell 52
 @dataclass(frozen=True)
 class NormedAttentionSpec(AttentionSpec):
     """Attention whose queries and keys are normed, and maybe clipped.

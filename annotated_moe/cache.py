@@ -141,7 +141,7 @@ class KVCache:
         return replace(self, length=set_length(self.length, row, 0))
 
 
-# %% book/chapters/16_mixtral.md, cell 27
+# %% book/chapters/16_mixtral.md, cell 28
 def ring_positions(
     end: Int32[Array, " B"], slots: int
 ) -> Int32[Array, "B {slots}"]:
@@ -153,7 +153,7 @@ def ring_positions(
     return last - (last - jnp.arange(slots)) % slots
 
 
-# %% book/chapters/16_mixtral.md, cell 30
+# %% book/chapters/16_mixtral.md, cell 31
 def end_after(
     length: Int32[Array, " B"], positions: Int32[Array, "B T"]
 ) -> Int32[Array, " B"]:
@@ -165,7 +165,7 @@ def end_after(
     return jnp.maximum(length, after.max(axis=1))
 
 
-# %% book/chapters/16_mixtral.md, cell 31
+# %% book/chapters/16_mixtral.md, cell 32
 def write_ring(
     stack: Float[Array, "L B S K H"],
     layer: int | Int32[Array, ""],
@@ -185,7 +185,7 @@ def write_ring(
     return write_cache(stack, layer, x, at)
 
 
-# %% book/chapters/16_mixtral.md, cell 34
+# %% book/chapters/16_mixtral.md, cell 35
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RingCache(KVCache):

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from annotated_moe.config import DTYPES, ModelConfig, all_slots
+from annotated_moe.config import DTYPES, ModelConfig, all_places
 from annotated_moe.formats.files import (
     CheckpointError,
     list_folder,
@@ -392,8 +392,8 @@ def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
                     f"{along} = {parts} does not divide the {axis} of "
                     f"{'/'.join(path)}, of which there are {size}"
                 )
-    for slot in all_slots(c):
-        heads, model = slot.spec.attention.q_heads, mesh["model"]
+    for at in all_places(c):
+        heads, model = at.spec.attention.q_heads, mesh["model"]
         if heads % model:
             return (
                 f"model = {model} does not divide {heads} query heads"
@@ -488,9 +488,11 @@ def load(
     Grok-1 release, `checkpoint.py`.
     """
     dtype = default_dtype() if dtype is None else dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         known = " or ".join(DTYPES)
         raise ValueError(f"dtype must be {known}: {dtype!r}")
+    if not isinstance(stream, bool):
+        raise TypeError(f"stream must be True or False: {stream!r}")
     if stream and mesh is not None:
         raise ValueError(
             "stream=True runs on one device: leave out the mesh"

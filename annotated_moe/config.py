@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
+# Generated from book/chapters/07b_layer.md by `make sync`; edit the chapter.
 """A model as plain data: sizes of the whole, and a list of layers.
 """
 
@@ -12,7 +12,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.specs import OneOf, Positive, Range, Size, Spec
 
 
-# %% book/chapters/08_model.md, cell 3
+# %% book/chapters/07b_layer.md, cell 3
 @dataclass(frozen=True)
 class LayerSpec(Spec):
     """One layer: attention, then a feed-forward network or experts."""
@@ -23,7 +23,7 @@ class LayerSpec(Spec):
     post_norm: bool = False                 # a norm after each part too
 
 
-# %% book/chapters/08_model.md, cell 4
+# %% book/chapters/07b_layer.md, cell 4
 @dataclass(frozen=True)
 class Segment(Spec):
     """A run of layers: a pattern, so many times."""
@@ -36,12 +36,12 @@ class Segment(Spec):
             raise ValueError("a segment needs a layer in its pattern")
 
 
-# %% book/chapters/08_model.md, cell 5
+# %% book/chapters/07b_layer.md, cell 5
 DTYPES = {"float32": 4, "bfloat16": 2}      # bytes a number
 TokenId = Annotated[int, Range(0)]
 
 
-# %% book/chapters/08_model.md, cell 6
+# %% book/chapters/07b_layer.md, cell 6
 @dataclass(frozen=True)
 class ModelConfig(Spec):
     """A decoder: sizes of the whole, and its layers."""
@@ -75,8 +75,8 @@ class ModelConfig(Spec):
 
     def layer(self, i: int) -> LayerSpec:
         """What layer `i` is."""
-        slot, _ = slot_of(self, i)
-        return slot.spec
+        place, _ = place_of(self, i)
+        return place.spec
 
     def other_parameters(self) -> None:
         """Asks for the parameters of what a model has besides."""
@@ -86,8 +86,8 @@ class ModelConfig(Spec):
         raise ValueError("this model reads tokens and nothing else")
 
 
-# %% book/chapters/08_model.md, cell 10
-class Slot(NamedTuple):
+# %% book/chapters/07b_layer.md, cell 10
+class Place(NamedTuple):
     """A place in a pattern, and the layers that are made like it.
 
     Their weights lie behind one another in stacks, in modules whose
@@ -100,37 +100,38 @@ class Slot(NamedTuple):
 
 
 @functools.cache
-def segments(config: ModelConfig) -> tuple[tuple[Slot, ...], ...]:
-    """The slots of each segment's pattern, in order."""
+def segments(config: ModelConfig) -> tuple[tuple[Place, ...], ...]:
+    """The places of each segment's pattern, in order."""
     found, first, count = [], 0, 0
     for segment in config.layers:
         step = len(segment.pattern)
         end = first + step * segment.repeats
-        slots = []
+        places = []
         for i, spec in enumerate(segment.pattern):
             name = "decoder_layer" + (f"_{count}" if count else "")
-            slots.append(Slot(name, spec, range(first + i, end, step)))
+            layers = range(first + i, end, step)
+            places.append(Place(name, spec, layers))
             count += 1
-        found.append(tuple(slots))
+        found.append(tuple(places))
         first = end
     return tuple(found)
 
 
-# %% book/chapters/08_model.md, cell 11
-def all_slots(config: ModelConfig) -> tuple[Slot, ...]:
-    """The slots of all segments, in order."""
+# %% book/chapters/07b_layer.md, cell 11
+def all_places(config: ModelConfig) -> tuple[Place, ...]:
+    """The places of all segments, in order."""
     return sum(segments(config), ())
 
 
-def slot_of(config: ModelConfig, layer: int) -> tuple[Slot, int]:
-    """The slot that a layer belongs to, and its index in the stacks."""
-    for slot in all_slots(config):
-        if layer in slot.layers:
-            return slot, slot.layers.index(layer)
+def place_of(config: ModelConfig, layer: int) -> tuple[Place, int]:
+    """The place that a layer has, and its index in the stacks."""
+    for place in all_places(config):
+        if layer in place.layers:
+            return place, place.layers.index(layer)
     raise ValueError(f"no layer {layer} of {config.num_layers}")
 
 
-# %% book/chapters/08_model.md, cell 12
+# %% book/chapters/07b_layer.md, cell 12
 def as_segments(layers: Sequence[LayerSpec]) -> tuple[Segment, ...]:
     """Layers as the shortest pattern that repeats, or as runs."""
     n, layers = len(layers), tuple(layers)

@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/94_requests.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08c_generate.md, book/chapters/94_requests.md by `make sync`; edit the chapters.
 """Prompts in, texts out: prefill, decode, and the `Model` around them.
 """
 
@@ -39,7 +39,7 @@ from annotated_moe.sampling import (
 )
 from annotated_moe.tokenizer import Tokenizer
 
-# %% book/chapters/08_model.md, cell 85
+# %% book/chapters/08c_generate.md, cell 4
 Numbers = float | Sequence[float]           # for all rows, or one a row
 Integers = int | Sequence[int]
 Rows = list[list[int]]
@@ -50,7 +50,7 @@ def bucket(size: int, most: int) -> int:
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-# %% book/chapters/08_model.md, cell 86
+# %% book/chapters/08c_generate.md, cell 5
 def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     """int32 [B, width]: the rows, filled up on the right."""
     tokens = np.full((len(rows), width), pad, np.int32)
@@ -59,7 +59,7 @@ def pad_rows(rows: Rows, width: int, pad: int = 0) -> np.ndarray:
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 87
+# %% book/chapters/08c_generate.md, cell 6
 RunCheck = Callable[[Any, str, dict[str, Any]], None]
 RUN_CHECKS: list[RunCheck] = []
 
@@ -70,7 +70,7 @@ def announce(mesh: Any, call: str, **inputs: Any) -> None:
         check(mesh, call, inputs)
 
 
-# %% book/chapters/08_model.md, cell 88
+# %% book/chapters/08c_generate.md, cell 7
 class Session:
     """A cache, and the steps that fill it.
 
@@ -130,7 +130,7 @@ class Session:
             check_room(self.cache, int(longest))
 
 
-# %% book/chapters/08_model.md, cell 89
+# %% book/chapters/08c_generate.md, cell 8
 def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     """The tokens; ValueError where logits were no finite numbers."""
     if NO_TOKEN in tokens:
@@ -142,7 +142,7 @@ def check_tokens_made(tokens: list[int], step: int) -> list[int]:
     return tokens
 
 
-# %% book/chapters/08_model.md, cell 90
+# %% book/chapters/08c_generate.md, cell 9
 def token_steps(
     model: "Model", rows: Rows, settings: Sampling, count: int,
     tiles: Any = None,
@@ -165,7 +165,7 @@ def token_steps(
             logits = session.step(tokens)
 
 
-# %% book/chapters/08_model.md, cell 91
+# %% book/chapters/08c_generate.md, cell 10
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> Rows:
@@ -181,7 +181,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08_model.md, cell 92
+# %% book/chapters/08c_generate.md, cell 11
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -192,7 +192,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08_model.md, cell 93
+# %% book/chapters/08c_generate.md, cell 12
 def logits(
     model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
     images: Any = None,
@@ -225,7 +225,7 @@ def logits(
     return jnp.where(mask[..., None], y, 0)
 
 
-# %% book/chapters/08_model.md, cell 94
+# %% book/chapters/08c_generate.md, cell 13
 def stop_set(
     model: "Model", stop_ids: Iterable[int] | None
 ) -> set[int]:
@@ -240,12 +240,12 @@ def stop_set(
         ) from None
 
 
-# %% book/chapters/08_model.md, cell 95
+# %% book/chapters/08c_generate.md, cell 14
 def generate_ids(
     model: "Model", prompts: Iterable[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
     top_k: Integers | None = None, seed: Integers = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
 ) -> Rows:
     """New ids for each list of ids; a stop id ends a row, unseen.
 
@@ -269,12 +269,12 @@ def generate_ids(
     return collect(steps, len(rows), stop)
 
 
-# %% book/chapters/08_model.md, cell 96
+# %% book/chapters/08c_generate.md, cell 15
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
     top_k: int | None = None, seed: int = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
 ) -> Iterator[int]:
     """The new ids of one list of ids, each as it comes."""
     stop = stop_set(model, stop_ids)
@@ -292,7 +292,7 @@ def stream_ids(
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% book/chapters/08_model.md, cell 97
+# %% book/chapters/08c_generate.md, cell 16
 def read_prompt(
     model: "Model", prompt: Any, images: Any = None,
     add_bos: bool | None = None,
@@ -319,12 +319,17 @@ def no_inputs(
     return None
 
 
-# %% book/chapters/08_model.md, cell 98
+# %% book/chapters/08c_generate.md, cell 17
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
 ) -> tuple[Rows, list[Any]]:
     """Ids and tiles of each prompt; an error says of which."""
+    if not isinstance(prompts, (list, tuple, np.ndarray)):
+        raise TypeError(
+            "prompts are a text, or a list of texts and lists of ids: "
+            f"{prompts!r:.60}"
+        )
     shown = [None] * len(prompts) if images is None else images
     if not isinstance(shown, (list, tuple)):
         raise TypeError("images must be a list: a picture a prompt")
@@ -344,12 +349,12 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08_model.md, cell 99
+# %% book/chapters/08c_generate.md, cell 18
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
     top_k: Integers | None = None, seed: Integers = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
     add_bos: bool | None = None,
 ) -> Any:
     """New text for a text, or a list of them for a list.
@@ -376,12 +381,12 @@ def generate(
     return texts[0] if one else texts
 
 
-# %% book/chapters/08_model.md, cell 100
+# %% book/chapters/08c_generate.md, cell 19
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
     top_k: int | None = None, seed: int = 0,
-    stop_ids: Collection[int] | None = None, images: Any = None,
+    stop_ids: Iterable[int] | None = None, images: Any = None,
     add_bos: bool | None = None,
 ) -> Iterator[str]:
     """The new text of one prompt, piece by piece as it comes.
@@ -398,7 +403,7 @@ def stream(
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08_model.md, cell 101
+# %% book/chapters/08c_generate.md, cell 20
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -461,7 +466,7 @@ class Model:
     stream = stream
 
 
-# %% book/chapters/08_model.md, cell 102
+# %% book/chapters/08c_generate.md, cell 21
 MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
 
 

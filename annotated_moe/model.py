@@ -1,12 +1,6 @@
-# Generated from book/chapters/08_model.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
-"""Grok-1 is a layer of 4.9 billion weights, sixty-four times over,
-between a table that turns tokens into vectors and the same table
-turning vectors back into tokens. The chapters before this one built
-what is inside the layer. This one puts the rest around it: a model
-described as data, a stack whose program does not grow with its depth, a
-cache that lets every token be computed once, a sampler, and the loop.
-At its end a small trained model of the same architecture writes text,
-and before that you will have seen which of its experts reads what.
+# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
+"""The decoder: a layer, the stack of them, the table at both ends, and
+the programs that read a prompt and add a token.
 """
 
 import functools
@@ -24,8 +18,8 @@ from annotated_moe.cache import PAD_POSITION, KVCache
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
-    Slot,
-    all_slots,
+    Place,
+    all_places,
     segments,
 )
 from annotated_moe.moe import DROPLESS, Losses
@@ -35,7 +29,7 @@ from annotated_moe.quantization import LazySlice, read_slice, tile_rows
 from annotated_moe.rms_norm import RMSNorm, rms_norm
 
 
-# %% book/chapters/08_model.md, cell 18
+# %% book/chapters/07b_layer.md, cell 18
 class DecoderLayer(hk.Module):
     """Attention and experts, each between two norms. Source: Grok-1."""
 
@@ -94,7 +88,7 @@ class DecoderLayer(hk.Module):
         return h + (self.norm(y, name) if self.spec.post_norm else y)
 
 
-# %% book/chapters/08_model.md, cell 20
+# %% book/chapters/07b_layer.md, cell 20
 class InOutEmbed(hk.Module):
     """A table with a row of D numbers for each of V tokens."""
 
@@ -112,208 +106,7 @@ class InOutEmbed(hk.Module):
         )
 
 
-# %% book/chapters/08_model.md, cell 21
-def outer_parameters(config: ModelConfig) -> None:
-    """Ask for the parameters before and after the layers."""
-    InOutEmbed(config.vocab_size, config.d_model)()
-    config.other_parameters()
-    if not config.tied:
-        InOutEmbed(config.vocab_size, config.d_model, "lm_head")()
-    RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
-
-
-# %% book/chapters/08_model.md, cell 22
-def layer_parameters(slot: Slot, config: ModelConfig) -> None:
-    """Ask for the parameters of a layer: run it on one token."""
-    h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
-    layer = DecoderLayer(slot.spec, config.dtype, slot.name)
-    layer(h, at, at == 0, train="capacity")
-
-
-# %% book/chapters/08_model.md, cell 23
-@functools.cache
-def param_specs(
-    config: ModelConfig,
-) -> dict[str, dict[str, ParamSpec]]:
-    """Module -> name -> what each parameter is; layers stacked."""
-    specs = record_specs(partial(outer_parameters, config))
-    for slot in all_slots(config):
-        asked = record_specs(partial(layer_parameters, slot, config))
-        for module, leaves in asked.items():
-            specs[module] = {
-                name: replace(
-                    spec, shape=(len(slot.layers), *spec.shape),
-                    axes=("layers", *spec.axes),
-                )
-                for name, spec in leaves.items()
-            }
-    return specs
-
-
-# %% book/chapters/08_model.md, cell 24
-def flat_specs(
-    config: ModelConfig,
-) -> dict[tuple[str, str], ParamSpec]:
-    """(module, name) -> what a parameter is."""
-    return {
-        (module, name): spec
-        for module, leaves in param_specs(config).items()
-        for name, spec in leaves.items()
-    }
-
-
-# %% book/chapters/08_model.md, cell 28
-Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
-
-
-def init_params(key: Array, config: ModelConfig) -> Params:
-    """Random float32 weights, module -> name -> array.
-
-    Those of the layers are stacked [L, ...]; the embedding has rows of
-    length about 1. Under `jax.eval_shape` nothing is allocated.
-    """
-    key, own = jax.random.split(key)
-    outer = hk.transform(partial(outer_parameters, config))
-    params: dict[str, Any] = dict(outer.init(own))
-    for slot in all_slots(config):
-        layer = hk.transform(partial(layer_parameters, slot, config))
-        key, own = jax.random.split(key)
-        keys = jax.random.split(own, len(slot.layers))
-        params |= jax.lax.map(layer.init, keys)
-    return params
-
-
-# %% book/chapters/08_model.md, cell 30
-def slot_params(params: Params, slot: Slot) -> Params:
-    """The stacks of a slot's layers.
-
-    ValueError unless each holds as many layers as the slot has.
-    """
-    found = {
-        module: leaves for module, leaves in params.items()
-        if f"{module}/".startswith(f"{slot.name}/")
-    }
-    for module, leaves in found.items():
-        for name, w in leaves.items():
-            if w.shape[0] != len(slot.layers):
-                raise ValueError(
-                    f"{module}/{name} holds {w.shape[0]} layers, "
-                    f"the configuration {len(slot.layers)}"
-                )
-    return found
-
-
-# %% book/chapters/08_model.md, cell 31
-def layer_weights(
-    params: Params, slot: Slot, config: ModelConfig, index: Any
-) -> Params:
-    """Layer `index` of a slot: matrices unread, the rest cut out."""
-    specs = param_specs(config)
-    return {
-        module: {
-            name: LazySlice(w, (index,))
-            if specs[module][name].matrix else w[index]
-            for name, w in leaves.items()
-        }
-        for module, leaves in slot_params(params, slot).items()
-    }
-
-
-# %% book/chapters/08_model.md, cell 32
-def apply_layer(
-    weights: Params,
-    slot: Slot,
-    config: ModelConfig,
-    h: Float32[Array, "B T D"],
-    positions: Int32[Array, "B T"],
-    real: Bool[Array, "B T"],
-    cache: KVCache | None = None,
-    index: int | Int32[Array, ""] = 0,
-    train: str | None = None,
-) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
-    """What a layer with these weights makes of h; see DecoderLayer."""
-    def run() -> Any:
-        layer = DecoderLayer(slot.spec, config.dtype, slot.name)
-        return layer(h, positions, real, cache, index, train)
-
-    return hk.transform(run).apply(weights, None)
-
-
-# %% book/chapters/08_model.md, cell 35
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """The caches of all layers: one for each slot, in order."""
-
-    slots: tuple[KVCache, ...]
-
-    @property
-    def length(self) -> Any:
-        """How many tokens each batch row has, int32 [B]."""
-        return self.slots[0].length
-
-    def with_length(self, length: Int32[Array, " B"]) -> "Cache":
-        slots = (replace(c, length=length) for c in self.slots)
-        return Cache(tuple(slots))
-
-    def insert(
-        self, row: int | Int[Array, ""], other: "Cache"
-    ) -> "Cache":
-        """Batch row `row` becomes row 0 of `other`."""
-        pairs = zip(self.slots, other.slots, strict=True)
-        return Cache(tuple(a.insert(row, b) for a, b in pairs))
-
-    def evict(self, row: int | Int[Array, ""]) -> "Cache":
-        """Batch row `row` is empty."""
-        return Cache(tuple(c.evict(row) for c in self.slots))
-
-
-# %% book/chapters/08_model.md, cell 36
-def constrain_residual(
-    h: Float32[Array, "B T D"],
-) -> Float32[Array, "B T D"]:
-    """The residual stream's layout on a mesh, layer after layer."""
-    return here().constrain(h, (None, None, "embed"))
-
-
-# %% book/chapters/08_model.md, cell 37
-def decoder(
-    params: Params,
-    h: Float32[Array, "B T D"],
-    positions: Int32[Array, "B T"],
-    real: Bool[Array, "B T"],
-    config: ModelConfig,
-    cache: Cache | None = None,
-) -> tuple[Float32[Array, "B T D"], Cache | None]:
-    """All layers; each pattern is compiled once and scanned."""
-    done: list[Any] = []
-    h = constrain_residual(h)
-    for slots in segments(config):
-        caches: tuple[Any, ...] = (None,) * len(slots)
-        if cache is not None:
-            first = len(done)
-            caches = cache.slots[first : first + len(slots)]
-
-        def body(carry: Any, index: Array, slots: Any = slots) -> Any:
-            h, caches = carry
-            after = []
-            for slot, kept in zip(slots, caches):
-                w = layer_weights(params, slot, config, index)
-                h, kept, _ = apply_layer(
-                    w, slot, config, h, positions, real, kept, index
-                )
-                h = constrain_residual(h)
-                after.append(kept)
-            return (h, tuple(after)), None
-
-        repeats = jnp.arange(len(slots[0].layers))
-        (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
-        h = constrain_residual(h)       # else a loop may cut it anew
-        done += caches
-    return h, None if cache is None else Cache(tuple(done))
-
-
-# %% book/chapters/08_model.md, cell 42
+# %% book/chapters/07b_layer.md, cell 21
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"],
     config: ModelConfig,
@@ -323,7 +116,7 @@ def embed(
     return h * config.embedding_multiplier
 
 
-# %% book/chapters/08_model.md, cell 43
+# %% book/chapters/07b_layer.md, cell 22
 def tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -332,7 +125,7 @@ def tied_logits(
     return jnp.dot(h, table.T, preferred_element_type=jnp.float32)
 
 
-# %% book/chapters/08_model.md, cell 44
+# %% book/chapters/07b_layer.md, cell 23
 def tied_logits_tiled(
     h: Float[Array, "N D"], table: Float[Array, "V D"]
 ) -> Float32[Array, "N V"]:
@@ -359,7 +152,7 @@ def tied_logits_tiled(
     return jax.lax.fori_loop(0, v // tile, add_tile, y)
 
 
-# %% book/chapters/08_model.md, cell 47
+# %% book/chapters/07b_layer.md, cell 26
 def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
@@ -378,7 +171,11 @@ def all_tied_logits(
     return here().split(run, axes, (None, None))(h, table)
 
 
-# %% book/chapters/08_model.md, cell 48
+# %% book/chapters/07b_layer.md, cell 27
+Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
+
+
+# %% book/chapters/07b_layer.md, cell 28
 def head_table(params: Params, config: ModelConfig) -> Any:
     """The output matrix, [V, D]."""
     module = "in_out_embed" if config.tied else "lm_head"
@@ -400,7 +197,205 @@ def unembed(
     return y.reshape(*lead, -1) * config.output_multiplier
 
 
-# %% book/chapters/08_model.md, cell 50
+# %% book/chapters/07b_layer.md, cell 30
+def outer_parameters(config: ModelConfig) -> None:
+    """Ask for the parameters before and after the layers."""
+    InOutEmbed(config.vocab_size, config.d_model)()
+    config.other_parameters()
+    if not config.tied:
+        InOutEmbed(config.vocab_size, config.d_model, "lm_head")()
+    RMSNorm(config.norm_eps)(jnp.zeros((1, config.d_model)))
+
+
+# %% book/chapters/07b_layer.md, cell 31
+def layer_parameters(place: Place, config: ModelConfig) -> None:
+    """Ask for the parameters of a layer: run it on one token."""
+    h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
+    layer = DecoderLayer(place.spec, config.dtype, place.name)
+    layer(h, at, at == 0, train="capacity")
+
+
+# %% book/chapters/07b_layer.md, cell 32
+@functools.cache
+def param_specs(
+    config: ModelConfig,
+) -> dict[str, dict[str, ParamSpec]]:
+    """Module -> name -> what each parameter is; layers stacked."""
+    specs = record_specs(partial(outer_parameters, config))
+    for place in all_places(config):
+        asked = record_specs(partial(layer_parameters, place, config))
+        for module, leaves in asked.items():
+            specs[module] = {
+                name: replace(
+                    spec, shape=(len(place.layers), *spec.shape),
+                    axes=("layers", *spec.axes),
+                )
+                for name, spec in leaves.items()
+            }
+    return specs
+
+
+# %% book/chapters/07b_layer.md, cell 33
+def flat_specs(
+    config: ModelConfig,
+) -> dict[tuple[str, str], ParamSpec]:
+    """(module, name) -> what a parameter is."""
+    return {
+        (module, name): spec
+        for module, leaves in param_specs(config).items()
+        for name, spec in leaves.items()
+    }
+
+
+# %% book/chapters/07b_layer.md, cell 37
+def init_params(key: Array, config: ModelConfig) -> Params:
+    """Random float32 weights, module -> name -> array.
+
+    Those of the layers are stacked [L, ...]; the embedding has rows of
+    length about 1. Under `jax.eval_shape` nothing is allocated.
+    """
+    key, own = jax.random.split(key)
+    outer = hk.transform(partial(outer_parameters, config))
+    params: dict[str, Any] = dict(outer.init(own))
+    for place in all_places(config):
+        layer = hk.transform(partial(layer_parameters, place, config))
+        key, own = jax.random.split(key)
+        keys = jax.random.split(own, len(place.layers))
+        params |= jax.lax.map(layer.init, keys)
+    return params
+
+
+# %% book/chapters/08_model.md, cell 4
+def place_params(params: Params, place: Place) -> Params:
+    """The stacks of a place's layers.
+
+    ValueError unless each holds as many layers as the place has.
+    """
+    found = {
+        module: leaves for module, leaves in params.items()
+        if f"{module}/".startswith(f"{place.name}/")
+    }
+    for module, leaves in found.items():
+        for name, w in leaves.items():
+            if w.shape[0] != len(place.layers):
+                raise ValueError(
+                    f"{module}/{name} holds {w.shape[0]} layers, "
+                    f"the configuration {len(place.layers)}"
+                )
+    return found
+
+
+# %% book/chapters/08_model.md, cell 5
+def layer_weights(
+    params: Params, place: Place, config: ModelConfig, index: Any
+) -> Params:
+    """Layer `index` of a place: matrices unread, the rest cut out."""
+    specs = param_specs(config)
+    return {
+        module: {
+            name: LazySlice(w, (index,))
+            if specs[module][name].matrix else w[index]
+            for name, w in leaves.items()
+        }
+        for module, leaves in place_params(params, place).items()
+    }
+
+
+# %% book/chapters/08_model.md, cell 6
+def apply_layer(
+    weights: Params,
+    place: Place,
+    config: ModelConfig,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    real: Bool[Array, "B T"],
+    cache: KVCache | None = None,
+    index: int | Int32[Array, ""] = 0,
+    train: str | None = None,
+) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
+    """What a layer with these weights makes of h; see DecoderLayer."""
+    def run() -> Any:
+        layer = DecoderLayer(place.spec, config.dtype, place.name)
+        return layer(h, positions, real, cache, index, train)
+
+    return hk.transform(run).apply(weights, None)
+
+
+# %% book/chapters/08_model.md, cell 9
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """The caches of all layers: one for each place, in order."""
+
+    places: tuple[KVCache, ...]
+
+    @property
+    def length(self) -> Any:
+        """How many tokens each batch row has, int32 [B]."""
+        return self.places[0].length
+
+    def with_length(self, length: Int32[Array, " B"]) -> "Cache":
+        longer = (replace(c, length=length) for c in self.places)
+        return Cache(tuple(longer))
+
+    def insert(
+        self, row: int | Int[Array, ""], other: "Cache"
+    ) -> "Cache":
+        """Batch row `row` becomes row 0 of `other`."""
+        pairs = zip(self.places, other.places, strict=True)
+        return Cache(tuple(a.insert(row, b) for a, b in pairs))
+
+    def evict(self, row: int | Int[Array, ""]) -> "Cache":
+        """Batch row `row` is empty."""
+        return Cache(tuple(c.evict(row) for c in self.places))
+
+
+# %% book/chapters/08_model.md, cell 10
+def constrain_residual(
+    h: Float32[Array, "B T D"],
+) -> Float32[Array, "B T D"]:
+    """The residual stream's layout on a mesh, layer after layer."""
+    return here().constrain(h, (None, None, "embed"))
+
+
+# %% book/chapters/08_model.md, cell 11
+def decoder(
+    params: Params,
+    h: Float32[Array, "B T D"],
+    positions: Int32[Array, "B T"],
+    real: Bool[Array, "B T"],
+    config: ModelConfig,
+    cache: Cache | None = None,
+) -> tuple[Float32[Array, "B T D"], Cache | None]:
+    """All layers; each pattern is compiled once and scanned."""
+    done: list[Any] = []
+    h = constrain_residual(h)
+    for places in segments(config):
+        caches: tuple[Any, ...] = (None,) * len(places)
+        if cache is not None:
+            first = len(done)
+            caches = cache.places[first : first + len(places)]
+
+        def body(carry: Any, index: Array, places: Any = places) -> Any:
+            h, caches = carry
+            after = []
+            for place, kept in zip(places, caches):
+                w = layer_weights(params, place, config, index)
+                h, kept, _ = apply_layer(
+                    w, place, config, h, positions, real, kept, index
+                )
+                h = constrain_residual(h)
+                after.append(kept)
+            return (h, tuple(after)), None
+
+        repeats = jnp.arange(len(places[0].layers))
+        (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
+        h = constrain_residual(h)       # else a loop may cut it anew
+        done += caches
+    return h, None if cache is None else Cache(tuple(done))
+
+
+# %% book/chapters/08_model.md, cell 16
 def positions_of(
     start: Int32[Array, " B"], t: int, lengths: Any = None
 ) -> tuple[Int32[Array, "B {t}"], Bool[Array, "B {t}"]]:
@@ -416,7 +411,7 @@ def positions_of(
     return positions, real
 
 
-# %% book/chapters/08_model.md, cell 51
+# %% book/chapters/08_model.md, cell 17
 def forward(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -443,7 +438,7 @@ def forward(
     return h, cache
 
 
-# %% book/chapters/08_model.md, cell 52
+# %% book/chapters/08_model.md, cell 18
 @partial(jax.jit, static_argnames="config")
 def all_logits(
     params: Params, tokens: Int[Array, "B T"], config: ModelConfig,
@@ -454,32 +449,32 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 62
+# %% book/chapters/08_model.md, cell 28
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
-    def held(slot: KVCache) -> KVCache:
-        return jax.tree.map(here().constrain, slot, slot.axes)
+    def held(part: KVCache) -> KVCache:
+        return jax.tree.map(here().constrain, part, part.axes)
 
-    return Cache(tuple(map(held, cache.slots)))
+    return Cache(tuple(map(held, cache.places)))
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "slots"))
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache in `config.dtype` for `slots` tokens a row."""
     return constrain_cache(Cache(tuple(
-        slot.spec.attention.empty_cache(
-            len(slot.layers), batch, slots, config.dtype
+        place.spec.attention.empty_cache(
+            len(place.layers), batch, slots, config.dtype
         )
-        for slot in all_slots(config)
+        for place in all_places(config)
     )))
 
 
-# %% book/chapters/08_model.md, cell 63
+# %% book/chapters/08_model.md, cell 29
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
-    for slot in cache.slots:
-        if slot.room is not None and tokens > slot.room:
-            raise ValueError(f"{tokens} tokens, {slot.room} slots")
+    for part in cache.places:
+        if part.room is not None and tokens > part.room:
+            raise ValueError(f"{tokens} tokens, {part.room} slots")
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -506,7 +501,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 64
+# %% book/chapters/08_model.md, cell 30
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -541,18 +536,18 @@ def decoder_to_train(
     Losses are means over the layers that have them.
     """
     found: dict[str, list[Array]] = {}
-    for slots in segments(config):
-        def body(h: Array, weights: Any, slots: Any = slots) -> Any:
+    for places in segments(config):
+        def body(h: Array, weights: Any, places: Any = places) -> Any:
             losses = []
-            for slot, own in zip(slots, weights):
+            for place, own in zip(places, weights):
                 h, _, loss = apply_layer(
-                    own, slot, config, h, positions, real,
+                    own, place, config, h, positions, real,
                     train=dispatch,
                 )
                 losses.append(loss)
             return h, losses
 
-        stacks = [slot_params(params, slot) for slot in slots]
+        stacks = [place_params(params, place) for place in places]
         h, losses = jax.lax.scan(body, h, stacks)
         for loss in losses:
             for name, values in loss.items():           # [repeats]

@@ -32,10 +32,13 @@ from annotated_moe.quantization import LazySlice, QuantizedTensor
 def make_mesh(data: int = 1, model: int = 1, expert: int = 1) -> Mesh:
     """A grid of data x expert x model devices with these axis names.
 
-    Takes the first devices of `jax.devices()`. Raises ValueError when
-    a size is below 1 or devices are lacking.
+    Takes the first devices of `jax.devices()`. Raises TypeError for a
+    size that is no whole number, ValueError when one is below 1 or
+    devices are lacking.
     """
     shape = f"{data} x {expert} x {model}"
+    if {type(data), type(expert), type(model)} != {int}:
+        raise TypeError(f"a mesh's sizes are whole numbers: {shape}")
     devices, wanted = jax.devices(), data * expert * model
     if min(data, expert, model) < 1:
         raise ValueError(f"a {shape} mesh has no devices")

@@ -35,7 +35,7 @@ from annotated_moe.checkpoints import (
     indivisible,
     open_checkpoint,
 )
-from annotated_moe.config import ModelConfig, all_slots
+from annotated_moe.config import ModelConfig, all_places
 from annotated_moe.families import PRESETS
 from annotated_moe.hlo import bytes_moved, collectives
 from annotated_moe.model import (
@@ -46,7 +46,7 @@ from annotated_moe.model import (
     head_table,
     init_cache,
     param_specs,
-    slot_params,
+    place_params,
 )
 from annotated_moe.moe import MoESpec
 from annotated_moe.parallel import (
@@ -126,10 +126,10 @@ def parameter_kinds(config: ModelConfig) -> dict[tuple[str, str], str]:
 def experts_of(config: ModelConfig) -> dict[str, MoESpec]:
     """Module -> the experts of its layer, where there are any."""
     return {
-        module: slot.spec.feed_forward
-        for slot in all_slots(config)
-        for module in slot_params(param_specs(config), slot)
-        if isinstance(slot.spec.feed_forward, MoESpec)
+        module: place.spec.feed_forward
+        for place in all_places(config)
+        for module in place_params(param_specs(config), place)
+        if isinstance(place.spec.feed_forward, MoESpec)
     }
 
 
@@ -280,14 +280,15 @@ def abstract_cache(
         spec = fit_spec(partition_spec(axes), a.shape, mesh)
         return NamedSharding(mesh, spec)
 
-    slots = (jax.tree.map(where, s, s.axes) for s in cache.slots)
-    return with_shardings(cache, Cache(tuple(slots)))
+    cut = (jax.tree.map(where, c, c.axes) for c in cache.places)
+    return with_shardings(cache, Cache(tuple(cut)))
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that a device holds of the keys and values of all slots."""
     return sum(
-        device_bytes(replace(slot, length=None)) for slot in cache.slots
+        device_bytes(replace(kept, length=None))
+        for kept in cache.places
     )
 
 
@@ -364,10 +365,10 @@ def step_flops(config: ModelConfig, batch: int, context: int) -> float:
         used.pop(kind, None)
     cache = jax.eval_shape(partial(init_cache, config, 1, context))
     attention = sum(
-        2.0 * len(slot.layers) * kept.slots
-        * slot.spec.attention.q_heads
+        2.0 * len(place.layers) * kept.slots
+        * place.spec.attention.q_heads
         * (kept.k.shape[-1] + kept.v.shape[-1])
-        for slot, kept in zip(all_slots(config), cache.slots)
+        for place, kept in zip(all_places(config), cache.places)
     )
     return batch * (2 * sum(used.values()) + attention)
 
@@ -489,7 +490,7 @@ def usual_mesh(devices: int, config: ModelConfig) -> dict[str, int]:
 
     What is left divides the experts, and then the data.
     """
-    heads = (s.spec.attention.kv_heads for s in all_slots(config))
+    heads = (s.spec.attention.kv_heads for s in all_places(config))
     model = math.gcd(devices, *heads)
     counts = [moe.num_experts for moe in experts_of(config).values()]
     expert = math.gcd(devices // model, *counts) if counts else 1

@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md by `make sync`; edit the chapter.
+# Generated from book/chapters/08b_sampling.md by `make sync`; edit the chapter.
 """From logits to a token: temperature, top-k, nucleus, a seed a row.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 
-# %% book/chapters/08_model.md, cell 73
+# %% book/chapters/08b_sampling.md, cell 3
 def keep_top_k(
     logits: Float[Array, "B V"], k: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -25,7 +25,7 @@ def keep_top_k(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 74
+# %% book/chapters/08b_sampling.md, cell 4
 def keep_nucleus(
     logits: Float[Array, "B V"], p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -45,7 +45,7 @@ def keep_nucleus(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-# %% book/chapters/08_model.md, cell 77
+# %% book/chapters/08b_sampling.md, cell 7
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -66,7 +66,7 @@ def choose(
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08_model.md, cell 80
+# %% book/chapters/08b_sampling.md, cell 10
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -76,7 +76,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08_model.md, cell 81
+# %% book/chapters/08b_sampling.md, cell 11
 NO_TOKEN = -1                   # where logits are no finite numbers
 
 
@@ -87,7 +87,7 @@ def unless_broken(
     return jnp.where(jnp.isfinite(logits).all(-1), tokens, NO_TOKEN)
 
 
-# %% book/chapters/08_model.md, cell 82
+# %% book/chapters/08b_sampling.md, cell 12
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -107,7 +107,7 @@ def sample(
     return unless_broken(logits, tokens)
 
 
-# %% book/chapters/08_model.md, cell 83
+# %% book/chapters/08b_sampling.md, cell 13
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"],
@@ -118,7 +118,7 @@ def greedy(
     return unless_broken(logits, jnp.argmax(logits, axis=-1))
 
 
-# %% book/chapters/08_model.md, cell 84
+# %% book/chapters/08b_sampling.md, cell 14
 def settings_per_row(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:

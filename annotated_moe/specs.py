@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/05_moe.md, book/chapters/08_model.md, book/chapters/92_specs.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/05_moe.md, book/chapters/07b_layer.md, book/chapters/92_specs.md by `make sync`; edit the chapters.
 """What a part of a model is, as plain data that checks itself.
 """
 
@@ -69,7 +69,7 @@ class OneOf:
         return f"one of {', '.join(self.table)}"
 
 
-# %% book/chapters/08_model.md, cell 15
+# %% book/chapters/07b_layer.md, cell 15
 def to_json(value: Any) -> Any:
     """A spec as JSON: its fields, and the name of its class."""
     if isinstance(value, Spec):
@@ -80,7 +80,7 @@ def to_json(value: Any) -> Any:
     return value
 
 
-# %% book/chapters/08_model.md, cell 16
+# %% book/chapters/07b_layer.md, cell 16
 def from_json(raw: Any) -> Any:
     """What `to_json` wrote. ValueError for anything else.
 

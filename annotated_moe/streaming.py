@@ -48,9 +48,9 @@ from annotated_moe.checkpoints import Opened
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
-    Slot,
-    all_slots,
-    slot_of,
+    Place,
+    all_places,
+    place_of,
 )
 from annotated_moe.families.vision import SeeingConfig, SeeingModel
 from annotated_moe.generate import Model
@@ -63,8 +63,8 @@ from annotated_moe.model import (
     embed,
     head_table,
     param_specs,
+    place_params,
     positions_of,
-    slot_params,
     tied_logits,
 )
 from annotated_moe.moe import Experts
@@ -510,26 +510,26 @@ class Location:
     shape: tuple[int, ...]
 
 
-def without_slot(module: str, slot: Slot) -> str:
+def without_place(module: str, place: Place) -> str:
     """A module's name within its layer."""
-    return module.removeprefix(f"{slot.name}/")
+    return module.removeprefix(f"{place.name}/")
 
 
 # %% book/chapters/11_streaming.md, cell 42
 @functools.cache
 def expert_locations(
-    config: ModelConfig, slot: Slot
+    config: ModelConfig, place: Place
 ) -> dict[str, Location]:
     """Where each parameter of a layer's experts is, by its name.
 
     Nowhere in a layer without experts.
     """
-    own = slot_params(param_specs(config), slot)
+    own = place_params(param_specs(config), place)
     if not any("experts" in spec.axes
                for leaves in own.values() for spec in leaves.values()):
         return {}
     stand_ins = {
-        without_slot(module, slot): {
+        without_place(module, place): {
             name: Location(module, name, spec.shape[1:])
             for name, spec in leaves.items()
         }
@@ -537,7 +537,7 @@ def expert_locations(
     }
 
     def ask() -> Experts:
-        experts: Any = slot.spec.feed_forward.build()
+        experts: Any = place.spec.feed_forward.build()
         return experts.weights(config.d_model)
 
     return hk.transform(ask).apply(stand_ins, None)
@@ -545,24 +545,24 @@ def expert_locations(
 
 # %% book/chapters/11_streaming.md, cell 45
 @functools.cache
-def layer_keys(config: ModelConfig, slot: Slot) -> tuple[Key, ...]:
+def layer_keys(config: ModelConfig, place: Place) -> tuple[Key, ...]:
     """Module and name of what every token needs of a layer."""
     experts = {(at.module, at.name)
-               for at in expert_locations(config, slot).values()}
+               for at in expert_locations(config, place).values()}
     every = [(module, name)
-             for module, leaves in slot_params(
-                 param_specs(config), slot).items()
+             for module, leaves in place_params(
+                 param_specs(config), place).items()
              for name in leaves]
     return tuple(key for key in every if key not in experts)
 
 
-def fetch_layer(store: WeightStore, slot: Slot, index: int) -> Params:
+def fetch_layer(store: WeightStore, place: Place, index: int) -> Params:
     """A layer's parameters but its experts', in modules without the
-    name of the slot: layers that are alike share a program.
+    name of the place: layers that are alike share a program.
     """
     found: dict[str, dict[str, Any]] = {}
-    for module, name in layer_keys(store.config, slot):
-        leaves = found.setdefault(without_slot(module, slot), {})
+    for module, name in layer_keys(store.config, place):
+        leaves = found.setdefault(without_place(module, place), {})
         leaves[name] = store.fetch(module, name, index)
     return found
 
@@ -665,7 +665,7 @@ def in_batches(
 # %% book/chapters/11_streaming.md, cell 50
 def stream_experts(
     store: WeightStore,
-    slot: Slot,
+    place: Place,
     index: int,
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -674,7 +674,7 @@ def stream_experts(
     """What the chosen experts add; -1 in `experts` is none."""
     flat = experts.reshape(-1)
     chosen = [int(e) for e in np.unique(flat) if e >= 0]
-    found = expert_locations(store.config, slot)
+    found = expert_locations(store.config, place)
     store.announce((at.module, at.name, index, e)
                    for e in chosen for at in found.values())
     y = jnp.zeros(x.shape, jnp.float32)
@@ -683,7 +683,7 @@ def stream_experts(
              for name, at in found.items()}
         mine = np.flatnonzero(flat == e)
         for choices in in_batches(mine, flat.size):
-            y = add_expert(y, x, gates, choices, w, slot.spec)
+            y = add_expert(y, x, gates, choices, w, place.spec)
     return y
 
 
@@ -711,7 +711,7 @@ def add_to_residual(
 # %% book/chapters/11_streaming.md, cell 52
 def stream_layer(
     store: WeightStore,
-    slot: Slot,
+    place: Place,
     index: int,
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
@@ -719,9 +719,9 @@ def stream_layer(
     cache: KVCache | None,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None]:
     """One layer; tokens that are not `real` choose no expert."""
-    weights = fetch_layer(store, slot, index)
-    spec, dtype, at = slot.spec, store.config.dtype, np.int32(index)
-    if not expert_locations(store.config, slot):
+    weights = fetch_layer(store, place, index)
+    spec, dtype, at = place.spec, store.config.dtype, np.int32(index)
+    if not expert_locations(store.config, place):
         return dense_layer(
             weights, h, positions, real, cache, at, spec, dtype
         )
@@ -729,7 +729,7 @@ def stream_layer(
         weights, h, positions, cache, at, spec, dtype
     )
     choices = np.where(np.asarray(real).reshape(-1, 1), experts, -1)
-    y = stream_experts(store, slot, index, x, gates, choices)
+    y = stream_experts(store, place, index, x, gates, choices)
     return add_to_residual(weights, h, y, beside, spec, dtype), cache
 
 
@@ -801,13 +801,13 @@ def stream_unembed(
 
 # %% book/chapters/11_streaming.md, cell 57
 def own_lengths(cache: Cache | None) -> dict[int, Any]:
-    """The slots' caches by number, each with a `length` of its own.
+    """Each place's cache by number, with a `length` of its own.
 
-    A layer's program takes its cache over, and slots share `length`.
+    A layer's program takes its cache over, and all share one `length`.
     """
-    slots = () if cache is None else cache.slots
-    return {i: replace(slot, length=jnp.array(slot.length))
-            for i, slot in enumerate(slots)}
+    caches = () if cache is None else cache.places
+    return {i: replace(kept, length=jnp.array(kept.length))
+            for i, kept in enumerate(caches)}
 
 
 # %% book/chapters/11_streaming.md, cell 58
@@ -820,22 +820,22 @@ def stream_decoder(
 ) -> tuple[Float32[Array, "B T D"], Cache | None]:
     """All layers; while one is computed, the next one is read."""
     config, kept = store.config, own_lengths(cache)
-    slots = all_slots(config)
+    places = all_places(config)
     for layer in range(config.num_layers):
         if layer + 1 < config.num_layers:
-            slot, index = slot_of(config, layer + 1)
+            place, index = place_of(config, layer + 1)
             store.announce((*key, index)
-                           for key in layer_keys(config, slot))
-        slot, index = slot_of(config, layer)
-        i = slots.index(slot)
+                           for key in layer_keys(config, place))
+        place, index = place_of(config, layer)
+        i = places.index(place)
         h, kept[i] = stream_layer(
-            store, slot, index, h, positions, real, kept.get(i)
+            store, place, index, h, positions, real, kept.get(i)
         )
         if store.layer_done is not None:
             store.layer_done(layer + 1)
     if cache is None:
         return h, None
-    return h, Cache(tuple(kept[i] for i in range(len(slots))))
+    return h, Cache(tuple(kept[i] for i in range(len(places))))
 
 
 # %% book/chapters/11_streaming.md, cell 59
@@ -982,7 +982,7 @@ def load_from_disk(
     return kind(config, params, tokenizer, mesh)
 
 
-# %% book/chapters/11_streaming.md, cell 82
+# %% book/chapters/11_streaming.md, cell 81
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -1004,7 +1004,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 83
+# %% book/chapters/11_streaming.md, cell 82
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

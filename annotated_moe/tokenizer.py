@@ -398,8 +398,11 @@ def encode_text(
 
     `[EOS]` and its like in `text` are letters, as anything is that
     somebody typed; with `specials` they are the ids they name.
-    ValueError for half a surrogate pair, or if [BOS] does not exist.
+    TypeError for what is no text, ValueError for half a surrogate pair
+    in it, or if [BOS] does not exist.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"encode takes a text: {text!r:.80}")
     bos = [required(self.bos_id, "[BOS]")] if add_bos else []
     eos = [required(self.eos_id, "[EOS]")] if add_eos else []
     text.encode()                           # or no text: ValueError

@@ -258,7 +258,7 @@ def main() -> None:
         shutil.copy(args.tokenizer, folder / "tokenizer.model")
         print(f"made {folder} in {time.perf_counter() - start:.0f} s", flush=True)
     try:
-        _, seconds, _ = run("info", "--model", str(folder))
+        _, seconds, _ = run("info", str(folder))
         print(f"info took {seconds:.1f} s", flush=True)
         needed, plain = token_bytes(folder, config), []
         kinds = {"plain read()": read_plainly, "sum of a memory map": sum_mapped}

@@ -8,8 +8,16 @@ against the shapes and dtypes that its signature promises.
 import sys
 
 import jax
+import jaxtyping
+import pytest
 from jaxtyping import install_import_hook
 
 assert not any(name.startswith("annotated_moe.") for name in sys.modules)
 install_import_hook("annotated_moe", "beartype.beartype")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def any_types(monkeypatch):
+    """As in use: the signatures' own checks are off."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -172,3 +172,17 @@ def test_the_lock_satisfies_the_package():
     for requirement in map(Requirement, wanted):
         version = locked[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), requirement
+
+
+def test_no_page_imports_what_a_later_page_exports():
+    """So that each page runs on the chapters before it, as `make prefix` does."""
+    book = tangle.gather(tangle.read_book(REPOSITORY))
+    for chapter in book.chapters:
+        for cell in chapter.cells:
+            source = tangle.without_magics(cell.source)
+            for link in tangle.read_imports(ast.parse(source)):
+                package, _, module = link.module.partition(".")
+                if package == "annotated_moe" and module in book.modules:
+                    path, line = book.modules[module].exports.get(link.name, ("", 0))
+                    here = f"{chapter.path}:{cell.line}"
+                    assert path <= chapter.path, f"{here}: {link.name}, {path}:{line}"

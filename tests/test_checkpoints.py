@@ -737,10 +737,15 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     complaint(tmp_path, "GemmaForCausalLM", "other layouts are not supported")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "f4", ""])
-def test_another_dtype_is_refused(dtype):
+@pytest.mark.parametrize("dtype", ["float16", "int8", "f4", "", ["float32"]])
+def test_another_dtype_is_refused(dtype, any_types):
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
         am.load(dtype=dtype)
+
+
+def test_stream_is_a_yes_or_a_no(any_types):
+    with pytest.raises(TypeError, match="stream must be True or False: 'no'"):
+        am.load(stream="no")
 
 
 def test_a_mesh_with_other_axes_is_refused():
@@ -1023,7 +1028,8 @@ LAYER = ("layers", 0, "pattern", 0)
     (("layers", 0, "repeats"), 10**9, "(1000000000, "),
     ((*LAYER, "feed_forward", "top_k"), 5, "top_k"),
     (("dtype",), "float64", "dtype must be text one of float32, bfloat16"),
-    (("vocab_size",), 10**30, "expects (10"),
+    (("vocab_size",), 2**30, "expects (1073741824"),
+    (("vocab_size",), 10**30, "vocab_size must be an int of 1 or more, in 32 bits"),
     (("vocab_size",), "40", "vocab_size must be an int"),
     (("num_layers",), 12, "ModelConfig has no field 'num_layers'"),
     ((*LAYER, "attention", "spec"), "Shell", "spec is 'Shell', which is not known"),

@@ -463,24 +463,30 @@ def test_a_part_of_a_head_turned_is_refused_inside_too(tmp_path, place):
 
 
 def test_what_is_fetched(monkeypatch, tmp_path):
-    asked = {}
+    asked = []
 
     def snapshot_download(name, **options):
-        asked.update(options)
+        asked.append(options)
         return str(tmp_path)
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert fetch_from_hub("org/tiny") == tmp_path
 
-    def taken(file):
-        return (any(fnmatch(file, p) for p in asked["allow_patterns"])
-                and not any(fnmatch(file, p) for p in asked["ignore_patterns"]))
+    def taken(file, options):
+        return (any(fnmatch(file, p) for p in options["allow_patterns"])
+                and not any(fnmatch(file, p) for p in options["ignore_patterns"]))
 
-    for file in ("config.json", "model-00001-of-00002.safetensors",
-                 "model.safetensors.index.json", "tokenizer.model",
-                 "chat_template.jinja", "ckpt-0/tensor00000_000"):
-        assert taken(file), file
+    small, weights = asked
+    for file in ("config.json", "model.safetensors.index.json", "tokenizer.model",
+                 "chat_template.jinja"):
+        assert taken(file, small) and not taken(file, weights), file
+    for file in ("model-00001-of-00002.safetensors", "ckpt-0/tensor00000_000"):
+        assert taken(file, weights) and not taken(file, small), file
     for file in ("pytorch_model.bin", "original/consolidated.safetensors",
                  "original/params.json", "model.gguf"):
-        assert not taken(file), file
+        assert not any(taken(file, options) for options in asked), file
+    asked.clear()
+    (tmp_path / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
+    refused(lambda: fetch_from_hub("org/gemma"), "GemmaForCausalLM")
+    assert len(asked) == 1                      # and no weights

@@ -286,9 +286,9 @@ def test_a_row_that_moves_in_keeps_its_chunks(params, published):
 
 
 def test_only_layers_without_rope_keep_all():
-    slots = init_cache(TINY, 2, 24).slots
-    assert [type(slot) is RingCache for slot in slots] == [True, False]
-    assert [slot.slots for slot in slots] == [CHUNK, 24]
+    places = init_cache(TINY, 2, 24).places
+    assert [type(kept) is RingCache for kept in places] == [True, False]
+    assert [kept.slots for kept in places] == [CHUNK, 24]
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2)])

@@ -272,7 +272,7 @@ def read(small, calls, slots=TOTAL):
 
 def test_prompts_and_steps_agree_with_all_at_once(small):
     calls = [(12, 3), *[(1, 1)] * 7, (4, 12), *[(1, 1)] * 7]
-    (kept,) = read(small, calls).slots
+    (kept,) = read(small, calls).places
     assert isinstance(kept, RingCache) and kept.k.shape == (2, 2, 5, K, H)
     assert kept.length.tolist() == [30, 29]
 
@@ -542,7 +542,7 @@ def test_the_published_models_have_their_published_sizes(name):
 def cache_bytes(config):
     """Of one row that fills the context."""
     make = partial(model.init_cache, config, 1, config.context)
-    shapes = jax.eval_shape(make).slots
+    shapes = jax.eval_shape(make).places
     return sum(a.size * a.dtype.itemsize for c in shapes for a in (c.k, c.v))
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from annotated_moe.config import Segment, all_slots, as_segments, slot_of
+import annotated_moe as am
+from annotated_moe.config import Segment, all_places, as_segments, place_of
 from annotated_moe.families import PRESETS
 from annotated_moe.families.grok import grok_config
 from annotated_moe.generate import RUN_CHECKS, Model, Session, bucket
@@ -259,10 +260,10 @@ def test_scan_is_the_loop_over_layers(kind):
     positions = jnp.tile(jnp.arange(5), [2, 1])
     real = positions >= 0
     scanned, cache = decoder(params, h, positions, real, config)
-    (slot,) = all_slots(config)
+    (place,) = all_places(config)
     for i in range(config.num_layers):
-        own = layer_weights(params, slot, config, i)
-        h, _, _ = apply_layer(own, slot, config, h, positions, real)
+        own = layer_weights(params, place, config, i)
+        h, _, _ = apply_layer(own, place, config, h, positions, real)
     np.testing.assert_allclose(scanned, h, atol=1e-5)
     assert cache is None
     deeper = replace(config, layers=(replace(config.layers[0], repeats=3),))
@@ -271,7 +272,7 @@ def test_scan_is_the_loop_over_layers(kind):
 
 
 def mixed_stack():
-    """One dense layer, then twice (dense, sparse): two segments, three slots."""
+    """One dense layer, then twice (dense, sparse): two segments, three places."""
     sparse = SMALL.layer(0)
     dense = replace(sparse, feed_forward=FeedForwardSpec(40))
     layers = Segment((dense,), 1), Segment((dense, sparse), 2)
@@ -281,17 +282,17 @@ def mixed_stack():
 def test_segments_are_the_layers_one_by_one():
     config = mixed_stack()
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
-    names = [slot.name for slot in all_slots(config)]
+    names = [place.name for place in all_places(config)]
     assert names == ["decoder_layer", "decoder_layer_1", "decoder_layer_2"]
-    assert [list(s.layers) for s in all_slots(config)] == [[0], [1, 3], [2, 4]]
+    assert [list(s.layers) for s in all_places(config)] == [[0], [1, 3], [2, 4]]
     h = jax.random.normal(jax.random.key(0), [1, 5, 32])
     positions = jnp.arange(5)[None]
     scanned, _ = decoder(params, h, positions, positions >= 0, config)
     for i in range(5):
-        slot, index = slot_of(config, i)
-        assert config.layer(i) == slot.spec
-        own = layer_weights(params, slot, config, index)
-        h, _, _ = apply_layer(own, slot, config, h, positions, positions >= 0)
+        place, index = place_of(config, i)
+        assert config.layer(i) == place.spec
+        own = layer_weights(params, place, config, index)
+        h, _, _ = apply_layer(own, place, config, h, positions, positions >= 0)
     np.testing.assert_allclose(scanned, h, atol=1e-5)
     rows = [[3, 1, 4, 1, 5], [9, 2]]
     model = Model(config, params)
@@ -406,14 +407,14 @@ def test_rows_join_leave_and_wait():
     cache = init_cache(SMALL, 2, 16)
     prompt, two = jnp.array([[7, 8], [20, 21]]), jnp.array([2, 2])
     _, cache = prefill(params, prompt, two, cache, SMALL)
-    kept = np.asarray(cache.slots[0].k[:, 0])
+    kept = np.asarray(cache.places[0].k[:, 0])
     for step, token in enumerate([22, 23]):
         active = jnp.array([False, True])
         new = jnp.array([50, token])
         logits, cache = decode_step(params, new, cache, SMALL, active)
         np.testing.assert_allclose(logits[1], whole[1, 2 + step], atol=1e-4)
     assert cache.length.tolist() == [2, 4]
-    np.testing.assert_array_equal(cache.slots[0].k[:, 0], kept)
+    np.testing.assert_array_equal(cache.places[0].k[:, 0], kept)
     logits, cache = decode_step(params, jnp.array([9, 1]), cache, SMALL)
     np.testing.assert_allclose(logits[0], whole[0, 2], atol=1e-4)
     other = init_cache(SMALL, 1, 8)
@@ -487,7 +488,7 @@ def test_one_program_a_bucket_and_a_donated_cache():
     assert widths == [16, 16, 32, 64, 100, 100]
     cache = init_cache(SMALL, 1, 16)
     _, new = decode_step(weights("mixed"), jnp.array([1]), cache, SMALL)
-    assert cache.slots[0].k.is_deleted() and not new.slots[0].k.is_deleted()
+    assert cache.places[0].k.is_deleted() and not new.places[0].k.is_deleted()
 
 
 def test_masked_logits_are_those_of_the_rows_alone():
@@ -535,7 +536,7 @@ def test_options_are_in_the_signatures_with_one_default():
     assert found == [[32, 0.0, 1.0, None, 0, None, None]] * 4
 
 
-def test_a_session_refuses_nothing_and_is_announced(monkeypatch):
+def test_a_session_is_announced_and_so_are_its_prompts(monkeypatch):
     seen = []
     checks = [*RUN_CHECKS, lambda mesh, call, inputs: seen.append((call, inputs))]
     monkeypatch.setattr("annotated_moe.generate.RUN_CHECKS", checks)
@@ -544,8 +545,10 @@ def test_a_session_refuses_nothing_and_is_announced(monkeypatch):
     tokens = greedy(session.prefill([[5, 6, 7]]))
     row = [int(tokens[0]), int(greedy(session.step(tokens))[0])]
     assert row == net.generate_ids([[5, 6, 7]], max_new_tokens=2)[0]
-    assert [call for call, _ in seen] == ["Session", "generate_ids", "Session"]
-    assert seen[0][1]["slots"] == 16 and seen[1][1]["prompts"] == [[5, 6, 7]]
+    assert [call for call, _ in seen] == [
+        "Session", "prefill", "generate_ids", "Session", "prefill"
+    ]
+    assert seen[0][1]["slots"] == 16 and seen[2][1]["prompts"] == [[5, 6, 7]]
 
 
 def test_text_in_text_out():
@@ -584,6 +587,12 @@ def test_text_in_text_out():
         m.generate(["a", "b"], images=[picture])
     with pytest.raises(TypeError, match="images must be a list"):
         m.generate(["a"], images=picture)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, {"a": 1}])
+def test_what_is_no_list_of_prompts(wrong, any_types):
+    with pytest.raises(TypeError, match="prompts are a text, or a list of texts"):
+        am.load().generate(wrong)
 
 
 @pytest.mark.parametrize(
@@ -720,7 +729,7 @@ def test_quantized_attention_at_batch_2():
 
 
 @pytest.mark.parametrize("kind", [list, set, iter, np.array])
-def test_stop_ids_of_any_kind(kind):
+def test_stop_ids_of_any_kind(kind, any_types):
     model = am.load(dtype="float32")
     (new,) = model.generate_ids([[1]], max_new_tokens=5)
     stop = kind([new[2]])
@@ -731,12 +740,12 @@ def test_stop_ids_of_any_kind(kind):
 
 
 @pytest.mark.parametrize("stop", [["1"], [1.5], "ab", 5, [[1]]])
-def test_what_is_no_stop_id(stop):
+def test_what_is_no_stop_id(stop, any_types):
     with pytest.raises(TypeError, match="stop_ids must be token ids"):
         am.load().generate_ids([[1]], stop_ids=stop)
 
 
-def test_a_session_takes_only_what_it_has_room_for():
+def test_a_session_takes_only_what_it_has_room_for(any_types):
     model = am.load(dtype="float32")
     top = model.config.vocab_size
     session = am.Session(model, 2, 16)

@@ -257,6 +257,6 @@ def test_planned(model: am.Model, tmp_path: Path) -> None:
     assert plan.parameters == sum(w.size for w in jax.tree.leaves(model.params))
     assert plan.weights == bytes_of_device_0(placed.params)
     with jax.set_mesh(mesh):
-        (cache,) = init_cache(config, 2, 16).slots
+        (cache,) = init_cache(config, 2, 16).places
     assert plan.cache == bytes_of_device_0([cache.k, cache.v])
     assert 0 < plan.needs["experts"] < plan.weights

@@ -274,7 +274,7 @@ def test_a_step_of_every_family_against_real_arrays(name, eight_bits):
         cache = init_cache(config, 2, 32)
     imagined = abstract_cache(config, mesh, 2, 32)
     needs = step_needs(plan, imagined, config, 2)
-    held = on_first([replace(slot, length=None) for slot in cache.slots])
+    held = on_first([replace(kept, length=None) for kept in cache.places])
     assert needs["cache"] == cache_bytes(imagined) == held
     skipped = 0.0
     for module, leaves in there.items():

@@ -20,7 +20,7 @@ from annotated_moe.attention import (
     Window,
 )
 from annotated_moe.checkpoints import groups_for
-from annotated_moe.config import LayerSpec, ModelConfig, Segment, slot_of
+from annotated_moe.config import LayerSpec, ModelConfig, Segment, place_of
 from annotated_moe.families.grok import grok_config
 from annotated_moe.formats import lazy
 from annotated_moe.formats.files import CheckpointError
@@ -123,11 +123,11 @@ def with_gradient(config, tokens, params):
     positions, real = model.positions_of(jnp.zeros(b, jnp.int32), t)
     with hk.intercept_methods(spy):
         for layer in range(config.num_layers):
-            slot, i = slot_of(config, layer)
-            stacks = model.slot_params(params, slot)
+            place, i = place_of(config, layer)
+            stacks = model.place_params(params, place)
             own = jax.tree.map(lambda w, i=i: w[i], stacks)
             h, *_ = model.apply_layer(
-                own, slot, config, h, positions, real, train="capacity")
+                own, place, config, h, positions, real, train="capacity")
     return model.unembed(params, h, config, train=True), chosen
 
 

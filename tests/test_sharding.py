@@ -148,11 +148,14 @@ def test_every_mesh(shape):
     assert current_mesh() is None
 
 
-def test_a_mesh_without_devices():
+def test_a_mesh_without_devices(any_types):
     with pytest.raises(ValueError, match=r"16 devices .* 8; .*jax_num_cpu_devices"):
         make_mesh(4, 4)
     for wrong in [(0, 8), (8, 0), (-1, -8), (1, 8, 0)]:
         with pytest.raises(ValueError, match="has no devices"):
+            make_mesh(*wrong)
+    for wrong in [(1.0,), (True, 2), (1, "2"), (None,)]:
+        with pytest.raises(TypeError, match="sizes are whole numbers: "):
             make_mesh(*wrong)
 
 
@@ -463,7 +466,7 @@ SAME = grok_config(kv_heads=8, **SIZES)
 )  # fmt: skip
 def test_a_device_caches_its_rows_and_its_heads(config, shape, rows, held):
     with jax.set_mesh(make_mesh(*shape)):
-        (cache,) = init_cache(config, rows, 16).slots
+        (cache,) = init_cache(config, rows, 16).places
     for stack in (cache.k, cache.v):
         assert {s.data.shape for s in stack.addressable_shards} == {held}
 

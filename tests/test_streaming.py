@@ -27,7 +27,7 @@ from annotated_moe.attention import (
     Window,
     attention_scores,
 )
-from annotated_moe.config import LayerSpec, ModelConfig, Segment, all_slots, slot_of
+from annotated_moe.config import LayerSpec, ModelConfig, Segment, all_places, place_of
 from annotated_moe.families.grok import grok_config
 from annotated_moe.generate import Model
 from annotated_moe.linear import product
@@ -395,13 +395,13 @@ def test_bfloat16_rounds_where_the_resident_model_rounds(tmp_path):
     h = embed(resident.params["in_out_embed"]["embeddings"], tokens, c)
     assert (streaming.stream_embed(model.store, np.asarray(tokens)) == h).all()
     for layer in range(c.num_layers):
-        slot, index = slot_of(c, layer)
+        place, index = place_of(c, layer)
         got, _ = streaming.stream_layer(
-            model.store, slot, index, h, positions, real, None
+            model.store, place, index, h, positions, real, None
         )
-        weights = layer_weights(resident.params, slot, c, index)
+        weights = layer_weights(resident.params, place, c, index)
         run = jax.jit(apply_layer, static_argnums=(1, 2))
-        h = run(weights, slot, c, h, positions, real)[0]
+        h = run(weights, place, c, h, positions, real)[0]
         off = np.abs(np.asarray(got) - np.asarray(h))
         assert h.std() > 1 and np.median(off) < 1e-5 and off.max() < 3e-2
     want = unembed(resident.params, h, c).reshape(32, -1)
@@ -515,7 +515,7 @@ def test_a_family_reads_the_experts_it_needs(tmp_path):
         ("decoder_layer_2", "b", 0): 4, ("decoder_layer_2", "b", 1): 4,
         ("decoder_layer_3", "w", 0): 3,
     }  # fmt: skip
-    every = {(s.name, i) for s in all_slots(MIXED) for i in range(len(s.layers))}
+    every = {(s.name, i) for s in all_places(MIXED) for i in range(len(s.layers))}
     assert every == {(key[0].split("/")[0], key[2]) for key in counts if len(key) > 2}
     assert counts["decoder_layer_3/shared/linear", "w", 0] == 1
     assert counts["output matrix",] == 1

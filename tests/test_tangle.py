@@ -595,6 +595,18 @@ def test_generated_modules_pass_ruff(book):
     assert max(map(len, head.splitlines()[1:])) <= 72
 
 
+def test_the_chapters_up_to_grok_know_of_no_other_family(tmp_path):
+    script = REPOSITORY / "annotated_moe/tangle.py"
+    subprocess.run(
+        [sys.executable, "-P", script, "--root", REPOSITORY, "--upto", "8",
+         "--into", tmp_path], check=True)  # fmt: skip
+    modules = list(tmp_path.glob("annotated_moe/**/*.py"))
+    assert tmp_path / "annotated_moe/generate.py" in modules
+    names = re.compile(r"llama|mixtral|qwen|olmoe|\bvision", re.IGNORECASE)
+    for module in modules:
+        assert not names.search(module.read_text()), module
+
+
 def test_a_prefix_of_the_book_is_a_program(book, tmp_path):
     """`make prefix`: imports all of it and runs the last notebook there."""
     use = "```{code-cell}\nimport annotated_moe.one as one\nassert one.%s\n```"

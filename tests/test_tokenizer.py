@@ -259,6 +259,11 @@ def test_integers_of_any_library():
     assert tokenizer.decode(i for i in ids) == "experts"
 
 
+def test_only_a_text_is_encoded(ours, any_types):
+    with pytest.raises(TypeError, match=r"encode takes a text: \[1, 2\]"):
+        ours.encode([1, 2])
+
+
 def test_half_a_surrogate_pair_is_no_text(ours):
     with pytest.raises(ValueError, match="surrogates not allowed"):
         ours.encode("a\ud83e")

@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07b_layer.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
 """The models that are known by name.
 """
 
@@ -10,7 +10,7 @@ from annotated_moe.families.mixtral import MIXTRALS
 from annotated_moe.families.olmoe import OLMOES
 from annotated_moe.families.qwen import QWENS
 
-# %% book/chapters/08_model.md, cell 8
+# %% book/chapters/07b_layer.md, cell 8
 PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 
 
@@ -18,7 +18,7 @@ PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 PRESETS |= LLAMAS
 
 
-# %% book/chapters/16_mixtral.md, cell 84
+# %% book/chapters/16_mixtral.md, cell 85
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
 

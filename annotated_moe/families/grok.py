@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07b_layer.md, book/chapters/10_convert.md, book/chapters/14_hub.md by `make sync`; edit the chapters.
 """Grok-1, and smaller models of its architecture.
 """
 
@@ -20,7 +20,7 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% book/chapters/08_model.md, cell 7
+# %% book/chapters/07b_layer.md, cell 7
 def grok_config(
     vocab_size: int = 131072,
     context: int = 8192,

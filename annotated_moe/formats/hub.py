@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from annotated_moe.config import LayerSpec, ModelConfig, all_slots
+from annotated_moe.config import LayerSpec, ModelConfig, all_places
 from annotated_moe.formats.files import CheckpointError, read_json
 from annotated_moe.formats.lazy import (
     LazyArray,
@@ -423,24 +423,24 @@ def end_entries(
 
 def entries(family: Family, config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of theirs that a model has, in our order."""
-    slots = {slot.name: slot for slot in all_slots(config)}
+    places = {place.name: place for place in all_places(config)}
     for module, leaves in param_specs(config).items():
         top, _, rest = module.partition("/")
         for leaf, spec in leaves.items():
             path = module, leaf
-            if top not in slots:
+            if top not in places:
                 yield from end_entries(family, config, path)
                 continue
-            slot = slots[top]
-            names = family.layer(slot.spec)
-            name = match(names, f"{rest}/{leaf}", f"layer {slot.name}")
-            for i, layer in enumerate(slot.layers):
+            place = places[top]
+            names = family.layer(place.spec)
+            name = match(names, f"{rest}/{leaf}", f"layer {place.name}")
+            for i, layer in enumerate(place.layers):
                 theirs = family.prefix.format(layer=layer) + name.theirs
                 for e in experts_in(theirs, spec):
                     index = (i,) if e is None else (i, e)
                     yield Entry(
                         theirs.format(expert=e), path, index,
-                        name.transform, slot.spec,
+                        name.transform, place.spec,
                     )
 
 
@@ -613,17 +613,16 @@ def hub_config(folder: Path) -> ModelConfig:
 
 # %% book/chapters/14_hub.md, cell 40
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = [
-    "*.json", "*.safetensors", "*.model", "*.jinja", "*.txt",
-    "*.tiktoken", "ckpt-0/*",
-]
+SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+WEIGHT_FILES = ["*.safetensors", "ckpt-0/*"]
 
 
 def fetch_from_hub(name: str) -> Path | None:
     """The folder of the model `name` of the hub, fetched if need be.
 
     None for what is no name, as `./folder`. CheckpointError where it
-    cannot be had.
+    cannot be had, or has a configuration that we do not support: then
+    no weights are fetched.
     """
     if not HUB_NAME.fullmatch(name):
         return None
@@ -634,17 +633,22 @@ def fetch_from_hub(name: str) -> Path | None:
             f"{name} is no folder; to fetch a model of this name from "
             'the Hugging Face hub, pip install "annotated-moe[hub]"'
         ) from None
-    try:
-        found = snapshot_download(
-            name, allow_patterns=WANTED, ignore_patterns=["original/*"]
-        )
-    except Exception as error:      # of the network: of many classes
-        why = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{name} is no folder, and could not be fetched from the "
-            f"Hugging Face hub: {why:.200}"
-        ) from None
-    return Path(found)
+    for files in (SMALL_FILES, WEIGHT_FILES):
+        try:
+            found = Path(snapshot_download(
+                name, allow_patterns=files,
+                ignore_patterns=["original/*"],
+            ))
+        except Exception as error:  # the network's: many classes
+            why = str(error).strip().split("\n")[0]
+            raise CheckpointError(
+                f"{name} is no folder, and could not be fetched from "
+                f"the Hugging Face hub: {why:.200}"
+            ) from None
+        config = found / "config.json"
+        if config.is_file() and "architectures" in read_json(config):
+            hub_config(found)       # refused before weights are fetched
+    return found
 
 
 # %% book/chapters/14_hub.md, cell 43

@@ -19,7 +19,7 @@ from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
     Segment,
-    all_slots,
+    all_places,
 )
 from annotated_moe.families.llama import (
     CODE_LLAMA,
@@ -158,9 +158,9 @@ def open_shares(folder: Path) -> dict[str, list[np.ndarray]]:
 # %% book/chapters/15_meta.md, cell 53
 def check_heads(where: Path, config: ModelConfig, files: int) -> None:
     """CheckpointError where a file would hold part of a head."""
-    for slot in all_slots(config):
+    for place in all_places(config):
         for name in ("q_heads", "kv_heads"):
-            heads = getattr(slot.spec.attention, name)
+            heads = getattr(place.spec.attention, name)
             if heads % files:
                 raise CheckpointError(
                     f"{where} has {files} files, which do not divide "

@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
 """To choose the next word a transformer looks back at every word before
 it. What it looks at are keys and values, computed once a token and
 kept; if each head of Grok-1 kept its own, one conversation of 8,192
@@ -11,12 +11,13 @@ without ever holding all its scores, and one module that does the three.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from annotated_moe.cache import PAD_POSITION, KVCache, RingCache
 from annotated_moe.linear import Linear
@@ -203,6 +204,9 @@ def attend_any(
     return attend(q, k, v, mask, multiplier, softcap)
 
 
+WAYS_TO_ATTEND: list[Callable[..., Array]] = [attend_any]
+
+
 # %% book/chapters/04_attention.md, cell 77
 @dataclass(frozen=True)
 class Causal(Spec):
@@ -379,8 +383,10 @@ class Attention(hk.Module):
     ) -> Array:
         """What `attend_any` does."""
         s = self.spec
-        return attend_any(q, k, v, positions, key_positions,
-                          s.multiplier, s.softcap, s.mask.sees)
+        return WAYS_TO_ATTEND[-1](
+            q, k, v, positions, key_positions, s.multiplier, s.softcap,
+            s.mask.sees,
+        )
 
 
 # %% book/chapters/16_mixtral.md, cell 7
@@ -548,3 +554,356 @@ class UnitAttention(Attention):
             q = rms_norm(q, one, s.qk_norm_eps)
             k = rms_norm(k, one, s.qk_norm_eps)
         return q, k, v
+
+
+# %% book/chapters/20_gradients.md, cell 26
+class Tiles(NamedTuple):
+    """Which pairs of a block of queries and one of keys to visit."""
+
+    order: Int[Array, " M"]                 # visited ones come first
+    visits: Int[Array, ""]                  # how many are visited
+    across: int                             # blocks of keys
+
+
+def does_see(
+    q: Int32[Array, "B T"], k: Int32[Array, "B S"], sees: Sees
+) -> Bool[Array, "B T S"]:
+    """What queries at `q` see of keys at `k`; padding sees nothing."""
+    q = q[..., None]                                        # [B, T, 1]
+    return sees(q, k[:, None]) & (q != PAD_POSITION)
+
+
+def visible_tiles(
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    sees: Sees,
+    block: int,
+) -> Tiles:
+    """The tiles that `sees` does not empty. `block` divides T and S."""
+    b = len(positions)
+    q, k = (at.reshape(b, -1, block).swapaxes(0, 1)     # [., B, block]
+            for at in (positions, key_positions))
+
+    def across(qs: Array) -> Array:
+        return jax.lax.map(lambda ks: does_see(qs, ks, sees).any(), k)
+
+    seen = jax.lax.map(across, q).ravel()
+    order = jnp.argsort(~seen, stable=True)
+    return Tiles(order, seen.sum(), len(k))
+
+
+# %% book/chapters/20_gradients.md, cell 30
+def cut(x: Array, i: Any, block: int) -> Array:
+    """Block `i` of the second axis."""
+    return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
+
+
+def put(x: Array, part: Array, i: Any, block: int) -> Array:
+    """`x` with another block `i` of the second axis."""
+    return jax.lax.dynamic_update_slice_in_dim(
+        x, part, i * block, axis=1
+    )
+
+
+# %% book/chapters/20_gradients.md, cell 31
+def walk_tiles(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    multiplier: float,
+    softcap: float | None,
+    sees: Sees,
+    block: int,
+) -> tuple[Float32[Array, "B T Q V"], Float32[Array, "B T K R"]]:
+    """Attention, and the logarithm of each query's normaliser.
+
+    A query that sees nothing gets 0.
+    Source: FlashAttention-2, algorithm 1.
+    """
+    tiles = visible_tiles(positions, key_positions, sees, block)
+    b, t, heads, _ = q.shape
+    shape = b, t, k.shape[2], heads // k.shape[2]       # [B, T, K, R]
+
+    def visit(n: Array, state: Any) -> Any:
+        i, j = jnp.divmod(tiles.order[n], tiles.across)
+        at = cut(positions, i, block)
+        seen = does_see(at, cut(key_positions, j, block), sees)
+        seen = seen[:, None, None]                   # [B, 1, 1, T, S]
+        s = attention_scores(
+            cut(q, i, block), cut(k, j, block), multiplier, softcap
+        )
+        s = jnp.where(seen, s, MASK_VALUE)
+        top, total, y = (cut(z, i, block) for z in state)
+        higher = jnp.maximum(top, s.max(-1).transpose(0, 3, 1, 2))
+        p = jnp.exp(s - higher.transpose(0, 2, 3, 1)[..., None])
+        p = jnp.where(seen, p, 0)
+        part = jnp.einsum(
+            "bkrts,bskh->btkrh", p.astype(v.dtype), cut(v, j, block),
+            preferred_element_type=jnp.float32,
+        )
+        fade = jnp.exp(top - higher)
+        total = fade * total + p.sum(-1).transpose(0, 3, 1, 2)
+        new = higher, total, fade[..., None] * y + part
+        return tuple(put(z, a, i, block) for z, a in zip(state, new))
+
+    top = jnp.full(shape, MASK_VALUE, jnp.float32)
+    empty = top, jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
+    top, total, y = jax.lax.fori_loop(0, tiles.visits, visit, empty)
+    total = jnp.where(total > 0, total, 1)
+    y = (y / total[..., None]).reshape(b, t, heads, -1)
+    return y, top + jnp.log(total)
+
+
+# %% book/chapters/20_gradients.md, cell 32
+def walk_tiles_back(
+    multiplier: float, softcap: float | None, sees: Sees, block: int,
+    saved: Any, dy: Float[Array, "B T Q V"],
+) -> tuple[Array, Array, Array, None, None]:
+    """Slopes of q, k and v: once over the visible tiles.
+
+    In float32. Source: FlashAttention-2, algorithm 2; the slope of the
+    cap is ours.
+    """
+    q, k, v, positions, key_positions, y, norm = saved
+    tiles = visible_tiles(positions, key_positions, sees, block)
+
+    def by_key_head(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
+
+    def beside_scores(x: Array, i: Array) -> Array:
+        return cut(x, i, block).transpose(0, 2, 3, 1)[..., None]
+
+    dy = by_key_head(dy.astype(jnp.float32))        # [B, T, K, R, V]
+    delta = jnp.sum(dy * by_key_head(y), axis=-1)       # [B, T, K, R]
+
+    def visit(n: Array, sums: Any) -> Any:
+        i, j = jnp.divmod(tiles.order[n], tiles.across)
+        at = cut(positions, i, block)
+        seen = does_see(at, cut(key_positions, j, block), sees)
+        seen = seen[:, None, None]                   # [B, 1, 1, T, S]
+        qs, dys = cut(q, i, block), cut(dy, i, block)
+        ks, vs = cut(k, j, block), cut(v, j, block)
+        c = attention_scores(qs, ks, multiplier, softcap)
+        p = jnp.exp(c - beside_scores(norm, i))
+        p = jnp.where(seen, p, 0)
+        dp = jnp.einsum("btkrh,bskh->bkrts", dys, vs)
+        ds = multiplier * p * (dp - beside_scores(delta, i))
+        if softcap:
+            ds *= 1 - (c / softcap) ** 2
+        parts = [
+            (jnp.einsum("bkrts,bskh->btkrh", ds, ks), i),
+            (jnp.einsum("bkrts,btkrh->bskh", ds, by_key_head(qs)), j),
+            (jnp.einsum("bkrts,btkrh->bskh", p, dys), j),
+        ]
+        return tuple(
+            put(z, cut(z, at, block) + part, at, block)
+            for z, (part, at) in zip(sums, parts)
+        )
+
+    inputs = by_key_head(q), k, v
+    zeros = tuple(jnp.zeros(z.shape, jnp.float32) for z in inputs)
+    sums = jax.lax.fori_loop(0, tiles.visits, visit, zeros)
+    dq, dk, dv = (s.reshape(z.shape).astype(z.dtype)
+                  for s, z in zip(sums, (q, k, v)))
+    return dq, dk, dv, None, None
+
+
+# %% book/chapters/20_gradients.md, cell 33
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def flash(
+    q: Array, k: Array, v: Array, positions: Array,
+    key_positions: Array, multiplier: float, softcap: float | None,
+    sees: Sees, block: int,
+) -> Array:
+    """Attention by tiles, of whole blocks."""
+    y, _ = walk_tiles(q, k, v, positions, key_positions, multiplier,
+                      softcap, sees, block)
+    return y.astype(q.dtype)
+
+
+def flash_there(
+    q: Array, k: Array, v: Array, positions: Array,
+    key_positions: Array, multiplier: float, softcap: float | None,
+    sees: Sees, block: int,
+) -> tuple[Array, Any]:
+    """What `flash` computes, and what `walk_tiles_back` needs."""
+    y, norm = walk_tiles(q, k, v, positions, key_positions, multiplier,
+                         softcap, sees, block)
+    saved = q, k, v, positions, key_positions, y, norm
+    return y.astype(q.dtype), saved
+
+
+flash.defvjp(flash_there, walk_tiles_back)
+
+
+# %% book/chapters/20_gradients.md, cell 34
+def whole_blocks(x: Array, block: int, fill: Any = 0) -> Array:
+    """`x`, its second axis filled up to a multiple of `block`."""
+    wide = [(0, 0)] * x.ndim
+    wide[1] = 0, -x.shape[1] % block
+    return jnp.pad(x, wide, constant_values=fill)
+
+
+def attend_flash(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    multiplier: float,
+    softcap: float | None = None,
+    sees: Sees = is_past,
+    block: int = 64,
+) -> Float[Array, "B T Q V"]:
+    """`attend` under the mask `sees`, by tiles that it does not empty.
+
+    Memory grows with T + S, also of the gradient; the number of tiles
+    is all that grows with T x S. Queries at PAD_POSITION, and such as
+    see nothing, give 0. Casts are those of `attend`; backward float32.
+    A `block` below 1, or K not dividing Q, is a ValueError.
+    Source: Dao et al. (2022); Dao (2024).
+    """
+    if block < 1:
+        raise ValueError(f"a block needs at least 1 slot, got {block}")
+    t = q.shape[1]
+    q, k, v = (whole_blocks(z, block) for z in (q, k, v))
+    positions, key_positions = (
+        whole_blocks(at, block, PAD_POSITION)
+        for at in (positions, key_positions)
+    )
+    y = flash(q, k, v, positions, key_positions, multiplier, softcap,
+              sees, block)
+    return y[:, :t]
+
+
+# %% book/chapters/20_gradients.md, cell 45
+FLASH_FROM = 256                                            # tokens
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def attend_to_train(
+    q: Array, k: Array, v: Array, positions: Array,
+    key_positions: Array, multiplier: float, softcap: float | None,
+    sees: Sees,
+) -> Array:
+    """`attend_any`; with a gradient, `attend_flash` of long rows."""
+    return attend_any(
+        q, k, v, positions, key_positions, multiplier, softcap, sees
+    )
+
+
+def attend_there(
+    q: Array, k: Array, v: Array, positions: Array,
+    key_positions: Array, multiplier: float, softcap: float | None,
+    sees: Sees,
+) -> tuple[Array, Any]:
+    """The output, and the function from its slope to the inputs'."""
+    way = attend_flash if q.shape[1] >= FLASH_FROM else attend_any
+
+    def run(q: Array, k: Array, v: Array) -> Array:
+        return way(q, k, v, positions, key_positions, multiplier,
+                   softcap, sees)
+
+    return jax.vjp(run, q, k, v)
+
+
+def attend_back(
+    multiplier: float, softcap: float | None, sees: Sees, back: Any,
+    dy: Array,
+) -> tuple[Any, ...]:
+    """Slopes of q, k and v; positions have none."""
+    return *back(dy), None, None
+
+
+attend_to_train.defvjp(attend_there, attend_back)
+WAYS_TO_ATTEND.append(attend_to_train)
+
+
+# %% book/chapters/20_gradients.md, cell 56
+def attend_pallas(
+    q: Float[Array, "B T Q H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    multiplier: float,
+    softcap: float | None = None,
+    sees: Sees = is_past,
+    block: int = 128,
+    interpret: bool = False,
+) -> Float[Array, "B T Q V"]:
+    """`attend_flash`, forward alone, as a kernel for TPUs.
+
+    Checked by `interpret` and compiled for a v5p; never run on one.
+    Source: Dao (2024), algorithm 1.
+    """
+    from jax.experimental import pallas as pl
+
+    def kernel(
+        at: Any, key_at: Any, q: Any, k: Any, v: Any, y: Any
+    ) -> None:
+        def visit(j: Array, seen: Array, state: Any) -> Any:
+            top, total, sums = state
+            keys = k[pl.ds(j * block, block), :]            # [block, H]
+            s = multiplier * jax.lax.dot_general(
+                q[...], keys, (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )                                       # [block, block]
+            s = softcap * jnp.tanh(s / softcap) if softcap else s
+            s = jnp.where(seen, s, MASK_VALUE)
+            higher = jnp.maximum(top, s.max(1, keepdims=True))
+            p = jnp.where(seen, jnp.exp(s - higher), 0)
+            fade = jnp.exp(top - higher)
+            part = jnp.dot(
+                p.astype(v.dtype), v[pl.ds(j * block, block), :],
+                preferred_element_type=jnp.float32,
+            )
+            total = fade * total + p.sum(1, keepdims=True)
+            return higher, total, fade * sums + part
+
+        def step(j: Array, state: Any) -> Any:
+            keys_at = key_at[:, :, pl.ds(j * block, block)]
+            seen = sees(at[...], keys_at) & (at[...] != PAD_POSITION)
+            seen = seen[0]                          # [block, block]
+            return jax.lax.cond(
+                jnp.max(seen.astype(jnp.int32)) > 0,
+                lambda state: visit(j, seen, state),
+                lambda state: state, state,
+            )
+
+        top = jnp.full((block, 1), MASK_VALUE, jnp.float32)
+        empty = top, jnp.zeros((block, 1)), jnp.zeros(y.shape)
+        turns = k.shape[0] // block
+        _, total, sums = jax.lax.fori_loop(0, turns, step, empty)
+        total = jnp.where(total > 0, total, 1)
+        y[...] = (sums / total).astype(y.dtype)
+
+    t, group = q.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = (whole_blocks(z, block).swapaxes(1, 2)
+               for z in (q, k, v))                      # [B, Q, T, H]
+    at, key_at = (whole_blocks(a, block, PAD_POSITION)
+                  for a in (positions, key_positions))
+    b, heads, rows, h = q.shape
+    slots, width = v.shape[2:]
+    out = jax.ShapeDtypeStruct((b, heads, rows, width), q.dtype)
+    y = pl.pallas_call(
+        kernel,
+        grid=(b, heads, rows // block),
+        in_specs=[
+            pl.BlockSpec((1, block, 1), lambda b, q, i: (b, i, 0)),
+            pl.BlockSpec((1, 1, slots), lambda b, q, i: (b, 0, 0)),
+            pl.BlockSpec((None, None, block, h),
+                         lambda b, q, i: (b, q, i, 0)),
+            pl.BlockSpec((None, None, slots, h),
+                         lambda b, q, i: (b, q // group, 0, 0)),
+            pl.BlockSpec((None, None, slots, width),
+                         lambda b, q, i: (b, q // group, 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, None, block, width),
+                               lambda b, q, i: (b, q, i, 0)),
+        out_shape=out,
+        interpret=interpret,
+    )(at[..., None], key_at[:, None], q, k, v)
+    return y.swapaxes(1, 2)[:, :t]

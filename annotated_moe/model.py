@@ -1,4 +1,4 @@
-# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/95_training_stack.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
 """The decoder: a layer, the stack of them, the table at both ends, and
 the programs that read a prompt and add a token.
 """
@@ -22,7 +22,7 @@ from annotated_moe.config import (
     all_places,
     segments,
 )
-from annotated_moe.moe import Losses
+from annotated_moe.moe import DROPLESS, Losses
 from annotated_moe.params import ParamSpec, get_parameter, record_specs
 from annotated_moe.placement import here
 from annotated_moe.quantization import LazySlice, read_slice, tile_rows
@@ -46,11 +46,12 @@ class DecoderLayer(hk.Module):
         real: Bool[Array, "B T"],
         cache: KVCache | None = None,
         layer: int | Int32[Array, ""] = 0,
-        train: bool = False,
+        train: str | None = None,
     ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
         """h after the layer, the longer cache, the router's losses.
 
-        `real` is false at padding; `layer` is its index in the cache.
+        `real` is false at padding; `layer` is its index in the cache;
+        `train` names the way that experts take to have a gradient.
         """
         h, cache = self.attend(h, positions, cache, layer)
         x = self.norm(h, "rms_norm_2")
@@ -211,7 +212,7 @@ def layer_parameters(place: Place, config: ModelConfig) -> None:
     """Ask for the parameters of a layer: run it on one token."""
     h, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), int)
     layer = DecoderLayer(place.spec, config.dtype, place.name)
-    layer(h, at, at == 0, train=True)
+    layer(h, at, at == 0, train="capacity")
 
 
 # %% book/chapters/07b_layer.md, cell 32
@@ -310,7 +311,7 @@ def apply_layer(
     real: Bool[Array, "B T"],
     cache: KVCache | None = None,
     index: int | Int32[Array, ""] = 0,
-    train: bool = False,
+    train: str | None = None,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
     """What a layer with these weights makes of h; see DecoderLayer."""
     def run() -> Any:
@@ -521,15 +522,16 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/95_training_stack.md, cell 5
+# %% book/chapters/20_gradients.md, cell 46
 def decoder_to_train(
     params: Params,
     h: Float32[Array, "B T D"],
     positions: Int32[Array, "B T"],
     real: Bool[Array, "B T"],
     config: ModelConfig,
+    dispatch: str = "blocks",
 ) -> tuple[Float32[Array, "B T D"], Losses]:
-    """All layers with a gradient: experts drop what finds no seat.
+    """All layers with a gradient; `dispatch` as in forward_to_train.
 
     Losses are means over the layers that have them.
     """
@@ -539,7 +541,8 @@ def decoder_to_train(
             losses = []
             for place, own in zip(places, weights):
                 h, _, loss = apply_layer(
-                    own, place, config, h, positions, real, train=True
+                    own, place, config, h, positions, real,
+                    train=dispatch,
                 )
                 losses.append(loss)
             return h, losses
@@ -553,17 +556,31 @@ def decoder_to_train(
     return h, means
 
 
-# %% book/chapters/95_training_stack.md, cell 6
+# %% book/chapters/20_gradients.md, cell 47
 def forward_to_train(
     params: Params,
     tokens: Int[Array, "B T"],
     config: ModelConfig,
     lengths: Int[Array, " B"] | None = None,
+    dispatch: str = "blocks",
 ) -> tuple[Float32[Array, "B T V"], Losses]:
-    """Logits, with a gradient, and the losses of the routers."""
+    """Logits, with a gradient, and the losses of the routers.
+
+    `dispatch`: how tokens come to experts. "blocks", "ragged" and
+    "tokamax" drop none; "capacity" drops what finds no seat.
+    ValueError for another name.
+    """
+    known = "capacity", *DROPLESS
+    if dispatch not in known:
+        raise ValueError(
+            f"dispatch is {dispatch!r}: it must be one of "
+            f"{', '.join(known)}"
+        )
     b, t = tokens.shape
     start = jnp.zeros(b, jnp.int32)
     positions, real = positions_of(start, t, lengths)
     h = embed(params["in_out_embed"]["embeddings"], tokens, config)
-    h, losses = decoder_to_train(params, h, positions, real, config)
+    h, losses = decoder_to_train(
+        params, h, positions, real, config, dispatch
+    )
     return unembed(params, h, config, train=True), losses

@@ -1,4 +1,4 @@
-# Generated from book/chapters/05_moe.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md by `make sync`; edit the chapters.
+# Generated from book/chapters/05_moe.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
 """Of Grok-1's 315.7 billion parameters, 232 billion sit out every
 token. They belong to experts that were not asked: each layer keeps
 eight feed-forward networks, and a router, one small matrix, reads the
@@ -12,17 +12,20 @@ are counted for what they cost. And you will have trained a router,
 first badly, then well.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from annotated_moe.linear import Linear, matmul
+from annotated_moe.linear import PRODUCTS, Linear, matmul
 from annotated_moe.params import Axes, get_parameter
 from annotated_moe.placement import here
 from annotated_moe.specs import OneOf, Positive, Size, Spec
@@ -353,8 +356,10 @@ def router_z_loss(
 
 # %% book/chapters/05_moe.md, cell 91
 RouterRule = Callable[[Array, Array, int], Route]
+Dropless = Callable[[Array, Array, Array, Experts, Expert], Array]
 ROUTERS: dict[str, RouterRule] = {"softmax_top_k": route}
 ACTIVATIONS: dict[str, Activation] = {"gelu": geglu}
+DROPLESS: dict[str, Dropless] = {}      # those that have a gradient
 
 
 @dataclass(frozen=True)
@@ -473,12 +478,13 @@ class MoE(hk.Module):
         x: Float32[Array, "B T D"],
         real: Bool[Array, "B T"],
         dtype: Any = jnp.float32,
-        train: bool = False,
+        train: str | None = None,
     ) -> tuple[Float32[Array, "B T D"], Losses]:
         """What it adds for each token, computed in `dtype`.
 
         What is not `real` is padding: no expert computes it, and it
-        counts in no loss. `train` takes the way with a gradient.
+        counts in no loss. `train` names a way that has a gradient:
+        "capacity", or one that `DROPLESS` has.
         """
         flat, real = x.reshape(-1, x.shape[-1]), real.reshape(-1)
         routed, rounded = self.route(flat), flat.astype(dtype)
@@ -536,17 +542,18 @@ class MoE(hk.Module):
         x: Float[Array, "N D"],
         routed: Route,
         real: Bool[Array, " N"],
-        train: bool = False,
+        train: str | None = None,
     ) -> Float32[Array, "N D"]:
         """Each token through its experts."""
         d, count = x.shape[-1], self.spec.num_experts
         experts = jnp.where(real[:, None], routed.experts, count)
         w = self.weights(d)
-        if train:
+        if train == "capacity":
             factor = self.spec.capacity_factor
             return capacity_and_drop(
                 x, routed.gates, experts, w, self.expert, factor
             )
+        way = DROPLESS[train] if train else sort_and_tile
 
         def held_here(
             x: Array, gates: Array, experts: Array, w: Experts
@@ -554,7 +561,7 @@ class MoE(hk.Module):
             held = next(iter(w.values())).shape[0]
             def run(x: Array, gates: Array, experts: Array) -> Array:
                 own = number_among_held(experts, held)
-                return sort_and_tile(x, gates, own, w, self.expert)
+                return way(x, gates, own, w, self.expert)
 
             return here().exchange(run, x, gates, experts, held)
 
@@ -609,7 +616,7 @@ class FeedForward(hk.Module):
         x: Float32[Array, "B T D"],
         real: Bool[Array, "B T"],
         dtype: Any = jnp.float32,
-        train: bool = False,
+        train: str | None = None,
     ) -> tuple[Float32[Array, "B T D"], Losses]:
         """What it adds for each token, computed in `dtype`."""
         return network(x.astype(dtype), self.spec), {}
@@ -716,3 +723,209 @@ class SharedMoE(MoE):
             return super().expert(x, gates, w)
         x = (x * gates[:, None]).astype(x.dtype)
         return super().expert(x, jnp.ones_like(gates), w)
+
+
+# %% book/chapters/20_gradients.md, cell 10
+def rows_or_zero(
+    x: Float[Array, "N *rest"], rows: Int[Array, " M"]
+) -> Float[Array, "M *rest"]:
+    """`x[rows]`, with zeros for a row that x does not have."""
+    return x.at[rows].get(mode="fill", fill_value=0)
+
+
+def walk_back(
+    apply: Expert, block: int, saved: Any, dy: Float[Array, "N D"]
+) -> tuple[Array, Array, None, Experts]:
+    """Slopes of x, gates and weights: once over the blocks.
+
+    A block is computed again, and adds to its own expert's slopes;
+    sums are float32.
+    """
+    x, gates, experts, w = saved
+    a = experts.shape[1]
+    plan = plan_blocks(experts, check_shapes(*saved), block)
+
+    def add_block(j: Array, sums: Any) -> Any:
+        dx, dgates, dw = sums
+        e, choice = rows_of_block(plan, j, block)
+        token = choice // a                                 # N: padding
+        xs = rows_or_zero(x, token)
+        gate = rows_or_zero(gates.ravel(), choice)
+        _, back = jax.vjp(apply, xs, gate, one_expert(w, e))
+        dxs, dgate, own = back(rows_or_zero(dy, token))
+        dx = dx.at[token].add(dxs, mode="drop")
+        dgates = dgates.at[choice].set(dgate, mode="drop")
+        dw = {name: s.at[e].add(own[name]) for name, s in dw.items()}
+        return dx, dgates, dw
+
+    inputs = x, gates.ravel(), w
+    zeros = jax.tree.map(
+        lambda z: jnp.zeros(z.shape, jnp.float32), inputs
+    )
+    sums = jax.lax.fori_loop(0, plan.first[-1], add_block, zeros)
+    dx, dgates, dw = jax.tree.map(
+        lambda s, z: s.astype(z.dtype), sums, inputs
+    )
+    return dx, dgates.reshape(gates.shape), None, dw
+
+
+# %% book/chapters/20_gradients.md, cell 11
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def walk(
+    x: Float[Array, "N D"],
+    gates: Float32[Array, "N A"],
+    experts: Int[Array, "N A"],
+    w: Experts,
+    apply: Expert,
+    block: int,
+) -> Float32[Array, "N D"]:
+    """`sort_and_tile`, whose gradient walks over the same blocks."""
+    return sort_and_tile(x, gates, experts, w, apply, block)
+
+
+def walk_there(
+    x: Array, gates: Array, experts: Array, w: Experts, apply: Expert,
+    block: int,
+) -> tuple[Array, Any]:
+    """What `walk` computes, and what `walk_back` needs."""
+    y = sort_and_tile(x, gates, experts, w, apply, block)
+    return y, (x, gates, experts, w)
+
+
+walk.defvjp(walk_there, walk_back)
+
+
+# %% book/chapters/20_gradients.md, cell 12
+def check_floats(w: Experts) -> None:
+    """ValueError for a weight that cannot have a gradient."""
+    for name, stack in w.items():
+        if not isinstance(stack, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{name} is a {type(stack).__name__}, which has no "
+                "gradient: dequantize the weights before training"
+            )
+
+
+def blocks_with_gradient(
+    x: Float[Array, "N D"],
+    gates: Float32[Array, "N A"],
+    experts: Int[Array, "N A"],
+    w: Experts,
+    apply: Expert = gated,
+    block: int | None = None,
+) -> Float32[Array, "N D"]:
+    """Dropless, with a gradient: `sort_and_tile`, there and back.
+
+    An expert E or above is none: its choices are computed nowhere and
+    have slope 0. `apply` may use nothing but its arguments. ValueError
+    where shapes disagree or a weight is no array of floats.
+    Source: Gale et al. (2023), in blocks of one expert each.
+    """
+    count = check_shapes(x, gates, experts, w)
+    check_floats(w)
+    n, a = experts.shape
+    block = block or block_rows(n, a, count)
+    rows = jnp.zeros((block, x.shape[1]), x.dtype)
+    apply, more = jax.closure_convert(
+        apply, rows, jnp.zeros(block), one_expert(w, 0)
+    )
+    if more:
+        raise ValueError("an expert must get its weights as arguments")
+    return walk(x, gates, experts, w, apply, block)
+
+
+DROPLESS["blocks"] = blocks_with_gradient
+
+
+# %% book/chapters/20_gradients.md, cell 13
+RaggedDot = Callable[[Array, Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class RaggedStack:
+    """Matrices [E, D, F] for sorted rows: `counts[e]` for each."""
+
+    stack: Float[Array, "E D F"]
+    counts: Int[Array, " E"]
+    ragged_dot: RaggedDot
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+
+def ragged_product(
+    x: Float[Array, "N D"], w: RaggedStack
+) -> Float32[Array, "N F"]:
+    """Each row by its own matrix; 0 for rows behind the last count."""
+    y = w.ragged_dot(x, w.stack.astype(x.dtype), w.counts)
+    held = jnp.arange(len(x)) < w.counts.sum()
+    return jnp.where(held[:, None], y, 0).astype(jnp.float32)
+
+
+PRODUCTS[RaggedStack] = ragged_product
+
+
+# %% book/chapters/20_gradients.md, cell 14
+def jax_ragged_dot(x: Array, stack: Array, counts: Array) -> Array:
+    """JAX's own, summed in float32."""
+    return jax.lax.ragged_dot(
+        x, stack, counts, preferred_element_type=jnp.float32
+    )
+
+
+def ragged_with_gradient(
+    x: Float[Array, "N D"],
+    gates: Float32[Array, "N A"],
+    experts: Int[Array, "N A"],
+    w: Experts,
+    apply: Expert = gated,
+    ragged_dot: RaggedDot = jax_ragged_dot,
+) -> Float32[Array, "N D"]:
+    """Dropless, with a gradient: all experts in one ragged product.
+
+    An expert E or above is none. ValueError where shapes disagree or a
+    weight is no array of floats.
+    """
+    count = check_shapes(x, gates, experts, w)
+    check_floats(w)
+    n, a = experts.shape
+    plan = plan_blocks(experts, count, 1)
+    held = jnp.arange(n * a) < plan.counts.sum()
+    choice = jnp.where(held, plan.order, n * a)
+    token, expert = choice // a, experts.ravel()[plan.order]
+    own = {
+        name: RaggedStack(stack, plan.counts, ragged_dot)
+        if stack.ndim > 2 else rows_or_zero(stack, expert)
+        for name, stack in w.items()
+    }
+    gate = rows_or_zero(gates.ravel(), choice)
+    out = apply(rows_or_zero(x, token), gate, own)          # [N*A, D]
+    y = jnp.zeros(x.shape, jnp.float32)
+    return y.at[token].add(out, mode="drop")
+
+
+DROPLESS["ragged"] = ragged_with_gradient
+
+
+# %% book/chapters/20_gradients.md, cell 15
+def tuned_ragged_dot(x: Array, stack: Array, counts: Array) -> Array:
+    """tokamax's, by whichever kernel it has for this device."""
+    try:
+        tokamax = importlib.import_module("tokamax")
+    except ImportError:
+        raise ImportError(
+            "dispatch='tokamax' needs the package tokamax: install it, "
+            "or take dispatch='blocks'"
+        ) from None
+    flags = importlib.import_module("absl.flags").FLAGS
+    if not flags.is_parsed():
+        flags(["annotated-moe"])        # else tokamax reads our command
+    return tokamax.ragged_dot(
+        x, stack, counts, preferred_element_type=jnp.float32
+    )
+
+
+DROPLESS["tokamax"] = partial(
+    ragged_with_gradient, ragged_dot=tuned_ragged_dot
+)

@@ -491,7 +491,7 @@ SPEC = MoESpec(num_experts=4, top_k=2, width=24)
 
 @hk.without_apply_rng
 @hk.transform
-def layer(x, real=None, train=False, dtype=jnp.float32):
+def layer(x, real=None, train=None, dtype=jnp.float32):
     real = jnp.ones(x.shape[:2], bool) if real is None else real
     return SPEC.build()(x, real, dtype, train)
 
@@ -500,7 +500,7 @@ apply = jax.jit(layer.apply, static_argnums=(3, 4))
 init = jax.jit(layer.init)
 
 
-def output(params, x, real=None, train=False, dtype=jnp.float32):
+def output(params, x, real=None, train=None, dtype=jnp.float32):
     return apply(params, x, real, train, dtype)[0]
 
 
@@ -560,10 +560,10 @@ def test_module_trains_by_capacity_and_serves_without():
     r = route(x[0], params["router"]["w"], 2)
     lost = dropped(r.experts, 4, 1.5).any(1)
     assert 0 < lost.sum() < 64
-    serving, training = output(params, x), output(params, x, train=True)
+    serving, training = output(params, x), output(params, x, train="capacity")
     gap = np.abs(serving - training)[0].max(1)
     assert gap[~lost].max() < 1e-5 < 1e-2 < gap[lost].max()
-    grads = jax.grad(lambda p: jnp.sum(output(p, x, train=True) ** 2))(params)
+    grads = jax.grad(lambda p: jnp.sum(output(p, x, train="capacity") ** 2))(params)
     assert all(np.abs(g["w"]).max() > 0 for g in grads.values())
 
 
@@ -575,7 +575,7 @@ def padded_batch():
     return x, longer, jnp.pad(real, ((0, 0), (8, 8)))
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [None, "capacity"])
 def test_padding_changes_no_answer_and_no_loss(train):
     x, longer, real = padded_batch()
     params = init(jax.random.key(0), x)
@@ -597,7 +597,7 @@ def test_padding_takes_no_seat():
     real = jnp.arange(64)[None] >= 48
     params = init(jax.random.key(0), x)
     want = whole_layer(params, x)
-    got = output(params, longer, real, train=True)[:, 48:]
+    got = output(params, longer, real, train="capacity")[:, 48:]
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert dropped(route(longer[0], params["router"]["w"], 2).experts, 4)[48:].any()
 

@@ -127,7 +127,7 @@ def with_gradient(config, tokens, params):
             stacks = model.place_params(params, place)
             own = jax.tree.map(lambda w, i=i: w[i], stacks)
             h, *_ = model.apply_layer(
-                own, place, config, h, positions, real, train=True)
+                own, place, config, h, positions, real, train="capacity")
     return model.unembed(params, h, config, train=True), chosen
 
 

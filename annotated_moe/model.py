@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/95_training_stack.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
 """Grok-1 is a layer of 4.9 billion weights, sixty-four times over,
 between a table that turns tokens into vectors and the same table
 turning vectors back into tokens. The chapters before this one built
@@ -526,7 +526,7 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/95_training_stack.md, cell 5
+# %% book/chapters/20_gradients.md, cell 5
 def decoder_to_train(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -558,7 +558,7 @@ def decoder_to_train(
     return h, means
 
 
-# %% book/chapters/95_training_stack.md, cell 6
+# %% book/chapters/20_gradients.md, cell 6
 def forward_to_train(
     params: Params,
     tokens: Int[Array, "B T"],

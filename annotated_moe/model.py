@@ -533,10 +533,13 @@ def decoder_to_train(
     positions: Int32[Array, "B T"],
     real: Bool[Array, "B T"],
     config: ModelConfig,
+    remat: bool = False,
 ) -> tuple[Float32[Array, "B T D"], Losses]:
     """All layers with a gradient: experts drop what finds no seat.
 
-    Losses are means over the layers that have them.
+    Losses are means over the layers that have them. With `remat` only
+    what enters a turn of the scan is kept for the gradient; the rest is
+    computed again.
     """
     found: dict[str, list[Array]] = {}
     for slots in segments(config):
@@ -549,8 +552,9 @@ def decoder_to_train(
                 losses.append(loss)
             return h, losses
 
+        turn = jax.checkpoint(body, prevent_cse=False) if remat else body
         stacks = [slot_params(params, slot) for slot in slots]
-        h, losses = jax.lax.scan(body, h, stacks)
+        h, losses = jax.lax.scan(turn, h, stacks)
         for loss in losses:
             for name, values in loss.items():           # [repeats]
                 found.setdefault(name, []).append(values)

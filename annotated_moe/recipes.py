@@ -40,7 +40,7 @@ from annotated_moe.runs import (
     check_same_run,
     digest,
     fit,
-    whole_params,
+    gathered,
 )
 from annotated_moe.specs import (
     Positive,
@@ -381,7 +381,7 @@ def train_recipe(recipe: Recipe) -> Model:
         evaluate = bits
 
     state = fit(trainer, rows, recipe.run, folder, about, evaluate)
-    params = whole_params(state.params, trainer.mesh)
+    params = gathered(state.params, trainer.mesh)
     model = Model(config, params, tokenizer)
     if jax.process_index() == 0:
         save(model, folder / "model")

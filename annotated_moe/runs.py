@@ -45,6 +45,7 @@ from annotated_moe.training import (
     TrainSpec,
     TrainState,
     gradient,
+    make_optimizer,
     positions_in_documents,
     within_documents,
 )
@@ -67,7 +68,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False)
+            max_to_keep=keep, enable_async_checkpointing=False,
+            cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(
             self.folder, options=options)
 
@@ -83,7 +85,8 @@ class Checkpoints:
             self.manager.save(step, args=items, force=True)
             self.manager.wait_until_finished()
         except Exception as error:
-            why = str(error).splitlines()[0][:160]
+            why = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+            why = why.split(" [")[0]        # the number of the error
             last = "none was saved before" if before is None else (
                 f"the one of step {before} is whole")
             raise OSError(
@@ -166,9 +169,10 @@ def bad_output(
 
 
 def find_fault(
-    params: Params, rows: Rows, config: ModelConfig, spec: TrainSpec
+    state: TrainState, rows: Rows, config: ModelConfig, spec: TrainSpec
 ) -> str:
-    """What is no number in a step with these weights, and where."""
+    """What is no number in a step from `state`, and where."""
+    params = state.params
     if where := bad_array(params, config):
         return f"a weight: {where}"
     if where := bad_output(params, rows, config):
@@ -177,7 +181,10 @@ def find_fault(
     grads, _ = gradient(params, arrays, config, spec)
     if where := bad_array(grads, config, last_first=True):
         return f"a gradient: {where}"
-    return "the change of the weights, whose gradients are finite"
+    changes, _ = make_optimizer(config, spec).update(
+        grads, state.memory, params)
+    where = bad_array(changes, config)
+    return f"what the optimizer adds to a weight: {where}"
 
 
 # %% book/chapters/23b_runs.md, cell 10
@@ -255,8 +262,8 @@ def fit(
             batch = batch_at(rows, i, spec.batch, spec.seed)
             state, report = trainer.step(state, batch)
             if not report.pop("finite"):
-                params = whole_params(state.params, trainer.mesh)
-                why = find_fault(params, batch, trainer.config, spec)
+                whole = gathered(state, trainer.mesh)
+                why = find_fault(whole, batch, trainer.config, spec)
                 raise NoNumber(
                     f"step {i} came to what is no number: {why}; "
                     f"nothing was saved after step {kept.latest or 0}"
@@ -310,10 +317,10 @@ def digest(rows: Rows) -> str:
 
 
 # %% book/chapters/23b_runs.md, cell 14
-def whole_params(params: Params, mesh: Mesh | None) -> Params:
-    """Weights as this process's own, from wherever they lie."""
+def gathered(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays as this process's own, from wherever they lie."""
     if mesh is None:
-        return params
+        return tree
     everywhere = NamedSharding(mesh, P())
     gather = jax.jit(hosts.identity, out_shardings=everywhere)
-    return jax.tree.map(np.asarray, gather(params))
+    return jax.tree.map(np.asarray, gather(tree))

@@ -334,11 +334,11 @@ def make_optimizer(config: ModelConfig, spec: TrainSpec) -> Optimizer:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Weights in float32, the optimizer's memory, steps taken."""
+    """What goes from step to step, or where each array of it lies."""
 
-    params: Params
-    memory: Any
-    step: Int32[Array, ""]
+    params: Any                             # module -> name -> float32
+    memory: Any                             # the optimizer's
+    step: Any                               # int32, steps taken
 
 
 # %% book/chapters/23_training.md, cell 38
@@ -383,9 +383,9 @@ def train_step(
     optimizer = make_optimizer(config, spec)
     updates, memory = optimizer.update(
         grads, state.memory, state.params)
-    report["grad_norm"] = optax.global_norm(grads)
+    report["grad_norm"] = optax.tree.norm(grads)
     report["rate"] = jnp.asarray(spec.rate(state.step), jnp.float32)
-    moved = optax.global_norm(updates)
+    moved = optax.tree.norm(updates)
     checked = report["loss"], report["grad_norm"], moved
     finite = jnp.isfinite(jnp.stack(checked)).all()
     params = optax.apply_updates(state.params, updates)

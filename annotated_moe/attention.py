@@ -550,7 +550,7 @@ class UnitAttention(Attention):
         return q, k, v
 
 
-# %% book/chapters/23_training.md, cell 8
+# %% book/chapters/23_training.md, cell 7
 @dataclass(frozen=True)
 class WithinDocument(Causal):
     """What another mask shows of a layer's own document.

@@ -12,7 +12,7 @@ import numpy as np
 from annotated_moe.tokenizer import Tokenizer
 
 
-# %% book/chapters/23_training.md, cell 15
+# %% book/chapters/23_training.md, cell 14
 def held_back(text: str, share: float) -> bool:
     """Whether a text is of the `share` that is kept for validation.
 
@@ -32,7 +32,7 @@ def split_texts(
     return sides
 
 
-# %% book/chapters/23_training.md, cell 18
+# %% book/chapters/23_training.md, cell 17
 class Rows(NamedTuple):
     """Rows of T + 1 tokens, and the document that each token is in.
 
@@ -64,7 +64,7 @@ def pack(
     return Rows(ribbon[at], number[at].astype(np.int32))
 
 
-# %% book/chapters/23_training.md, cell 21
+# %% book/chapters/23_training.md, cell 20
 @functools.lru_cache(maxsize=4)
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The numbers below `count`, in the order of one pass."""

@@ -1,4 +1,4 @@
-# Generated from book/chapters/07_sharding.md, book/chapters/23_training.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07_sharding.md, book/chapters/23b_runs.md by `make sync`; edit the chapters.
 """Grok-1's weights fill 318 GB, and an accelerator with 80 GB of memory
 is a large one. No single device can hold the model, so eight hold an
 eighth each, and every product has to be computed where its weights lie.
@@ -420,7 +420,7 @@ def gather_parted_heads(
     return whole[0].reshape(k.shape), whole[1].reshape(v.shape)
 
 
-# %% book/chapters/23_training.md, cell 46
+# %% book/chapters/23b_runs.md, cell 26
 GATHERS: ContextVar[bool] = ContextVar("GATHERS", default=False)
 
 
@@ -452,13 +452,10 @@ def find_gathering() -> OneDevice | None:
 PLACEMENTS.append(find_gathering)
 
 
-# %% book/chapters/23_training.md, cell 47
+# %% book/chapters/23b_runs.md, cell 27
 @contextlib.contextmanager
-def gathering_weights(mesh: Mesh | None) -> Iterator[None]:
-    """The context of a training step, on a mesh or on one device."""
-    if mesh is None:
-        yield
-        return
+def gathering_weights(mesh: Mesh) -> Iterator[None]:
+    """The context of a training step on a mesh."""
     token = GATHERS.set(True)
     try:
         with jax.set_mesh(mesh):

@@ -39,8 +39,8 @@ from annotated_moe.runs import (
     RunSpec,
     check_same_run,
     digest,
-    fit,
     gathered,
+    train,
 )
 from annotated_moe.specs import (
     Positive,
@@ -54,6 +54,7 @@ from annotated_moe.specs import (
 from annotated_moe.tokenizer import Tokenizer, open_tokenizer
 from annotated_moe.training import (
     LossSpec,
+    MeshTrainer,
     OptimizerSpec,
     ScheduleSpec,
     Trainer,
@@ -61,7 +62,7 @@ from annotated_moe.training import (
     bits_per_byte,
 )
 
-# %% book/chapters/95_recipes.md, cell 2
+# %% book/chapters/95_recipes.md, cell 4
 Share = Annotated[float, Range(0)]
 
 
@@ -88,7 +89,7 @@ class MeshSpec(Spec):
         return self.data * self.expert * self.model
 
 
-# %% book/chapters/95_recipes.md, cell 3
+# %% book/chapters/95_recipes.md, cell 5
 def near(word: str, known: Any) -> str:
     """What was probably meant, as the end of a sentence."""
     close = difflib.get_close_matches(word, known, 1)
@@ -127,7 +128,7 @@ def read_section(
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 4
+# %% book/chapters/95_recipes.md, cell 6
 def check_sizes(where: str, raw: dict[str, Any], known: Any) -> None:
     """ValueError for a key or value that `grok_config` cannot take."""
     for key, value in raw.items():
@@ -175,7 +176,7 @@ def read_model(
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 5
+# %% book/chapters/95_recipes.md, cell 7
 def with_experts(
     config: ModelConfig, changes: dict[str, Any]
 ) -> ModelConfig:
@@ -211,7 +212,7 @@ def other_model(
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 6
+# %% book/chapters/95_recipes.md, cell 8
 @dataclass(frozen=True)
 class Recipe:
     """What a file of TOML asks for, all of it checked."""
@@ -261,7 +262,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return Recipe(path, model, train=train, **whole)
 
 
-# %% book/chapters/95_recipes.md, cell 7
+# %% book/chapters/95_recipes.md, cell 9
 def read_texts(where: Path, spec: DataSpec) -> list[str]:
     """The texts that a recipe names; ValueError where there is none."""
     found: list[Path] = []
@@ -304,7 +305,7 @@ def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     return found
 
 
-# %% book/chapters/95_recipes.md, cell 8
+# %% book/chapters/95_recipes.md, cell 12
 def mesh_of(recipe: Recipe, config: ModelConfig) -> Mesh | None:
     """The mesh that a recipe asks for, simulated where there are CPUs.
 
@@ -332,7 +333,7 @@ def mesh_of(recipe: Recipe, config: ModelConfig) -> Mesh | None:
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 9
+# %% book/chapters/95_recipes.md, cell 13
 def train_recipe(recipe: Recipe) -> Model:
     """Do what a recipe asks for; the trained model, which is saved too.
 
@@ -360,12 +361,14 @@ def train_recipe(recipe: Recipe) -> Model:
             "share"
         )
     rows = pack(to_learn, tokenizer, recipe.train.length)
-    trainer = Trainer(config, recipe.train, mesh_of(recipe, config))
+    mesh = mesh_of(recipe, config)
+    trainer = Trainer(config, recipe.train) if mesh is None else (
+        MeshTrainer(config, recipe.train, mesh))
     about = {"model": to_json(config), "train": to_json(recipe.train),
              "data": digest(rows)}
     about = json.loads(json.dumps(about))
-    if trainer.mesh is not None:
-        hosts.check_same(trainer.mesh, "train", about)
+    if mesh is not None:
+        hosts.check_same(mesh, "train", about)
     folder = recipe.folder
     folder.mkdir(parents=True, exist_ok=True)
     kept = Checkpoints(folder / "checkpoints", recipe.run.keep)
@@ -380,8 +383,8 @@ def train_recipe(recipe: Recipe) -> Model:
 
         evaluate = bits
 
-    state = fit(trainer, rows, recipe.run, folder, about, evaluate)
-    params = gathered(state.params, trainer.mesh)
+    state = train(trainer, rows, recipe.run, folder, about, evaluate)
+    params = gathered(state.params, trainer)
     model = Model(config, params, tokenizer)
     if jax.process_index() == 0:
         save(model, folder / "model")

@@ -135,7 +135,7 @@ class Llama3Rope(Rope):
         return rope(x, positions, self.base, scaled)
 
 
-# %% book/chapters/23_training.md, cell 7
+# %% book/chapters/23_training.md, cell 6
 DOCUMENT_STRIDE = 2**15                 # places a document may have
 
 

@@ -1,12 +1,12 @@
 # Generated from book/chapters/23b_runs.md by `make sync`; edit the chapter.
 """A step takes a second and a run takes weeks. In that time a machine
 is rebooted, a disk fills, a number overflows, and somebody wants to
-know how far it is. This page puts a run around the step: one file says
-all that it does, a bar and a log say how it goes, and every few hundred
-steps it is written down in such a way that it may be killed at any
-moment, without a warning, and ends with the weights that it would have
-had, to the last bit. At its end `annotated-moe train run.toml` trains a
-model, and `am.load` reads it.
+know how far it is. This page puts a run around the step: a bar and a
+log say how it goes, and every few hundred steps it is written down in
+such a way that it may be killed at any moment, without a warning, and
+ends with the weights that it would have had, to the last bit. Then the
+same run is spread over a mesh. At its end you have all of what
+`annotated-moe train run.toml` does; an appendix reads the file.
 """
 
 import contextlib
@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from annotated_moe import hosts
@@ -51,14 +49,14 @@ from annotated_moe.training import (
 )
 
 
-# %% book/chapters/23b_runs.md, cell 6
+# %% book/chapters/23b_runs.md, cell 7
 def named_arrays(state: Any) -> dict[str, Any]:
     """Path -> array, for each array of a state."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path): a for path, a in leaves}
 
 
-# %% book/chapters/23b_runs.md, cell 7
+# %% book/chapters/23b_runs.md, cell 8
 class Checkpoints:
     """The last few states of a run, each of them whole.
 
@@ -115,7 +113,7 @@ class Checkpoints:
         return jax.tree.unflatten(tree, [found[n] for n in names])
 
 
-# %% book/chapters/23b_runs.md, cell 8
+# %% book/chapters/23b_runs.md, cell 12
 def bad_array(
     tree: Params, config: ModelConfig, last_first: bool = False
 ) -> str:
@@ -142,7 +140,7 @@ def bad_array(
     return name if layer < 0 else f"layer {layer}, {name}"
 
 
-# %% book/chapters/23b_runs.md, cell 9
+# %% book/chapters/23b_runs.md, cell 13
 def bad_output(
     params: Params, rows: Rows, config: ModelConfig
 ) -> str:
@@ -187,7 +185,7 @@ def find_fault(
     return f"what the optimizer adds to a weight: {where}"
 
 
-# %% book/chapters/23b_runs.md, cell 10
+# %% book/chapters/23b_runs.md, cell 16
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that was cut off by a kill is not."""
     found = []
@@ -215,7 +213,7 @@ class RunLog:
             file.write(json.dumps(rounded) + "\n")
 
 
-# %% book/chapters/23b_runs.md, cell 11
+# %% book/chapters/23b_runs.md, cell 17
 Count = Annotated[int, Range(0)]
 
 
@@ -230,12 +228,12 @@ class RunSpec(Spec):
     evaluate_every: Count = 0               # 0: at the end alone
 
 
-# %% book/chapters/23b_runs.md, cell 12
+# %% book/chapters/23b_runs.md, cell 18
 class NoNumber(ValueError):
     """A step came to what is no number; nothing was saved after it."""
 
 
-def fit(
+def train(
     trainer: Trainer, rows: Rows, run: RunSpec, folder: Path,
     about: dict[str, Any],
     evaluate: Callable[[Params], float] | None = None,
@@ -262,7 +260,7 @@ def fit(
             batch = batch_at(rows, i, spec.batch, spec.seed)
             state, report = trainer.step(state, batch)
             if not report.pop("finite"):
-                whole = gathered(state, trainer.mesh)
+                whole = gathered(state, trainer)
                 why = find_fault(whole, batch, trainer.config, spec)
                 raise NoNumber(
                     f"step {i} came to what is no number: {why}; "
@@ -291,7 +289,7 @@ def fit(
     return state
 
 
-# %% book/chapters/23b_runs.md, cell 13
+# %% book/chapters/23b_runs.md, cell 24
 def check_same_run(
     folder: Path, found: dict[str, Any], about: dict[str, Any]
 ) -> None:
@@ -316,11 +314,9 @@ def digest(rows: Rows) -> str:
     return found.hexdigest()[:16]
 
 
-# %% book/chapters/23b_runs.md, cell 14
-def gathered(tree: Any, mesh: Mesh | None) -> Any:
+# %% book/chapters/23b_runs.md, cell 25
+def gathered(tree: Any, trainer: Trainer) -> Any:
     """Arrays as this process's own, from wherever they lie."""
-    if mesh is None:
-        return tree
-    everywhere = NamedSharding(mesh, P())
+    everywhere = trainer.like.step.sharding
     gather = jax.jit(hosts.identity, out_shardings=everywhere)
     return jax.tree.map(np.asarray, gather(tree))

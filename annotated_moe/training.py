@@ -1,11 +1,11 @@
-# Generated from book/chapters/23_training.md by `make sync`; edit the chapter.
+# Generated from book/chapters/23_training.md, book/chapters/23b_runs.md by `make sync`; edit the chapters.
 """Everything so far ran weights that somebody else had found. This
 chapter finds them. A text becomes rows of tokens in which no document
 sees its neighbour; a loss says how far a guess was off; two optimizers
-turn its gradient into better weights; and a step that keeps float32
-weights while it multiplies in bfloat16 does so on one device or on a
-mesh. At its end a model of Grok-1's architecture has learned, in
-seconds and before your eyes, to write what looks like Python.
+turn its gradient into better weights; and a step keeps float32 weights
+while it multiplies in bfloat16. At its end a model of Grok-1's
+architecture has learned, in seconds and before your eyes, to write what
+looks like Python.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ from annotated_moe.rope import DOCUMENT_STRIDE, RopeInDocument
 from annotated_moe.specs import OneOf, Positive, Range, Size, Spec
 
 
-# %% book/chapters/23_training.md, cell 9
+# %% book/chapters/23_training.md, cell 8
 def attention_in_document(spec: AttentionSpec) -> AttentionSpec:
     """Attention that looks back to its document's first token."""
     if isinstance(spec, UnitAttentionSpec) and spec.floor is not None:
@@ -78,7 +78,7 @@ def within_documents(config: ModelConfig) -> ModelConfig:
     ))
 
 
-# %% book/chapters/23_training.md, cell 10
+# %% book/chapters/23_training.md, cell 9
 def positions_in_documents(
     documents: Int[Array, "B T"],
 ) -> tuple[Int32[Array, "B T"], Bool[Array, "B T"]]:
@@ -100,7 +100,7 @@ def positions_in_documents(
     return jnp.where(real, position, PAD_POSITION), real
 
 
-# %% book/chapters/23_training.md, cell 12
+# %% book/chapters/23_training.md, cell 11
 def forward_documents(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -133,7 +133,7 @@ def forward_documents(
     return unembed(params, h, config, train), losses
 
 
-# %% book/chapters/23_training.md, cell 24
+# %% book/chapters/23_training.md, cell 23
 Share = Annotated[float, Range(0)]
 
 
@@ -152,7 +152,7 @@ def predicted(documents: Int[Array, "B T1"]) -> Bool[Array, "B T"]:
     return (before == after) & (after >= 0)
 
 
-# %% book/chapters/23_training.md, cell 25
+# %% book/chapters/23_training.md, cell 24
 def loss_of(
     params: Params,
     rows: Rows,
@@ -185,7 +185,7 @@ def loss_of(
     return total, {"loss": total, **parts}
 
 
-# %% book/chapters/23_training.md, cell 28
+# %% book/chapters/23_training.md, cell 27
 Count = Annotated[int, Range(0)]
 
 
@@ -219,7 +219,7 @@ def make_schedule(
     )
 
 
-# %% book/chapters/23_training.md, cell 31
+# %% book/chapters/23_training.md, cell 30
 def muon_dimensions(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Which two axes of a parameter are a matrix; None: it is none.
 
@@ -241,7 +241,7 @@ def matrices(config: ModelConfig) -> dict[str, dict[str, bool]]:
     }
 
 
-# %% book/chapters/23_training.md, cell 32
+# %% book/chapters/23_training.md, cell 31
 Optimizer = optax.GradientTransformation
 OptimizerRule = Callable[[Any, "OptimizerSpec", ModelConfig], Optimizer]
 
@@ -272,7 +272,7 @@ OPTIMIZERS: dict[str, OptimizerRule] = {
 }
 
 
-# %% book/chapters/23_training.md, cell 33
+# %% book/chapters/23_training.md, cell 32
 @dataclass(frozen=True)
 class OptimizerSpec(Spec):
     """An optimizer by name, and its numbers."""
@@ -292,7 +292,7 @@ class OptimizerSpec(Spec):
                     f"{name} must be below 1: {getattr(self, name)}")
 
 
-# %% book/chapters/23_training.md, cell 34
+# %% book/chapters/23_training.md, cell 33
 @dataclass(frozen=True)
 class TrainSpec(Spec):
     """What is done to weights: how often, how much, and how."""
@@ -330,7 +330,7 @@ def make_optimizer(config: ModelConfig, spec: TrainSpec) -> Optimizer:
     return optax.chain(optax.clip_by_global_norm(own.clip), chosen)
 
 
-# %% book/chapters/23_training.md, cell 37
+# %% book/chapters/23_training.md, cell 36
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
@@ -341,7 +341,7 @@ class TrainState:
     step: Any                               # int32, steps taken
 
 
-# %% book/chapters/23_training.md, cell 38
+# %% book/chapters/23_training.md, cell 37
 def gradient(
     params: Params, rows: Rows, config: ModelConfig, spec: TrainSpec
 ) -> tuple[Params, dict[str, Float32[Array, ""]]]:
@@ -370,7 +370,7 @@ def gradient(
         name: report[name] / k for name in ("balance", "router_z")}
 
 
-# %% book/chapters/23_training.md, cell 39
+# %% book/chapters/23_training.md, cell 38
 def train_step(
     state: TrainState, rows: Rows, config: ModelConfig, spec: TrainSpec
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -394,100 +394,71 @@ def train_step(
     return kept, report | {"finite": finite}
 
 
-# %% book/chapters/23_training.md, cell 40
+# %% book/chapters/23_training.md, cell 39
 class Trainer:
     """The programs of a run: its beginning, a step, an evaluation."""
 
-    def __init__(
-        self, config: ModelConfig, spec: TrainSpec,
-        mesh: Mesh | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, spec: TrainSpec) -> None:
         if spec.length > config.context:
             raise ValueError(
                 f"rows of {spec.length} tokens do not fit the model's "
                 f"context of {config.context}"
             )
-        self.config, self.spec, self.mesh = config, spec, mesh
+        self.config, self.spec = config, spec
         like = jax.eval_shape(self.new_state)
-        self.where = state_shardings(like, config, mesh)
+        where = self.layout(like)
+        whole = where.step                  # as a report is: everywhere
         self.like = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(
                 a.shape, a.dtype, sharding=s),
-            like, self.where,
+            like, where,
         )
-        # Whatever is reported is whole on every device.
-        whole = self.where.step
+        self.draw = jax.jit(self.new_state, out_shardings=where)
         self.run_step = jax.jit(
             partial(train_step, config=config, spec=spec),
-            donate_argnums=0, out_shardings=(self.where, whole))
+            donate_argnums=0, out_shardings=(where, whole))
         self.run_losses = jax.jit(
             partial(row_losses, config=config), out_shardings=whole)
 
     def new_state(self) -> TrainState:
-        params = init_params(
-            jax.random.key(self.spec.seed), self.config)
+        key = jax.random.key(self.spec.seed)
+        params = init_params(key, self.config)
         memory = make_optimizer(self.config, self.spec).init(params)
         return TrainState(params, memory, jnp.zeros((), jnp.int32))
 
-    def begin(self) -> TrainState:
-        """The state before the first step, drawn from the seed."""
-        return jax.jit(self.new_state, out_shardings=self.where)()
+    def layout(self, like: TrainState) -> TrainState:
+        """Where each array of a state lies."""
+        device = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: device, like)
 
     def place(self, rows: Rows) -> Rows:
-        """Rows on the devices, a part of the batch on each."""
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, rows)
-        spec = fit_spec(partition_spec(("batch", None)),
-                        rows.tokens.shape, self.mesh)
-        where = NamedSharding(self.mesh, spec)
-        return jax.tree.map(
-            lambda a: jax.make_array_from_callback(
-                a.shape, where, lambda index: a[index]), rows)
+        """Rows where a step reads them."""
+        return jax.tree.map(jnp.asarray, rows)
+
+    def placed(
+        self, train: bool
+    ) -> contextlib.AbstractContextManager[Any]:
+        """The context that programs are called in."""
+        return contextlib.nullcontext()
+
+    def begin(self) -> TrainState:
+        """The state before the first step, drawn from the seed."""
+        return self.draw()
 
     def step(
         self, state: TrainState, rows: Rows
     ) -> tuple[TrainState, dict[str, Array]]:
         """`train_step`; the state that is handed in is gone."""
-        with gathering_weights(self.mesh):
+        with self.placed(train=True):
             return self.run_step(state, self.place(rows))
 
     def losses(self, params: Params, rows: Rows) -> np.ndarray:
         """Nats of all predicted tokens of each row."""
-        with on_mesh(self.mesh):
+        with self.placed(train=False):
             return np.asarray(self.run_losses(params, self.place(rows)))
 
 
-# %% book/chapters/23_training.md, cell 41
-def on_mesh(
-    mesh: Mesh | None,
-) -> contextlib.AbstractContextManager[Any]:
-    """The context in which programs of a mesh are called."""
-    return contextlib.nullcontext() if mesh is None else (
-        jax.set_mesh(mesh))
-
-
-def state_shardings(
-    like: Any, config: ModelConfig, mesh: Mesh | None
-) -> Any:
-    """Where each array of a state lies: whole, or in parts on a mesh.
-
-    The optimizer's memory of a parameter lies where the parameter does.
-    """
-    specs = flat_specs(config)
-
-    def where(path: Any, a: Any) -> Any:
-        if mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
-        key = tuple(getattr(k, "key", None) for k in path[-2:])
-        spec, whole = specs.get(key), P()
-        if spec is not None and spec.shape == a.shape:
-            whole = fit_spec(partition_spec(spec.axes), a.shape, mesh)
-        return NamedSharding(mesh, whole)
-
-    return jax.tree_util.tree_map_with_path(where, like)
-
-
-# %% book/chapters/23_training.md, cell 42
+# %% book/chapters/23_training.md, cell 40
 def row_losses(
     params: Params, rows: Rows, config: ModelConfig
 ) -> Float32[Array, " B"]:
@@ -515,3 +486,53 @@ def bits_per_byte(
     blind = len(texts) * math.log2(trainer.config.vocab_size)
     length = sum(len(text.encode()) for text in texts)
     return (nats / math.log(2) + blind) / length
+
+
+# %% book/chapters/23b_runs.md, cell 28
+def state_shardings(
+    like: TrainState, config: ModelConfig, mesh: Mesh
+) -> TrainState:
+    """Where each array of a state lies on a mesh."""
+    specs = flat_specs(config)
+
+    def where(path: Any, a: Any) -> NamedSharding:
+        module, name = [getattr(k, "key", "") for k in path[-2:]] if (
+            len(path) > 1) else ("", "")
+        spec, cut = specs.get((module, name)), P()
+        if spec is not None and spec.shape == a.shape:
+            cut = fit_spec(partition_spec(spec.axes), a.shape, mesh)
+        return NamedSharding(mesh, cut)
+
+    return jax.tree_util.tree_map_with_path(where, like)
+
+
+# %% book/chapters/23b_runs.md, cell 29
+class MeshTrainer(Trainer):
+    """A Trainer whose state and batch lie on a mesh, in parts.
+
+    In several processes, each gives the same rows and keeps its part.
+    """
+
+    def __init__(
+        self, config: ModelConfig, spec: TrainSpec, mesh: Mesh
+    ) -> None:
+        self.mesh = mesh
+        super().__init__(config, spec)
+
+    def layout(self, like: TrainState) -> TrainState:
+        return state_shardings(like, self.config, self.mesh)
+
+    def place(self, rows: Rows) -> Rows:
+        spec = fit_spec(partition_spec(("batch", None)),
+                        rows.tokens.shape, self.mesh)
+        where = NamedSharding(self.mesh, spec)
+        return jax.tree.map(
+            lambda a: jax.make_array_from_callback(
+                a.shape, where, lambda index: a[index]), rows)
+
+    def placed(
+        self, train: bool
+    ) -> contextlib.AbstractContextManager[Any]:
+        if train:
+            return gathering_weights(self.mesh)
+        return jax.set_mesh(self.mesh)

@@ -16,12 +16,13 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import cli
-from annotated_moe.data import Rows, batch_at, held_back, pack, split_texts
+from annotated_moe.data import batch_at, held_back, pack, split_texts
 from annotated_moe.families.grok import grok_config
 from annotated_moe.model import all_logits, flat_specs
 from annotated_moe.parallel import make_mesh
 from annotated_moe.training import (
     LossSpec,
+    MeshTrainer,
     OptimizerSpec,
     ScheduleSpec,
     Trainer,
@@ -176,7 +177,7 @@ def test_a_gradient_without_kept_layers_is_the_same(rows, state):
 
 
 def curve(config, spec, rows, mesh=None):
-    trainer = Trainer(config, spec, mesh)
+    trainer = MeshTrainer(config, spec, mesh) if mesh else Trainer(config, spec)
     state, found = trainer.begin(), []
     for step in range(spec.steps):
         state, report = trainer.step(state, batch_at(rows, step, spec.batch, 0))
@@ -281,7 +282,7 @@ def test_what_is_no_number_is_named(rows, state, tmp_path):
     assert said == "what is computed: layer 1, its output"
     hot = replace(SPEC, optimizer=OptimizerSpec(name="adamw", rate=3e37, clip=None))
     with pytest.raises(runs.NoNumber, match=r"step \d .*layer \d, decoder") as caught:
-        runs.fit(Trainer(ROOMY, hot), rows, runs.RunSpec("x", save_every=1), tmp_path, {})
+        runs.train(Trainer(ROOMY, hot), rows, runs.RunSpec("x", save_every=1), tmp_path, {})
     step = int(str(caught.value).split()[1])
     saved = runs.Checkpoints(tmp_path / "checkpoints", 3)
     assert (saved.latest or 0) <= step

@@ -552,9 +552,10 @@ def decoder_to_train(
                 losses.append(loss)
             return h, losses
 
-        turn = jax.checkpoint(body, prevent_cse=False) if remat else body
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)
         stacks = [slot_params(params, slot) for slot in slots]
-        h, losses = jax.lax.scan(turn, h, stacks)
+        h, losses = jax.lax.scan(body, h, stacks)
         for loss in losses:
             for name, values in loss.items():           # [repeats]
                 found.setdefault(name, []).append(values)

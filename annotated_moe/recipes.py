@@ -143,17 +143,24 @@ def check_sizes(where: str, raw: dict[str, Any], known: Any) -> None:
                              f"{expected_by(hint)}: {value!r:.60}")
 
 
+# %% book/chapters/95_recipes.md, cell 7
 def read_model(
     where: str, raw: dict[str, Any], tokenizer: Tokenizer
 ) -> ModelConfig:
     """A configuration from the section `model`, for a vocabulary."""
-    own = {k: tuple(v) if isinstance(v, list) else v
-           for k, v in raw.items()}
-    experts = {key: own.pop(key) for key in ("router", "capacity_factor")
-               if key in own}
-    sizes = {"vocab_size": tokenizer.vocab_size,
-             "pad_id": tokenizer.pad_id or 0,
-             "eos_ids": (tokenizer.eos_id,)}
+    own: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in raw.items()
+    }
+    experts: dict[str, Any] = {
+        key: own.pop(key) for key in ("router", "capacity_factor")
+        if key in own
+    }
+    sizes: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad_id or 0,
+        "eos_ids": (tokenizer.eos_id,),
+    }
     preset = own.pop("preset", None)
     known = inspect.signature(grok_config).parameters
     if preset is not None:
@@ -176,7 +183,7 @@ def read_model(
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 7
+# %% book/chapters/95_recipes.md, cell 8
 def with_experts(
     config: ModelConfig, changes: dict[str, Any]
 ) -> ModelConfig:
@@ -212,7 +219,7 @@ def other_model(
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 8
+# %% book/chapters/95_recipes.md, cell 9
 @dataclass(frozen=True)
 class Recipe:
     """What a file of TOML asks for, all of it checked."""
@@ -262,7 +269,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return Recipe(path, model, train=train, **whole)
 
 
-# %% book/chapters/95_recipes.md, cell 9
+# %% book/chapters/95_recipes.md, cell 10
 def read_texts(where: Path, spec: DataSpec) -> list[str]:
     """The texts that a recipe names; ValueError where there is none."""
     found: list[Path] = []
@@ -305,7 +312,7 @@ def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     return found
 
 
-# %% book/chapters/95_recipes.md, cell 12
+# %% book/chapters/95_recipes.md, cell 13
 def mesh_of(recipe: Recipe, config: ModelConfig) -> Mesh | None:
     """The mesh that a recipe asks for, simulated where there are CPUs.
 
@@ -333,7 +340,7 @@ def mesh_of(recipe: Recipe, config: ModelConfig) -> Mesh | None:
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 13
+# %% book/chapters/95_recipes.md, cell 14
 def train_recipe(recipe: Recipe) -> Model:
     """Do what a recipe asks for; the trained model, which is saved too.
 

@@ -251,8 +251,9 @@ def train(
     start, tokens = int(state.step), spec.batch * spec.length
     log = RunLog(folder / "log.jsonl", start) if first else None
     bar = tqdm(
-        total=spec.steps * tokens, initial=start * tokens, unit=" tokens",
-        unit_scale=True, file=sys.stderr, disable=not first,
+        total=spec.steps * tokens, initial=start * tokens,
+        unit=" tokens", unit_scale=True, file=sys.stderr,
+        disable=not first,
     )
     with bar:
         clock, since = time.perf_counter(), start

@@ -127,7 +127,7 @@ def forward_documents(
     losses: Losses = {}
     if train:
         h, losses = decoder_to_train(
-            params, h, positions, real, inside, remat)
+            params, h, positions, real, inside, remat=remat)
     else:
         h, _ = decoder(params, h, positions, real, inside)
     return unembed(params, h, config, train), losses
@@ -242,7 +242,7 @@ def matrices(config: ModelConfig) -> dict[str, dict[str, bool]]:
 
 
 # %% book/chapters/23_training.md, cell 31
-Optimizer = optax.GradientTransformation
+Optimizer = Any                         # optax.GradientTransformation
 OptimizerRule = Callable[[Any, "OptimizerSpec", ModelConfig], Optimizer]
 
 

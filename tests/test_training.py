@@ -205,9 +205,7 @@ def test_a_mesh_trains_as_one_device(rows, name):
 
 def test_muon_straightens_each_matrix_by_itself(state):
     """One expert's update does not know the other experts' gradients."""
-    spec = replace(
-        SPEC, optimizer=OptimizerSpec(clip=None, weight_decay=0.0), steps=10
-    )
+    spec = replace(SPEC, optimizer=OptimizerSpec(clip=None, weight_decay=0.0), steps=10)
     optimizer = make_optimizer(ROOMY, spec)
     noise = jax.random.normal(jax.random.key(0), (2, 2, 32, 16))
     zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -282,7 +280,8 @@ def test_what_is_no_number_is_named(rows, state, tmp_path):
     assert said == "what is computed: layer 1, its output"
     hot = replace(SPEC, optimizer=OptimizerSpec(name="adamw", rate=3e37, clip=None))
     with pytest.raises(runs.NoNumber, match=r"step \d .*layer \d, decoder") as caught:
-        runs.train(Trainer(ROOMY, hot), rows, runs.RunSpec("x", save_every=1), tmp_path, {})
+        run = runs.RunSpec("x", save_every=1)
+        runs.train(Trainer(ROOMY, hot), rows, run, tmp_path, {})
     step = int(str(caught.value).split()[1])
     saved = runs.Checkpoints(tmp_path / "checkpoints", 3)
     assert (saved.latest or 0) <= step
@@ -424,7 +423,6 @@ def test_another_run_is_not_gone_on_from(recipe, capsys):
 
 
 def test_within_documents_refuses_queries_that_grow():
-    config = am.PRESETS["llama-4-scout"] if "llama-4-scout" in am.PRESETS else None
     found = [
         c
         for c in am.PRESETS.values()

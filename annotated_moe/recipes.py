@@ -241,6 +241,7 @@ PARTS = {"loss": LossSpec, "optimizer": OptimizerSpec,
 WHOLE = {"data": DataSpec, "mesh": MeshSpec, "run": RunSpec}
 
 
+# %% book/chapters/95_recipes.md, cell 10
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """A recipe from a file; ValueError says file, section and key."""
     path = Path(path)
@@ -269,7 +270,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return Recipe(path, model, train=train, **whole)
 
 
-# %% book/chapters/95_recipes.md, cell 10
+# %% book/chapters/95_recipes.md, cell 11
 def read_texts(where: Path, spec: DataSpec) -> list[str]:
     """The texts that a recipe names; ValueError where there is none."""
     found: list[Path] = []
@@ -312,7 +313,7 @@ def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     return found
 
 
-# %% book/chapters/95_recipes.md, cell 13
+# %% book/chapters/95_recipes.md, cell 14
 def mesh_of(recipe: Recipe, config: ModelConfig) -> Mesh | None:
     """The mesh that a recipe asks for, simulated where there are CPUs.
 
@@ -340,12 +341,11 @@ def mesh_of(recipe: Recipe, config: ModelConfig) -> Mesh | None:
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 14
-def train_recipe(recipe: Recipe) -> Model:
-    """Do what a recipe asks for; the trained model, which is saved too.
-
-    Goes on where its folder left off. ValueError for what cannot be.
-    """
+# %% book/chapters/95_recipes.md, cell 15
+def read_inputs(
+    recipe: Recipe,
+) -> tuple[ModelConfig, Tokenizer, list[str]]:
+    """The model, the vocabulary and the texts that a recipe names."""
     where = recipe.path.parent
     try:
         tokenizer = read_vocabulary(where, recipe.data.tokenizer)
@@ -360,6 +360,25 @@ def train_recipe(recipe: Recipe) -> Model:
             f"{tokenizer.vocab_size}, as the tokenizer's: "
             f"{config.vocab_size}"
         )
+    return config, tokenizer, texts
+
+
+# %% book/chapters/95_recipes.md, cell 16
+def trainer_on(
+    mesh: Mesh | None, config: ModelConfig, spec: TrainSpec
+) -> Trainer:
+    if mesh is None:
+        return Trainer(config, spec)
+    return MeshTrainer(config, spec, mesh)
+
+
+# %% book/chapters/95_recipes.md, cell 17
+def train_recipe(recipe: Recipe) -> Model:
+    """Do what a recipe asks for; the trained model, which is saved too.
+
+    Goes on where its folder left off. ValueError for what cannot be.
+    """
+    config, tokenizer, texts = read_inputs(recipe)
     to_learn, aside = split_texts(texts, recipe.data.validation)
     if not to_learn:
         raise ValueError(
@@ -369,8 +388,10 @@ def train_recipe(recipe: Recipe) -> Model:
         )
     rows = pack(to_learn, tokenizer, recipe.train.length)
     mesh = mesh_of(recipe, config)
-    trainer = Trainer(config, recipe.train) if mesh is None else (
-        MeshTrainer(config, recipe.train, mesh))
+    try:
+        trainer = trainer_on(mesh, config, recipe.train)
+    except ValueError as error:
+        raise ValueError(f"{recipe.path}: [train] {error}") from None
     about = {"model": to_json(config), "train": to_json(recipe.train),
              "data": digest(rows)}
     about = json.loads(json.dumps(about))

@@ -12,6 +12,7 @@ same run is spread over a mesh. At its end you have all of what
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -65,9 +66,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
+        if jax.process_index() == 0:
+            for torso in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(torso)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False,
-            cleanup_tmp_directories=True)
+            max_to_keep=keep, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(
             self.folder, options=options)
 
@@ -233,6 +236,7 @@ class NoNumber(ValueError):
     """A step came to what is no number; nothing was saved after it."""
 
 
+# %% book/chapters/23b_runs.md, cell 19
 def train(
     trainer: Trainer, rows: Rows, run: RunSpec, folder: Path,
     about: dict[str, Any],
@@ -290,7 +294,7 @@ def train(
     return state
 
 
-# %% book/chapters/23b_runs.md, cell 24
+# %% book/chapters/23b_runs.md, cell 25
 def check_same_run(
     folder: Path, found: dict[str, Any], about: dict[str, Any]
 ) -> None:
@@ -301,7 +305,7 @@ def check_same_run(
         if name in may_change or old.get(name) == new.get(name):
             continue
         raise ValueError(
-            f"{folder} holds a run with {name} = {old.get(name)!r}, and "
+            f"{folder} holds a run with {name} = {old.get(name)!r}; "
             f"this one has {new.get(name)!r}: give it another [run] "
             "folder, or the same value to go on"
         )
@@ -315,9 +319,10 @@ def digest(rows: Rows) -> str:
     return found.hexdigest()[:16]
 
 
-# %% book/chapters/23b_runs.md, cell 25
+# %% book/chapters/23b_runs.md, cell 26
 def gathered(tree: Any, trainer: Trainer) -> Any:
     """Arrays as this process's own, from wherever they lie."""
     everywhere = trainer.like.step.sharding
     gather = jax.jit(hosts.identity, out_shardings=everywhere)
-    return jax.tree.map(np.asarray, gather(tree))
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)),
+                        gather(tree))

@@ -185,9 +185,12 @@ def curve(config, spec, rows, mesh=None):
     return np.array(found), state
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    "name", ["adamw", pytest.param("muon", marks=pytest.mark.full)]
+)
 def test_a_mesh_trains_as_one_device(rows, name):
-    config = replace(ROOMY)
+    """On 8 devices, 2 along each axis. AdamW stands for Muon, which compiles longer."""
+    config = ROOMY
     spec = replace(SPEC, optimizer=OptimizerSpec(name=name))
     one, _ = curve(config, spec, rows)
     mesh = make_mesh(data=2, expert=2, model=2)
@@ -195,12 +198,12 @@ def test_a_mesh_trains_as_one_device(rows, name):
     np.testing.assert_allclose(eight, one, rtol=1e-4)
     assert one[-1] < one[0] - 0.2
     held = {
-        str(a.sharding.spec)
+        tuple(a.sharding.spec)
         for a in jax.tree.leaves(state)
         if a.shape == (2, 2, 32, 16)
     }
     # Weights and the optimizer's memory of them are cut three ways.
-    assert held == {"PartitionSpec(None, 'expert', 'data', 'model')"}
+    assert held == {(None, "expert", "data", "model")}
 
 
 def test_muon_straightens_each_matrix_by_itself(state):
@@ -394,7 +397,7 @@ WRONG = {
     "decay": ("warmup = 3", "decay = 400", "[train] warmup 100 and decay 400 are more"),
     "files": ('["texts"]', '["nothing"]', "[data] files: nothing in"),
     "context": ("context = 32", "context = 16", "rows of 32 tokens do not fit"),
-    "mesh": ("[train]", "[mesh]\ndata = 3\n[train]", "[mesh] data = 3 cannot cut 2"),
+    "mesh": ("[train]", "[mesh]\ndata = 4\n[train]", "[mesh] data = 4 cannot cut 2"),
     "TOML": ("[train]", "[train", "is no TOML"),
     "tokens": ("d_ff = 16", "d_ff = 16\nvocab_size = 9", "vocab_size"),
 }

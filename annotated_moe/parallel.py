@@ -432,8 +432,8 @@ class GatherWeights(OnMesh):
         self, product: Callable[[Array, Any], Array], x: Array, w: Any,
         axes: Axes, summed: bool,
     ) -> Array:
-        kept = (a if a != "data" else None for a in partition_spec(axes))
-        d, f = fit_spec(P(*kept), w.shape, self.mesh)
+        cut = (a if a != "data" else None for a in partition_spec(axes))
+        d, f = fit_spec(P(*cut), w.shape, self.mesh)
         n = fit("data", x.shape[0], self.mesh)
         hold = jax.lax.with_sharding_constraint
         w = hold(w.astype(x.dtype), P(d, f))

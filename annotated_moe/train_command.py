@@ -36,7 +36,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def add_train(commands: Any) -> None:
-    text = "train a model as a file of TOML says; go on where it stopped"
+    text = "train a model as a file says; go on where it stopped"
     sub = commands.add_parser("train", help=text, description=text)
     sub.set_defaults(run=run_train)
     sub.add_argument("config", metavar="CONFIG", help="a file of TOML")

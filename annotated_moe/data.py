@@ -54,14 +54,14 @@ def pack(
     if not any(texts):
         raise ValueError("there is no text to pack into rows")
     ids = [tokenizer.encode(text, add_eos=True) for text in texts]
-    ribbon = np.concatenate(ids).astype(np.int32)
+    stream = np.concatenate(ids).astype(np.int32)
     number = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
-    count = max(1, -(-(len(ribbon) - 1) // length))
-    fill = (0, count * length + 1 - len(ribbon))
-    ribbon = np.pad(ribbon, fill, constant_values=0)
+    count = max(1, -(-(len(stream) - 1) // length))
+    fill = (0, count * length + 1 - len(stream))
+    stream = np.pad(stream, fill, constant_values=0)
     number = np.pad(number, fill, constant_values=-1)
     at = np.arange(count)[:, None] * length + np.arange(length + 1)
-    return Rows(ribbon[at], number[at].astype(np.int32))
+    return Rows(stream[at], number[at].astype(np.int32))
 
 
 # %% book/chapters/23_training.md, cell 20

@@ -67,8 +67,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
         if jax.process_index() == 0:
-            for torso in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(torso)
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(
@@ -120,7 +120,7 @@ class Checkpoints:
 def bad_array(
     tree: Params, config: ModelConfig, last_first: bool = False
 ) -> str:
-    """The first array that holds no number, with its layer; or ""."""
+    """The first array that is not finite, with its layer; or ""."""
     found = []
     for (module, name), spec in flat_specs(config).items():
         w = tree[module][name]
@@ -147,7 +147,7 @@ def bad_array(
 def bad_output(
     params: Params, rows: Rows, config: ModelConfig
 ) -> str:
-    """The first place whose output holds no number; or ""."""
+    """The first place whose output is not finite; or ""."""
     tokens, documents = (jnp.asarray(a)[:, :-1] for a in rows)
     positions, real = positions_in_documents(documents)
     inside = within_documents(config)
@@ -172,7 +172,7 @@ def bad_output(
 def find_fault(
     state: TrainState, rows: Rows, config: ModelConfig, spec: TrainSpec
 ) -> str:
-    """What is no number in a step from `state`, and where."""
+    """What is not finite in a step from `state`, and where."""
     params = state.params
     if where := bad_array(params, config):
         return f"a weight: {where}"
@@ -232,8 +232,8 @@ class RunSpec(Spec):
 
 
 # %% book/chapters/23b_runs.md, cell 18
-class NoNumber(ValueError):
-    """A step came to what is no number; nothing was saved after it."""
+class NotFinite(ValueError):
+    """A step is not finite; nothing was saved after it."""
 
 
 # %% book/chapters/23b_runs.md, cell 19
@@ -245,8 +245,8 @@ def train(
     """Train, from where `folder` left off, to the last step.
 
     `about` says what run it is and is saved with each state.
-    `evaluate` gives bits per byte. NoNumber where a step has come to
-    what is none; OSError where a state cannot be saved.
+    `evaluate` gives bits per byte. NotFinite where a step is;
+    OSError where a state cannot be saved.
     """
     spec, first = trainer.spec, jax.process_index() == 0
     kept = Checkpoints(folder / "checkpoints", run.keep)
@@ -267,8 +267,8 @@ def train(
             if not report.pop("finite"):
                 whole = gathered(state, trainer)
                 why = find_fault(whole, batch, trainer.config, spec)
-                raise NoNumber(
-                    f"step {i} came to what is no number: {why}; "
+                raise NotFinite(
+                    f"step {i} is not finite, {why}; "
                     f"nothing was saved after step {kept.latest or 0}"
                 )
             bar.update(tokens)

@@ -376,7 +376,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step, and a report on it.
 
-    Where the loss, the gradient or the change is no number, the state
+    Where the loss, the gradient or the change is not finite, the state
     comes back as it was and the report's `finite` is false.
     """
     grads, report = gradient(state.params, rows, config, spec)

@@ -270,7 +270,7 @@ def poisoned(state, module, name, index, value):
     return replace(state, params=params)
 
 
-def test_what_is_no_number_is_named(rows, state, tmp_path):
+def test_what_is_not_finite_is_named(rows, state, tmp_path):
     batch = batch_at(rows, 0, 8, 0)
     weight = "decoder_layer/moe/linear_v"
     bad = poisoned(state, weight, "w", (1, 0, 3, 4), np.nan)
@@ -282,7 +282,7 @@ def test_what_is_no_number_is_named(rows, state, tmp_path):
     said = runs.find_fault(huge, batch, ROOMY, SPEC)
     assert said == "what is computed: layer 1, its output"
     hot = replace(SPEC, optimizer=OptimizerSpec(name="adamw", rate=3e37, clip=None))
-    with pytest.raises(runs.NoNumber, match=r"step \d .*layer \d, decoder") as caught:
+    with pytest.raises(runs.NotFinite, match=r"step \d .*layer \d, decoder") as caught:
         run = runs.RunSpec("x", save_every=1)
         runs.train(Trainer(ROOMY, hot), rows, run, tmp_path, {})
     step = int(str(caught.value).split()[1])

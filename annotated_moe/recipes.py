@@ -8,6 +8,7 @@ and nothing in it is needed to understand one.
 
 import contextlib
 import difflib
+import glob
 import inspect
 import json
 import os
@@ -276,12 +277,10 @@ def read_texts(where: Path, spec: DataSpec) -> list[str]:
     found: list[Path] = []
     for pattern in spec.files:
         path = where / pattern
+        paths = glob.glob(str(path), recursive=True)
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file()]
-        elif path.is_file():
-            files = [path]
-        else:
-            files = [p for p in where.glob(pattern) if p.is_file()]
+            paths = glob.glob(str(path / "**"), recursive=True)
+        files = [Path(p) for p in paths if os.path.isfile(p)]
         if not files:
             raise ValueError(
                 f"[data] files: nothing in {where} is {pattern!r}")

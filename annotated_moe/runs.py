@@ -180,11 +180,13 @@ def find_fault(
         return f"what is computed: {where}"
     arrays = jax.tree.map(jnp.asarray, rows)
     grads, _ = gradient(params, arrays, config, spec)
-    if where := bad_array(grads, config, last_first=True):
+    # Squares, since a length is a sum of them and may overflow too.
+    squares = jax.tree.map(jnp.square, grads)
+    if where := bad_array(squares, config, last_first=True):
         return f"a gradient: {where}"
     changes, _ = make_optimizer(config, spec).update(
         grads, state.memory, params)
-    where = bad_array(changes, config)
+    where = bad_array(jax.tree.map(jnp.square, changes), config)
     return f"what the optimizer adds to a weight: {where}"
 
 

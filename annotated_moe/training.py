@@ -488,7 +488,7 @@ def bits_per_byte(
     return (nats / math.log(2) + blind) / length
 
 
-# %% book/chapters/23b_runs.md, cell 29
+# %% book/chapters/23b_runs.md, cell 32
 def state_shardings(
     like: TrainState, config: ModelConfig, mesh: Mesh
 ) -> TrainState:
@@ -506,7 +506,7 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(where, like)
 
 
-# %% book/chapters/23b_runs.md, cell 30
+# %% book/chapters/23b_runs.md, cell 33
 class MeshTrainer(Trainer):
     """A Trainer whose state and batch lie on a mesh, in parts.
 

@@ -16,7 +16,7 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import cli
-from annotated_moe.data import batch_at, held_back, pack, split_texts
+from annotated_moe.data import Rows, batch_at, held_back, pack, split_texts
 from annotated_moe.families.grok import grok_config
 from annotated_moe.model import all_logits, flat_specs
 from annotated_moe.parallel import make_mesh
@@ -282,7 +282,7 @@ def test_what_is_not_finite_is_named(rows, state, tmp_path):
     said = runs.find_fault(huge, batch, ROOMY, SPEC)
     assert said == "what is computed: layer 1, its output"
     hot = replace(SPEC, optimizer=OptimizerSpec(name="adamw", rate=3e37, clip=None))
-    with pytest.raises(runs.NotFinite, match=r"step \d .*layer \d, decoder") as caught:
+    with pytest.raises(runs.NotFinite, match="step 0 is.* in_out_embed/") as caught:
         run = runs.RunSpec("x", save_every=1)
         runs.train(Trainer(ROOMY, hot), rows, run, tmp_path, {})
     step = int(str(caught.value).split()[1])

@@ -420,7 +420,7 @@ def gather_parted_heads(
     return whole[0].reshape(k.shape), whole[1].reshape(v.shape)
 
 
-# %% book/chapters/23b_runs.md, cell 30
+# %% book/chapters/23b_runs.md, cell 31
 GATHERS: ContextVar[bool] = ContextVar("GATHERS", default=False)
 
 
@@ -452,7 +452,7 @@ def find_gathering() -> OneDevice | None:
 PLACEMENTS.append(find_gathering)
 
 
-# %% book/chapters/23b_runs.md, cell 31
+# %% book/chapters/23b_runs.md, cell 32
 @contextlib.contextmanager
 def gathering_weights(mesh: Mesh) -> Iterator[None]:
     """The context of a training step on a mesh."""

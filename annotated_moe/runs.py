@@ -234,11 +234,20 @@ class RunSpec(Spec):
 
 
 # %% book/chapters/23b_runs.md, cell 18
+def gathered(tree: Any, trainer: Trainer) -> Any:
+    """Arrays as this process's own, from wherever they lie."""
+    everywhere = trainer.like.step.sharding
+    gather = jax.jit(hosts.identity, out_shardings=everywhere)
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)),
+                        gather(tree))
+
+
+# %% book/chapters/23b_runs.md, cell 19
 class NotFinite(ValueError):
     """A step is not finite; nothing was saved after it."""
 
 
-# %% book/chapters/23b_runs.md, cell 19
+# %% book/chapters/23b_runs.md, cell 20
 def train(
     trainer: Trainer, rows: Rows, run: RunSpec, folder: Path,
     about: dict[str, Any],
@@ -296,7 +305,7 @@ def train(
     return state
 
 
-# %% book/chapters/23b_runs.md, cell 25
+# %% book/chapters/23b_runs.md, cell 27
 def check_same_run(
     folder: Path, found: dict[str, Any], about: dict[str, Any]
 ) -> None:
@@ -319,12 +328,3 @@ def digest(rows: Rows) -> str:
     for a in rows:
         found.update(np.ascontiguousarray(a).tobytes())
     return found.hexdigest()[:16]
-
-
-# %% book/chapters/23b_runs.md, cell 26
-def gathered(tree: Any, trainer: Trainer) -> Any:
-    """Arrays as this process's own, from wherever they lie."""
-    everywhere = trainer.like.step.sharding
-    gather = jax.jit(hosts.identity, out_shardings=everywhere)
-    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)),
-                        gather(tree))

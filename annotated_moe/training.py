@@ -4,8 +4,8 @@ chapter finds them. A text becomes rows of tokens in which no document
 sees its neighbour; a loss says how far a guess was off; two optimizers
 turn its gradient into better weights; and a step keeps float32 weights
 while it multiplies in bfloat16. At its end a model of Grok-1's
-architecture has learned, in seconds and before your eyes, to write what
-looks like Python.
+architecture has learned, in seconds and before your eyes, a little
+Python.
 """
 
 import contextlib
@@ -185,7 +185,7 @@ def loss_of(
     return total, {"loss": total, **parts}
 
 
-# %% book/chapters/23_training.md, cell 27
+# %% book/chapters/23_training.md, cell 26
 Count = Annotated[int, Range(0)]
 
 
@@ -219,7 +219,7 @@ def make_schedule(
     )
 
 
-# %% book/chapters/23_training.md, cell 30
+# %% book/chapters/23_training.md, cell 29
 def muon_dimensions(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Which two axes of a parameter are a matrix; None: it is none.
 
@@ -241,7 +241,7 @@ def matrices(config: ModelConfig) -> dict[str, dict[str, bool]]:
     }
 
 
-# %% book/chapters/23_training.md, cell 31
+# %% book/chapters/23_training.md, cell 30
 Optimizer = Any                         # optax.GradientTransformation
 OptimizerRule = Callable[[Any, "OptimizerSpec", ModelConfig], Optimizer]
 
@@ -272,7 +272,7 @@ OPTIMIZERS: dict[str, OptimizerRule] = {
 }
 
 
-# %% book/chapters/23_training.md, cell 32
+# %% book/chapters/23_training.md, cell 31
 @dataclass(frozen=True)
 class OptimizerSpec(Spec):
     """An optimizer by name, and its numbers."""
@@ -292,7 +292,7 @@ class OptimizerSpec(Spec):
                     f"{name} must be below 1: {getattr(self, name)}")
 
 
-# %% book/chapters/23_training.md, cell 33
+# %% book/chapters/23_training.md, cell 32
 @dataclass(frozen=True)
 class TrainSpec(Spec):
     """What is done to weights: how often, how much, and how."""
@@ -330,7 +330,7 @@ def make_optimizer(config: ModelConfig, spec: TrainSpec) -> Optimizer:
     return optax.chain(optax.clip_by_global_norm(own.clip), chosen)
 
 
-# %% book/chapters/23_training.md, cell 36
+# %% book/chapters/23_training.md, cell 35
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
@@ -341,7 +341,7 @@ class TrainState:
     step: Any                               # int32, steps taken
 
 
-# %% book/chapters/23_training.md, cell 37
+# %% book/chapters/23_training.md, cell 36
 def gradient(
     params: Params, rows: Rows, config: ModelConfig, spec: TrainSpec
 ) -> tuple[Params, dict[str, Float32[Array, ""]]]:
@@ -370,7 +370,7 @@ def gradient(
         name: report[name] / k for name in ("balance", "router_z")}
 
 
-# %% book/chapters/23_training.md, cell 38
+# %% book/chapters/23_training.md, cell 37
 def train_step(
     state: TrainState, rows: Rows, config: ModelConfig, spec: TrainSpec
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -394,7 +394,7 @@ def train_step(
     return kept, report | {"finite": finite}
 
 
-# %% book/chapters/23_training.md, cell 39
+# %% book/chapters/23_training.md, cell 38
 class Trainer:
     """The programs of a run: its beginning, a step, an evaluation."""
 
@@ -458,7 +458,7 @@ class Trainer:
             return np.asarray(self.run_losses(params, self.place(rows)))
 
 
-# %% book/chapters/23_training.md, cell 40
+# %% book/chapters/23_training.md, cell 39
 def row_losses(
     params: Params, rows: Rows, config: ModelConfig
 ) -> Float32[Array, " B"]:
@@ -488,7 +488,7 @@ def bits_per_byte(
     return (nats / math.log(2) + blind) / length
 
 
-# %% book/chapters/23b_runs.md, cell 32
+# %% book/chapters/23b_runs.md, cell 33
 def state_shardings(
     like: TrainState, config: ModelConfig, mesh: Mesh
 ) -> TrainState:
@@ -506,7 +506,7 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(where, like)
 
 
-# %% book/chapters/23b_runs.md, cell 33
+# %% book/chapters/23b_runs.md, cell 34
 class MeshTrainer(Trainer):
     """A Trainer whose state and batch lie on a mesh, in parts.
 

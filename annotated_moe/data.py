@@ -33,7 +33,7 @@ def split_texts(
 
 
 # %% book/chapters/23_training.md, cell 17
-class Rows(NamedTuple):
+class Packed(NamedTuple):
     """Rows of T + 1 tokens, and the document that each token is in.
 
     The first T are read, the last T predicted. Documents are numbered
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
 
 def pack(
     texts: Sequence[str], tokenizer: Tokenizer, length: int
-) -> Rows:
+) -> Packed:
     """All texts, an end after each, as rows of `length` + 1 tokens.
 
     The last row is padded. ValueError where there is no text.
@@ -61,7 +61,7 @@ def pack(
     stream = np.pad(stream, fill, constant_values=0)
     number = np.pad(number, fill, constant_values=-1)
     at = np.arange(count)[:, None] * length + np.arange(length + 1)
-    return Rows(stream[at], number[at].astype(np.int32))
+    return Packed(stream[at], number[at].astype(np.int32))
 
 
 # %% book/chapters/23_training.md, cell 20
@@ -71,7 +71,9 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def batch_at(rows: Rows, step: int, size: int, seed: int) -> Rows:
+def batch_at(
+    rows: Packed, step: int, size: int, seed: int
+) -> Packed:
     """The `size` rows that step `step` reads: a function of its
     arguments.
 
@@ -82,4 +84,4 @@ def batch_at(rows: Rows, step: int, size: int, seed: int) -> Rows:
                            count)
     picked = [int(shuffled(count, seed, int(epoch))[i])
               for epoch, i in zip(passes, at)]
-    return Rows(rows.tokens[picked], rows.documents[picked])
+    return Packed(rows.tokens[picked], rows.documents[picked])

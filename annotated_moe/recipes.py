@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -45,7 +45,6 @@ from annotated_moe.runs import (
 )
 from annotated_moe.specs import (
     Positive,
-    Range,
     Size,
     Spec,
     expected_by,
@@ -58,15 +57,14 @@ from annotated_moe.training import (
     MeshTrainer,
     OptimizerSpec,
     ScheduleSpec,
+    Share,
     Trainer,
     TrainSpec,
     bits_per_byte,
 )
 
+
 # %% book/chapters/95_recipes.md, cell 4
-Share = Annotated[float, Range(0)]
-
-
 @dataclass(frozen=True)
 class DataSpec(Spec):
     """Texts. Paths are read from where the file that names them is."""
@@ -237,9 +235,9 @@ class Recipe:
         return self.path.parent / self.run.folder
 
 
-PARTS = {"loss": LossSpec, "optimizer": OptimizerSpec,
+TRAIN_SECTIONS = {"loss": LossSpec, "optimizer": OptimizerSpec,
          "schedule": ScheduleSpec}
-WHOLE = {"data": DataSpec, "mesh": MeshSpec, "run": RunSpec}
+OWN_SECTIONS = {"data": DataSpec, "mesh": MeshSpec, "run": RunSpec}
 
 
 # %% book/chapters/95_recipes.md, cell 10
@@ -252,7 +250,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
-    known = "model", "train", *PARTS, *WHOLE
+    known = "model", "train", *TRAIN_SECTIONS, *OWN_SECTIONS
     for name in raw:
         if name not in known:
             raise ValueError(
@@ -265,8 +263,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     model = raw.get("model", {})
     if not isinstance(model, dict):
         raise ValueError(f"{path}: model must be a section, [model]")
-    parts = {name: section(name, kind) for name, kind in PARTS.items()}
-    whole = {name: section(name, kind) for name, kind in WHOLE.items()}
+    parts = {n: section(n, kind) for n, kind in TRAIN_SECTIONS.items()}
+    whole = {n: section(n, kind) for n, kind in OWN_SECTIONS.items()}
     train = section("train", TrainSpec, **parts)
     return Recipe(path, model, train=train, **whole)
 
@@ -313,7 +311,7 @@ def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
 
 
 # %% book/chapters/95_recipes.md, cell 14
-def mesh_of(recipe: Recipe, config: ModelConfig) -> Mesh | None:
+def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
     """The mesh that a recipe asks for, simulated where there are CPUs.
 
     None for one device. ValueError where it does not fit the model.
@@ -386,7 +384,7 @@ def train_recipe(recipe: Recipe) -> Model:
             "share"
         )
     rows = pack(to_learn, tokenizer, recipe.train.length)
-    mesh = mesh_of(recipe, config)
+    mesh = recipe_mesh(recipe, config)
     try:
         trainer = trainer_on(mesh, config, recipe.train)
     except ValueError as error:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from annotated_moe import hosts
 from annotated_moe.config import ModelConfig, all_slots, slot_of
-from annotated_moe.data import Rows, batch_at
+from annotated_moe.data import Packed, batch_at
 from annotated_moe.model import (
     Params,
     apply_layer,
@@ -37,9 +37,10 @@ from annotated_moe.model import (
     slot_params,
     unembed,
 )
-from annotated_moe.specs import Range, Size, Spec
+from annotated_moe.specs import Size, Spec
 from annotated_moe.tokenizer import write_whole
 from annotated_moe.training import (
+    Count,
     Trainer,
     TrainSpec,
     TrainState,
@@ -145,7 +146,7 @@ def bad_array(
 
 # %% book/chapters/23b_runs.md, cell 13
 def bad_output(
-    params: Params, rows: Rows, config: ModelConfig
+    params: Params, rows: Packed, config: ModelConfig
 ) -> str:
     """The first place whose output is not finite; or ""."""
     tokens, documents = (jnp.asarray(a)[:, :-1] for a in rows)
@@ -170,7 +171,8 @@ def bad_output(
 
 
 def find_fault(
-    state: TrainState, rows: Rows, config: ModelConfig, spec: TrainSpec
+    state: TrainState, rows: Packed, config: ModelConfig,
+    spec: TrainSpec,
 ) -> str:
     """What is not finite in a step from `state`, and where."""
     params = state.params
@@ -219,9 +221,6 @@ class RunLog:
 
 
 # %% book/chapters/23b_runs.md, cell 17
-Count = Annotated[int, Range(0)]
-
-
 @dataclass(frozen=True)
 class RunSpec(Spec):
     """Where a run is written down, and how often, in steps."""
@@ -249,7 +248,7 @@ class NotFinite(ValueError):
 
 # %% book/chapters/23b_runs.md, cell 20
 def train(
-    trainer: Trainer, rows: Rows, run: RunSpec, folder: Path,
+    trainer: Trainer, rows: Packed, run: RunSpec, folder: Path,
     about: dict[str, Any],
     evaluate: Callable[[Params], float] | None = None,
 ) -> TrainState:
@@ -322,7 +321,7 @@ def check_same_run(
         )
 
 
-def digest(rows: Rows) -> str:
+def digest(rows: Packed) -> str:
     """The same for the same rows alone."""
     found = hashlib.sha256()
     for a in rows:

@@ -31,7 +31,7 @@ from annotated_moe.attention import (
 )
 from annotated_moe.cache import PAD_POSITION
 from annotated_moe.config import LayerSpec, ModelConfig
-from annotated_moe.data import Rows
+from annotated_moe.data import Packed
 from annotated_moe.model import (
     Params,
     decoder,
@@ -155,7 +155,7 @@ def predicted(documents: Int[Array, "B T1"]) -> Bool[Array, "B T"]:
 # %% book/chapters/23_training.md, cell 24
 def loss_of(
     params: Params,
-    rows: Rows,
+    rows: Packed,
     count: Any,
     config: ModelConfig,
     spec: LossSpec,
@@ -343,7 +343,7 @@ class TrainState:
 
 # %% book/chapters/23_training.md, cell 36
 def gradient(
-    params: Params, rows: Rows, config: ModelConfig, spec: TrainSpec
+    params: Params, rows: Packed, config: ModelConfig, spec: TrainSpec
 ) -> tuple[Params, dict[str, Float32[Array, ""]]]:
     """The gradient of a batch's loss, and the loss's parts."""
     count = jnp.maximum(predicted(rows.documents).sum(), 1)
@@ -352,7 +352,7 @@ def gradient(
                   router_z=spec.loss.router_z / k)
     backward = jax.grad(loss_of, has_aux=True)
 
-    def add_part(total: Any, part: Rows) -> tuple[Any, None]:
+    def add_part(total: Any, part: Packed) -> tuple[Any, None]:
         found = backward(params, part, count, config, own, spec.remat)
         return jax.tree.map(jnp.add, total, found), None
 
@@ -372,7 +372,8 @@ def gradient(
 
 # %% book/chapters/23_training.md, cell 37
 def train_step(
-    state: TrainState, rows: Rows, config: ModelConfig, spec: TrainSpec
+    state: TrainState, rows: Packed, config: ModelConfig,
+    spec: TrainSpec,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step, and a report on it.
 
@@ -431,7 +432,7 @@ class Trainer:
         device = SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: device, like)
 
-    def place(self, rows: Rows) -> Rows:
+    def place(self, rows: Packed) -> Packed:
         """Rows where a step reads them."""
         return jax.tree.map(jnp.asarray, rows)
 
@@ -446,13 +447,13 @@ class Trainer:
         return self.draw()
 
     def step(
-        self, state: TrainState, rows: Rows
+        self, state: TrainState, rows: Packed
     ) -> tuple[TrainState, dict[str, Array]]:
         """`train_step`; the state that is handed in is gone."""
         with self.placed(train=True):
             return self.run_step(state, self.place(rows))
 
-    def losses(self, params: Params, rows: Rows) -> np.ndarray:
+    def losses(self, params: Params, rows: Packed) -> np.ndarray:
         """Nats of all predicted tokens of each row."""
         with self.placed(train=False):
             return np.asarray(self.run_losses(params, self.place(rows)))
@@ -460,7 +461,7 @@ class Trainer:
 
 # %% book/chapters/23_training.md, cell 39
 def row_losses(
-    params: Params, rows: Rows, config: ModelConfig
+    params: Params, rows: Packed, config: ModelConfig
 ) -> Float32[Array, " B"]:
     """Nats of all predicted tokens of each row; nothing is dropped."""
     logits, _ = forward_documents(
@@ -473,14 +474,14 @@ def row_losses(
 
 
 def bits_per_byte(
-    trainer: Trainer, params: Params, rows: Rows, texts: list[str]
+    trainer: Trainer, params: Params, rows: Packed, texts: list[str]
 ) -> float:
     """What `texts`, packed into `rows`, cost a byte, in bits."""
     size, nats = trainer.spec.batch, 0.0
     for start in range(0, len(rows.tokens), size):
-        part = Rows(*(a[start : start + size] for a in rows))
+        part = Packed(*(a[start : start + size] for a in rows))
         fill = (0, size - len(part.tokens)), (0, 0)
-        part = Rows(np.pad(part.tokens, fill),
+        part = Packed(np.pad(part.tokens, fill),
                     np.pad(part.documents, fill, constant_values=-1))
         nats += float(trainer.losses(params, part).sum())
     blind = len(texts) * math.log2(trainer.config.vocab_size)
@@ -522,7 +523,7 @@ class MeshTrainer(Trainer):
     def layout(self, like: TrainState) -> TrainState:
         return state_shardings(like, self.config, self.mesh)
 
-    def place(self, rows: Rows) -> Rows:
+    def place(self, rows: Packed) -> Packed:
         spec = fit_spec(partition_spec(("batch", None)),
                         rows.tokens.shape, self.mesh)
         where = NamedSharding(self.mesh, spec)

@@ -16,7 +16,7 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import cli
-from annotated_moe.data import Rows, batch_at, held_back, pack, split_texts
+from annotated_moe.data import Packed, batch_at, held_back, pack, split_texts
 from annotated_moe.families.grok import grok_config
 from annotated_moe.model import all_logits, flat_specs
 from annotated_moe.parallel import make_mesh
@@ -138,14 +138,14 @@ def test_the_order_is_a_function_of_seed_and_step(rows):
         assert sorted(map(tuple, epoch)) == sorted(map(tuple, rows.tokens))
     assert (once[0] != once[1]).any()
     code = (
-        "import numpy as np; from annotated_moe.data import Rows, batch_at; "
+        "import numpy as np; from annotated_moe.data import Packed, batch_at; "
         f"a = np.arange({count})[:, None]; "
-        "print(batch_at(Rows(a, a), 5, 3, 7).tokens.ravel().tolist())"
+        "print(batch_at(Packed(a, a), 5, 3, 7).tokens.ravel().tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     at = np.arange(count)[:, None]
     assert done.stdout.strip() == str(
-        batch_at(Rows(at, at), 5, 3, 7).tokens.ravel().tolist()
+        batch_at(Packed(at, at), 5, 3, 7).tokens.ravel().tolist()
     )
 
 

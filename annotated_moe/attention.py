@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20_gradients.md, book/chapters/23_training.md by `make sync`; edit the chapters.
 """To choose the next word a transformer looks back at every word before
 it. What it looks at are keys and values, computed once a token and
 kept; if each head of Grok-1 kept its own, one conversation of 8,192
@@ -23,7 +23,7 @@ from annotated_moe.cache import PAD_POSITION, KVCache, RingCache
 from annotated_moe.linear import Linear
 from annotated_moe.placement import here
 from annotated_moe.rms_norm import RMSNorm, rms_norm
-from annotated_moe.rope import Rope
+from annotated_moe.rope import DOCUMENT_STRIDE, Rope
 from annotated_moe.specs import Positive, Size, Spec
 
 
@@ -907,3 +907,21 @@ def attend_pallas(
         interpret=interpret,
     )(at[..., None], key_at[:, None], q, k, v)
     return y.swapaxes(1, 2)[:, :t]
+
+
+# %% book/chapters/23_training.md, cell 7
+@dataclass(frozen=True)
+class WithinDocument(Causal):
+    """What another mask shows of a layer's own document.
+
+    A position is document * DOCUMENT_STRIDE + place.
+    """
+
+    inner: Causal = Causal()
+
+    def sees(
+        self, q: Int32[Array, "B T 1"], k: Int32[Array, "#B 1 S"]
+    ) -> Bool[Array, "B T S"]:
+        same = q // DOCUMENT_STRIDE == k // DOCUMENT_STRIDE
+        place_q, place_k = q % DOCUMENT_STRIDE, k % DOCUMENT_STRIDE
+        return same & self.inner.sees(place_q, place_k)

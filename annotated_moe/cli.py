@@ -3,8 +3,8 @@
 --prompt "In the beginning"`. Text goes to standard output as it comes;
 everything else goes to standard error, and bad input is one line that
 says what to do. By the end of this page you will have that program:
-`generate`, `info`, `convert`, `quantize` and `plan`. It is plumbing,
-and none of it is needed to understand the model.
+`generate`, `info`, `convert`, `quantize`, `plan` and train. It is
+plumbing, and none of it is needed to understand the model.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from annotated_moe.plan import add_plan, parameter_counts
 from annotated_moe.specs import to_json
 from annotated_moe.streaming import StreamedModel, with_progress
 from annotated_moe.tokenizer import split_at
+from annotated_moe.train_command import add_train
 
 
 # %% book/chapters/99_command_line.md, cell 3
@@ -388,3 +389,4 @@ def add_quantize(commands: Any) -> None:
 
 COMMANDS["quantize"] = add_quantize
 COMMANDS["plan"] = add_plan
+COMMANDS["train"] = add_train

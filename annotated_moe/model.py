@@ -530,10 +530,13 @@ def decoder_to_train(
     real: Bool[Array, "B T"],
     config: ModelConfig,
     dispatch: str = "blocks",
+    remat: bool = False,
 ) -> tuple[Float32[Array, "B T D"], Losses]:
     """All layers with a gradient; `dispatch` as in forward_to_train.
 
-    Losses are means over the layers that have them.
+    With `remat`, the gradient computes each layer again instead of
+    keeping what was computed in it. Losses are means over the layers
+    that have them.
     """
     found: dict[str, list[Array]] = {}
     for places in segments(config):
@@ -548,6 +551,8 @@ def decoder_to_train(
             return h, losses
 
         stacks = [place_params(params, place) for place in places]
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)
         h, losses = jax.lax.scan(body, h, stacks)
         for loss in losses:
             for name, values in loss.items():           # [repeats]

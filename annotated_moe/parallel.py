@@ -1,4 +1,4 @@
-# Generated from book/chapters/07_sharding.md, book/chapters/21_experts_in_parallel.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07_sharding.md, book/chapters/21_experts_in_parallel.md, book/chapters/23b_runs.md by `make sync`; edit the chapters.
 """Grok-1's weights fill 318 GB, and an accelerator with 80 GB of memory
 is a large one. No single device can hold the model, so eight hold an
 eighth each, and every product has to be computed where its weights lie.
@@ -10,6 +10,7 @@ other, and weighed the full model on each of them without allocating a
 byte of it.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -634,3 +635,47 @@ class RingOnMesh(OnMesh):
 
 
 EXCHANGES |= {"all_to_all": AllToAllOnMesh, "ring": RingOnMesh}
+
+
+# %% book/chapters/23b_runs.md, cell 31
+GATHERS: ContextVar[bool] = ContextVar("GATHERS", default=False)
+
+
+@dataclass(frozen=True)
+class GatherWeights(OnMesh):
+    """On a mesh whose axis `data` cuts the batch: weights travel."""
+
+    def matmul(
+        self, product: Callable[[Array, Any], Array], x: Array, w: Any,
+        axes: Axes, summed: bool,
+    ) -> Array:
+        cut = (a if a != "data" else None for a in partition_spec(axes))
+        d, f = fit_spec(P(*cut), w.shape, self.mesh)
+        n = fit("data", x.shape[0], self.mesh)
+        hold = jax.lax.with_sharding_constraint
+        w = hold(w.astype(x.dtype), P(d, f))
+        return hold(product(hold(x, P(n, d)), w), P(n, f))
+
+
+def find_gathering() -> OneDevice | None:
+    """It, while a training step is traced, outside of devices' parts.
+    """
+    mesh = current_mesh()
+    if mesh is None or PART.get() or not GATHERS.get():
+        return None
+    return GatherWeights(mesh)
+
+
+PLACEMENTS.append(find_gathering)
+
+
+# %% book/chapters/23b_runs.md, cell 32
+@contextlib.contextmanager
+def gathering_weights(mesh: Mesh) -> Iterator[None]:
+    """The context of a training step on a mesh."""
+    token = GATHERS.set(True)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        GATHERS.reset(token)

@@ -1,4 +1,4 @@
-# Generated from book/chapters/03_rope.md, book/chapters/04_attention.md, book/chapters/15_llama.md by `make sync`; edit the chapters.
+# Generated from book/chapters/03_rope.md, book/chapters/04_attention.md, book/chapters/15_llama.md, book/chapters/23_training.md by `make sync`; edit the chapters.
 """Attention compares tokens with tokens and never asks where they
 stand: to the last word of a sentence, *dog bites man* and *man bites
 dog* are one bag of three words. Rotary position embedding turns every
@@ -133,3 +133,23 @@ class Llama3Rope(Rope):
             )
 
         return rope(x, positions, self.base, scaled)
+
+
+# %% book/chapters/23_training.md, cell 6
+DOCUMENT_STRIDE = 2**15                 # places a document may have
+
+
+@dataclass(frozen=True)
+class RopeInDocument(Rope):
+    """Another's turn, by the place in a document.
+
+    A position is document * DOCUMENT_STRIDE + place.
+    """
+
+    inner: Rope = Rope()
+
+    def turn(
+        self, x: Float[Array, "B T heads H"],
+        positions: Int32[Array, "B T"],
+    ) -> Float[Array, "B T heads H"]:
+        return self.inner.turn(x, positions % DOCUMENT_STRIDE)

@@ -129,6 +129,7 @@ def parse_yaml(path: str, line: int, text: str) -> dict[str, Any]:
 TAGS = ["export", "check", "raises-exception"]
 TAGS += ["hide-input", "hide-output", "hide-cell"]
 TAGS += ["remove-input", "remove-output", "remove-cell"]
+TAGS += ["remove-stderr"]
 OPTIONS = ["tags", "module", "mystnb"]
 
 

@@ -1,0 +1,329 @@
+# Generated from book/chapters/23b_runs.md by `make sync`; edit the chapter.
+"""A step takes a second and a run takes weeks. In that time a machine
+is rebooted, a disk fills, a number overflows, and somebody wants to
+know how far it is. This page puts a run around the step: a bar and a
+log say how it goes, and every few hundred steps it is written down in
+such a way that it may be killed at any moment, without a warning, and
+ends with the weights that it would have had, to the last bit. Then the
+same run is spread over a mesh. At its end you have all of what
+`annotated-moe train run.toml` does; an appendix reads the file.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from annotated_moe import hosts
+from annotated_moe.config import ModelConfig, all_places, place_of
+from annotated_moe.data import Packed, batch_at
+from annotated_moe.model import (
+    Params,
+    apply_layer,
+    embed,
+    flat_specs,
+    place_params,
+    unembed,
+)
+from annotated_moe.specs import Size, Spec
+from annotated_moe.tokenizer import write_whole
+from annotated_moe.training import (
+    Count,
+    Trainer,
+    TrainSpec,
+    TrainState,
+    gradient,
+    make_optimizer,
+    positions_in_documents,
+    within_documents,
+)
+
+
+# %% book/chapters/23b_runs.md, cell 7
+def named_arrays(state: Any) -> dict[str, Any]:
+    """Path -> array, for each array of a state."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path): a for path, a in leaves}
+
+
+# %% book/chapters/23b_runs.md, cell 8
+class Checkpoints:
+    """The last few states of a run, each of them whole.
+
+    In `folder`, which is made; at most `keep` are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder.absolute()
+        if jax.process_index() == 0:
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(
+            self.folder, options=options)
+
+    def save(self, state: Any, about: dict[str, Any]) -> None:
+        """Write `state`, all or nothing. OSError if it cannot be."""
+        step = int(state.step)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(named_arrays(state)),
+            about=ocp.args.JsonSave(about),
+        )
+        before = self.latest
+        try:
+            self.manager.save(step, args=items, force=True)
+            self.manager.wait_until_finished()
+        except Exception as error:
+            why = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+            why = why.split(" [")[0]        # the number of the error
+            last = "none was saved before" if before is None else (
+                f"the one of step {before} is whole")
+            raise OSError(
+                f"{self.folder}: the state of step {step} could not be "
+                f"written ({why}); {last}: make room and give the same "
+                "command again"
+            ) from error
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest state, or None."""
+        return self.manager.latest_step()
+
+    def about(self) -> dict[str, Any]:
+        """What was saved beside the newest state."""
+        items = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return self.manager.restore(self.latest, args=items)["about"]
+
+    def restore(self, like: Any) -> Any:
+        """The newest state, laid out as `like` says."""
+        wanted = ocp.args.StandardRestore(named_arrays(like))
+        items = ocp.args.Composite(state=wanted)
+        found = self.manager.restore(self.latest, args=items)["state"]
+        names = named_arrays(like)
+        tree = jax.tree.structure(like)
+        return jax.tree.unflatten(tree, [found[n] for n in names])
+
+
+# %% book/chapters/23b_runs.md, cell 12
+def bad_array(
+    tree: Params, config: ModelConfig, last_first: bool = False
+) -> str:
+    """The first array that is not finite, with its layer; or ""."""
+    found = []
+    for (module, name), spec in flat_specs(config).items():
+        w = tree[module][name]
+        bad = ~jnp.isfinite(w)
+        if not bad.any():
+            continue
+        if spec.axes[0] != "layers":
+            found.append((-1, f"{module}/{name}"))
+            continue
+        index = int(bad.reshape(w.shape[0], -1).any(axis=1).argmax())
+        if last_first:
+            bad = bad[::-1].reshape(w.shape[0], -1).any(axis=1)
+            index = w.shape[0] - 1 - int(bad.argmax())
+        place = next(p for p in all_places(config)
+                     if f"{module}/".startswith(f"{p.name}/"))
+        found.append((place.layers[index], f"{module}/{name}"))
+    if not found:
+        return ""
+    layer, name = (max if last_first else min)(found)
+    return name if layer < 0 else f"layer {layer}, {name}"
+
+
+# %% book/chapters/23b_runs.md, cell 13
+def bad_output(
+    params: Params, rows: Packed, config: ModelConfig
+) -> str:
+    """The first place whose output is not finite; or ""."""
+    tokens, documents = (jnp.asarray(a)[:, :-1] for a in rows)
+    positions, real = positions_in_documents(documents)
+    inside = within_documents(config)
+    h = embed(params["in_out_embed"]["embeddings"], tokens, config)
+    if not jnp.isfinite(h).all():
+        return "the embedded tokens"
+    for i in range(config.num_layers):
+        place, index = place_of(inside, i)
+        own = jax.tree.map(lambda w, at=index: w[at],
+                           place_params(params, place))
+        h, _, losses = apply_layer(
+            own, place, inside, h, positions, real, train="blocks")
+        if not jnp.isfinite(h).all():
+            return f"layer {i}, its output"
+        for name, loss in losses.items():
+            if not jnp.isfinite(loss):
+                return f"layer {i}, the router's loss {name!r}"
+    finite = jnp.isfinite(unembed(params, h, config, train=True)).all()
+    return "" if finite else "the logits"
+
+
+def find_fault(
+    state: TrainState, rows: Packed, config: ModelConfig,
+    spec: TrainSpec,
+) -> str:
+    """What is not finite in a step from `state`, and where."""
+    params = state.params
+    if where := bad_array(params, config):
+        return f"a weight: {where}"
+    if where := bad_output(params, rows, config):
+        return f"what is computed: {where}"
+    arrays = jax.tree.map(jnp.asarray, rows)
+    grads, _ = gradient(params, arrays, config, spec)
+    # Squares, since a length is a sum of them and may overflow too.
+    squares = jax.tree.map(jnp.square, grads)
+    if where := bad_array(squares, config, last_first=True):
+        return f"a gradient: {where}"
+    changes, _ = make_optimizer(config, spec).update(
+        grads, state.memory, params)
+    where = bad_array(jax.tree.map(jnp.square, changes), config)
+    return f"what the optimizer adds to a weight: {where}"
+
+
+# %% book/chapters/23b_runs.md, cell 16
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that was cut off by a kill is not."""
+    found = []
+    text = path.read_text("utf-8") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+class RunLog:
+    """Lines of JSON, those after `step` taken away."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read_log(path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(path, text.encode())
+
+    def write(self, **values: Any) -> None:
+        rounded = {name: float(f"{value:.6g}")
+                   if isinstance(value, float) else value
+                   for name, value in values.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(rounded) + "\n")
+
+
+# %% book/chapters/23b_runs.md, cell 17
+@dataclass(frozen=True)
+class RunSpec(Spec):
+    """Where a run is written down, and how often, in steps."""
+
+    folder: str
+    save_every: Size = 200
+    keep: Size = 3                          # checkpoints
+    log_every: Size = 10
+    evaluate_every: Count = 0               # 0: at the end alone
+
+
+# %% book/chapters/23b_runs.md, cell 18
+def gathered(tree: Any, trainer: Trainer) -> Any:
+    """Arrays as this process's own, from wherever they lie."""
+    everywhere = trainer.like.step.sharding
+    gather = jax.jit(hosts.identity, out_shardings=everywhere)
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)),
+                        gather(tree))
+
+
+# %% book/chapters/23b_runs.md, cell 19
+class NotFinite(ValueError):
+    """A step is not finite; nothing was saved after it."""
+
+
+# %% book/chapters/23b_runs.md, cell 20
+def train(
+    trainer: Trainer, rows: Packed, run: RunSpec, folder: Path,
+    about: dict[str, Any],
+    evaluate: Callable[[Params], float] | None = None,
+) -> TrainState:
+    """Train, from where `folder` left off, to the last step.
+
+    `about` says what run it is and is saved with each state.
+    `evaluate` gives bits per byte. NotFinite where a step is;
+    OSError where a state cannot be saved.
+    """
+    spec, first = trainer.spec, jax.process_index() == 0
+    kept = Checkpoints(folder / "checkpoints", run.keep)
+    fresh = kept.latest is None
+    state = trainer.begin() if fresh else kept.restore(trainer.like)
+    start, tokens = int(state.step), spec.batch * spec.length
+    log = RunLog(folder / "log.jsonl", start) if first else None
+    bar = tqdm(
+        total=spec.steps * tokens, initial=start * tokens,
+        unit=" tokens", unit_scale=True, file=sys.stderr,
+        disable=not first,
+    )
+    with bar:
+        clock, since = time.perf_counter(), start
+        for i in range(start, spec.steps):
+            batch = batch_at(rows, i, spec.batch, spec.seed)
+            state, report = trainer.step(state, batch)
+            if not report.pop("finite"):
+                whole = gathered(state, trainer)
+                why = find_fault(whole, batch, trainer.config, spec)
+                raise NotFinite(
+                    f"step {i} is not finite, {why}; "
+                    f"nothing was saved after step {kept.latest or 0}"
+                )
+            bar.update(tokens)
+            done, last = i + 1, i + 1 == spec.steps
+            if done % run.log_every == 0 or last:
+                values = {n: float(v) for n, v in report.items()}
+                spent = time.perf_counter() - clock
+                speed = (done - since) * tokens / spent
+                bar.set_postfix_str(f"loss {values['nll']:.3f}")
+                if log:
+                    log.write(step=done, **values,
+                              tokens_per_second=round(speed))
+                clock, since = time.perf_counter(), done
+            every = run.evaluate_every or spec.steps
+            if evaluate and (done % every == 0 or last):
+                bits = evaluate(state.params)
+                if log:
+                    log.write(step=done, bits_per_byte=bits)
+                clock, since = time.perf_counter(), done
+            if done % run.save_every == 0 or last:
+                kept.save(state, about)
+                clock, since = time.perf_counter(), done
+    return state
+
+
+# %% book/chapters/23b_runs.md, cell 27
+def check_same_run(
+    folder: Path, found: dict[str, Any], about: dict[str, Any]
+) -> None:
+    """ValueError where a folder holds another run."""
+    may_change = "train.steps", "train.schedule.decay"
+    old, new = hosts.named_leaves(found), hosts.named_leaves(about)
+    for name in {**new, **old}:
+        if name in may_change or old.get(name) == new.get(name):
+            continue
+        raise ValueError(
+            f"{folder} holds a run with {name} = {old.get(name)!r}; "
+            f"this one has {new.get(name)!r}: give it another [run] "
+            "folder, or the same value to go on"
+        )
+
+
+def digest(rows: Packed) -> str:
+    """The same for the same rows alone."""
+    found = hashlib.sha256()
+    for a in rows:
+        found.update(np.ascontiguousarray(a).tobytes())
+    return found.hexdigest()[:16]

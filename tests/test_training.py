@@ -1,0 +1,437 @@
+"""Training: what is packed, one step in all its forms, runs that are killed."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import annotated_moe as am
+from annotated_moe import cli
+from annotated_moe.data import Packed, batch_at, held_back, pack, split_texts
+from annotated_moe.families.grok import grok_config
+from annotated_moe.model import all_logits, flat_specs
+from annotated_moe.parallel import make_mesh
+from annotated_moe.training import (
+    LossSpec,
+    MeshTrainer,
+    OptimizerSpec,
+    ScheduleSpec,
+    Trainer,
+    TrainSpec,
+    TrainState,
+    bits_per_byte,
+    forward_documents,
+    gradient,
+    make_optimizer,
+    make_schedule,
+    within_documents,
+)
+
+runs = pytest.importorskip("annotated_moe.runs", reason="needs the extra `train`")
+recipes = pytest.importorskip("annotated_moe.recipes")
+
+TOKENIZER = am.load(dtype="float32").tokenizer
+TEXTS = [
+    "The LORD is my shepherd; I shall not want.",
+    "import os\n\n\ndef main():\n    return os.getcwd()\n",
+    "And it came to pass, that the waters were dried up.",
+    "for i in range(10):\n    print(i * i)\n",
+    "He maketh me to lie down in green pastures.",
+]
+ROOMY = grok_config(
+    vocab_size=2048,
+    context=64,
+    d_model=32,
+    d_ff=16,
+    num_layers=2,
+    q_heads=4,
+    kv_heads=2,
+    head_size=8,
+    num_experts=2,  # each has a seat for every token: nothing is dropped
+    embedding_multiplier=5.0,
+    attn_multiplier=0.35,
+    dtype="float32",
+)
+PLAIN = LossSpec(balance=0.0, router_z=0.0)
+SPEC = TrainSpec(steps=10, batch=8, length=32, schedule=ScheduleSpec(2, 2))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return pack(TEXTS * 7, TOKENIZER, 32)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return Trainer(ROOMY, SPEC).begin()
+
+
+def close(a, b, tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_no_document_sees_another(state, window):
+    """Each document's logits in a packed row equal it alone."""
+    from annotated_moe.attention import Window
+    from annotated_moe.config import Segment
+
+    config = ROOMY
+    if window:
+        layer = config.layer(0)
+        seen = replace(layer.attention, mask=Window(window))
+        layer = replace(layer, attention=seen)
+        config = replace(config, layers=(Segment((layer,), 2),))
+    documents = [np.arange(5, 5 + n) * 7 % 2048 for n in (9, 1, 14)]
+    numbers = np.repeat([4, 5, 9, -1], [9, 1, 14, 3])[None]
+    row = np.concatenate([*documents, [0, 0, 0]])[None]
+    packed, _ = jax.jit(forward_documents, static_argnums=3)(
+        state.params, row, numbers, config
+    )
+    start = 0
+    for document in documents:
+        alone = all_logits(state.params, document[None], config)
+        got = packed[:, start : start + len(document)]
+        np.testing.assert_allclose(got, alone, atol=1e-5)
+        start += len(document)
+    # A change in the first document reaches no other.
+    row[0, 3] = 99
+    after, _ = jax.jit(forward_documents, static_argnums=3)(
+        state.params, row, numbers, config
+    )
+    assert (after[:, 9:24] == packed[:, 9:24]).all()
+    assert (after[:, 3:9] != packed[:, 3:9]).any()
+
+
+def test_rows_hold_every_token_once(rows):
+    ids = [i for text in TEXTS * 7 for i in TOKENIZER.encode(text, add_eos=True)]
+    real = rows.documents >= 0
+    kept = [*rows.tokens[:, :-1][real[:, :-1]], rows.tokens[-1, -1]]
+    assert kept[: len(ids)] == ids or kept[:-1] == ids
+    assert (rows.tokens[1:, 0] == rows.tokens[:-1, -1]).all()
+    with pytest.raises(ValueError, match="no text"):
+        pack([""], TOKENIZER, 8)
+
+
+def test_a_split_that_no_text_crosses():
+    texts = [f"text {i % 150}" for i in range(400)]
+    learn, aside = split_texts(texts, 0.2)
+    assert len(learn) + len(aside) == 400 and not set(learn) & set(aside)
+    assert 40 < len(aside) < 130
+    assert all(held_back(text, 0.3) for text in aside)  # a larger share holds it too
+
+
+def test_the_order_is_a_function_of_seed_and_step(rows):
+    count = len(rows.tokens)
+    order = [batch_at(rows, step, 3, 7).tokens for step in range(count)]
+    once = np.concatenate(order)[: count * 3].reshape(3, count, -1)
+    for epoch in once:  # each pass holds each row once
+        assert sorted(map(tuple, epoch)) == sorted(map(tuple, rows.tokens))
+    assert (once[0] != once[1]).any()
+    code = (
+        "import numpy as np; from annotated_moe.data import Packed, batch_at; "
+        f"a = np.arange({count})[:, None]; "
+        "print(batch_at(Packed(a, a), 5, 3, 7).tokens.ravel().tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    at = np.arange(count)[:, None]
+    assert done.stdout.strip() == str(
+        batch_at(Packed(at, at), 5, 3, 7).tokens.ravel().tolist()
+    )
+
+
+def test_parts_of_a_batch_sum_to_its_gradient(rows, state):
+    batch = jax.tree.map(jnp.asarray, batch_at(rows, 0, 8, 0))
+    whole, parts = (
+        jax.jit(gradient, static_argnums=(2, 3))(
+            state.params, batch, ROOMY, replace(SPEC, loss=PLAIN, accumulate=k)
+        )
+        for k in (1, 4)
+    )
+    close(whole[0], parts[0], 1e-5)
+    assert abs(whole[1]["nll"] - parts[1]["nll"]) < 1e-5
+    assert abs(whole[1]["z"] - parts[1]["z"]) < 1e-3
+
+
+def test_a_gradient_without_kept_layers_is_the_same(rows, state):
+    batch = jax.tree.map(jnp.asarray, batch_at(rows, 0, 8, 0))
+    kept, again = (
+        jax.jit(gradient, static_argnums=(2, 3))(
+            state.params, batch, ROOMY, replace(SPEC, remat=remat)
+        )
+        for remat in (False, True)
+    )
+    close(kept[0], again[0], 1e-6)
+    program = jax.make_jaxpr(gradient, static_argnums=(2, 3))
+    text = str(program(state.params, batch, ROOMY, replace(SPEC, remat=True)))
+    assert "remat" in text or "checkpoint" in text
+
+
+def curve(config, spec, rows, mesh=None):
+    trainer = MeshTrainer(config, spec, mesh) if mesh else Trainer(config, spec)
+    state, found = trainer.begin(), []
+    for step in range(spec.steps):
+        state, report = trainer.step(state, batch_at(rows, step, spec.batch, 0))
+        found.append(float(report["nll"]))
+    return np.array(found), state
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", pytest.param("muon", marks=pytest.mark.full)]
+)
+def test_a_mesh_trains_as_one_device(rows, name):
+    """On 8 devices, 2 along each axis. AdamW stands for Muon, which compiles longer."""
+    config = ROOMY
+    spec = replace(SPEC, optimizer=OptimizerSpec(name=name))
+    one, _ = curve(config, spec, rows)
+    mesh = make_mesh(data=2, expert=2, model=2)
+    eight, state = curve(config, spec, rows, mesh)
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    assert one[-1] < one[0] - 0.2
+    held = {
+        tuple(a.sharding.spec)
+        for a in jax.tree.leaves(state)
+        if a.shape == (2, 2, 32, 16)
+    }
+    # Weights and the optimizer's memory of them are cut three ways.
+    assert held == {(None, "expert", "data", "model")}
+
+
+def test_muon_straightens_each_matrix_by_itself(state):
+    """One expert's update does not know the other experts' gradients."""
+    spec = replace(SPEC, optimizer=OptimizerSpec(clip=None, weight_decay=0.0), steps=10)
+    optimizer = make_optimizer(ROOMY, spec)
+    noise = jax.random.normal(jax.random.key(0), (2, 2, 32, 16))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+
+    def update(g):
+        grads = {m: dict(leaves) for m, leaves in zeros.items()}
+        grads["decoder_layer/moe/linear"]["w"] = g
+        memory = optimizer.init(state.params)
+        updates, _ = optimizer.update(grads, memory, state.params)
+        return updates["decoder_layer/moe/linear"]["w"]
+
+    both = update(noise)
+    other = update(noise.at[1, 1].multiply(100.0))
+    np.testing.assert_allclose(both[:, 0], other[:, 0], atol=1e-7)
+    stretch = np.linalg.svd(both[0, 0] / jnp.linalg.norm(both[0, 0]))[1]
+    assert stretch.max() / stretch.min() < 2.5
+    memory = optimizer.init(state.params)
+    muon = memory.inner_states["muon"].inner_state[0].mu
+    by_muon = {
+        (module, name)
+        for module, leaves in muon.items()
+        for name, w in leaves.items()
+        if isinstance(w, jax.Array)
+    }
+    assert by_muon == {key for key, s in flat_specs(ROOMY).items() if s.matrix}
+
+
+def test_warm_up_stable_decay():
+    plan = make_schedule(ScheduleSpec(4, 5, 0.1), 2.0, 20)
+    rates = [float(plan(step)) for step in range(21)]
+    assert rates[0] == 0.5 and rates[4:16] == [2.0] * 12
+    assert all(a > b for a, b in zip(rates[15:20], rates[16:21]))
+    assert rates[20] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="more than all 8 steps"):
+        TrainSpec(steps=8, batch=1, length=8, schedule=ScheduleSpec(4, 5))
+
+
+def test_bits_per_byte_counts_every_byte(state):
+    """By hand, a document at a time."""
+    texts = TEXTS[:3]
+    nats = 0.0
+    for text in texts:
+        ids = np.array(TOKENIZER.encode(text, add_eos=True))
+        logits = all_logits(state.params, ids[None, :-1], ROOMY)[0]
+        nats += float(
+            optax.softmax_cross_entropy_with_integer_labels(logits, ids[1:]).sum()
+        )
+    bits = nats / np.log(2) + 3 * 11  # log2 of 2,048 for each first token
+    want = bits / sum(len(text.encode()) for text in texts)
+    trainer = Trainer(ROOMY, replace(SPEC, batch=2))
+    got = bits_per_byte(trainer, state.params, pack(texts, TOKENIZER, 64), texts)
+    # Rows are cut at 32 or 64 tokens, so nothing is lost at a cut only here.
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+def poisoned(state, module, name, index, value):
+    params = {m: dict(leaves) for m, leaves in state.params.items()}
+    params[module][name] = params[module][name].at[index].set(value)
+    return replace(state, params=params)
+
+
+def test_what_is_not_finite_is_named(rows, state, tmp_path):
+    batch = batch_at(rows, 0, 8, 0)
+    weight = "decoder_layer/moe/linear_v"
+    bad = poisoned(state, weight, "w", (1, 0, 3, 4), np.nan)
+    assert runs.find_fault(bad, batch, ROOMY, SPEC) == (
+        f"a weight: layer 1, {weight}/w"
+    )
+    huge = poisoned(state, "decoder_layer/rms_norm_1", "scale", 1, 3e38)
+    huge = poisoned(huge, "decoder_layer/rms_norm_3", "scale", 1, 3e38)
+    said = runs.find_fault(huge, batch, ROOMY, SPEC)
+    assert said == "what is computed: layer 1, its output"
+    hot = replace(SPEC, optimizer=OptimizerSpec(name="adamw", rate=3e37, clip=None))
+    with pytest.raises(runs.NotFinite, match="step 0 is.* in_out_embed/") as caught:
+        run = runs.RunSpec("x", save_every=1)
+        runs.train(Trainer(ROOMY, hot), rows, run, tmp_path, {})
+    step = int(str(caught.value).split()[1])
+    saved = runs.Checkpoints(tmp_path / "checkpoints", 3)
+    assert (saved.latest or 0) <= step
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(state, tmp_path):
+    kept = runs.Checkpoints(tmp_path, 1)
+    kept.save(state, {"run": 1})
+    later = TrainState(state.params, state.memory, state.step + 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(OSError, match="the one of step 0 is whole") as caught:
+            kept.save(later, {"run": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "File too large" in str(caught.value)
+    again = runs.Checkpoints(tmp_path, 1)
+    assert again.latest == 0 and os.listdir(tmp_path) == ["0"]
+    close(again.restore(Trainer(ROOMY, SPEC).like), state, 0)
+    again.save(later, {"run": 1})
+    assert again.latest == 5 and os.listdir(tmp_path) == ["5"]
+
+
+RECIPE = """\
+[model]
+context = 32
+d_model = 16
+d_ff = 16
+num_layers = 1
+q_heads = 2
+kv_heads = 1
+head_size = 8
+num_experts = 2
+dtype = "float32"
+[data]
+files = ["texts"]
+validation = 0.2
+[train]
+steps = 400
+batch = 2
+length = 32
+[schedule]
+warmup = 3
+[run]
+folder = "out"
+save_every = 10
+log_every = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(TEXTS * 4):
+        (tmp_path / f"texts/{i}.txt").write_text(f"{text}\n{i}\n")
+    file = tmp_path / "run.toml"
+    file.write_text(RECIPE)
+    return file
+
+
+def test_killed_twice_the_weights_are_the_same_bits(recipe, tmp_path):
+    """kill -9 while it steps and saves; one more run ends as if never stopped."""
+    script = (
+        "import sys, jax; jax.config.update('jax_num_cpu_devices', 8); "
+        "from annotated_moe.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", script, "train", str(recipe)]
+    log = tmp_path / "out/log.jsonl"
+    rng = np.random.default_rng()
+    reached = []
+    for _ in range(2):
+        start = reached[-1] if reached else 0
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and child.poll() is None:
+            lines = runs.read_log(log)
+            if lines and lines[-1]["step"] > start + 15:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL, "it ended before it was killed"
+        reached.append(runs.read_log(log)[-1]["step"])
+    assert cli.main(["train", str(recipe)]) == 0
+    lines = [line["step"] for line in runs.read_log(log) if "nll" in line]
+    assert lines == list(range(1, 401))
+    whole = tmp_path / "whole.toml"
+    whole.write_text(RECIPE.replace('"out"', '"whole"'))
+    assert cli.main(["train", str(whole)]) == 0
+    a, b = (am.load(tmp_path / name / "model").params for name in ("out", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    model = am.load(tmp_path / "out/model", dtype="float32")
+    assert isinstance(model.generate("The LORD", max_new_tokens=3), str)
+
+
+WRONG = {
+    "section": ("[data]", "[date]\n[data]", "no section 'date'; did you mean 'data'?"),
+    "key": ("batch", "bach", "[train] has no key 'bach'; did you mean 'batch'?"),
+    "type": ("batch = 2", "batch = '2'", "[train] batch must be an int of 1 or more"),
+    "value": ("steps = 400", "steps = 0", "[train] steps must be an int of 1 or more"),
+    "missing": ("length = 32", "", "[train] needs the key 'length', an int"),
+    "model": ("d_ff", "dff", "[model] has no key 'dff'; did you mean 'd_ff'?"),
+    "size": ("d_ff = 16", "d_ff = 1.5", "[model] d_ff must be an int of 1 or more"),
+    "heads": ("kv_heads = 1", "kv_heads = 3", "[model] 2 query heads cannot share 3"),
+    "preset": ("[model]", "[model]\npreset = 'grok-2'", "did you mean 'grok-1'?"),
+    "optimizer": ("[schedule]", "[optimizer]\nname='adam'\n[schedule]", "adamw, muon"),
+    "decay": ("warmup = 3", "decay = 400", "[train] warmup 100 and decay 400 are more"),
+    "files": ('["texts"]', '["nothing"]', "[data] files: nothing in"),
+    "context": ("context = 32", "context = 16", "rows of 32 tokens do not fit"),
+    "mesh": ("[train]", "[mesh]\ndata = 4\n[train]", "[mesh] data = 4 cannot cut 2"),
+    "TOML": ("[train]", "[train", "is no TOML"),
+    "tokens": ("d_ff = 16", "d_ff = 16\nvocab_size = 9", "vocab_size"),
+}
+
+
+@pytest.mark.parametrize("old, new, said", WRONG.values(), ids=WRONG)
+def test_a_wrong_recipe_is_one_sentence(recipe, capsys, old, new, said):
+    recipe.write_text(RECIPE.replace(old, new, 1))
+    assert cli.main(["train", str(recipe)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and said in err, err
+    assert str(recipe) in err
+
+
+def test_another_run_is_not_gone_on_from(recipe, capsys):
+    short = RECIPE.replace("steps = 400", "steps = 4")
+    recipe.write_text(short)
+    assert cli.main(["train", str(recipe)]) == 0
+    recipe.write_text(short + "[optimizer]\nrate = 0.5\n")
+    capsys.readouterr()
+    assert cli.main(["train", str(recipe)]) == 2
+    assert "train.optimizer.rate = 0.003" in capsys.readouterr().err
+    recipe.write_text(RECIPE.replace("steps = 400", "steps = 6"))  # longer: goes on
+    assert cli.main(["train", str(recipe)]) == 0
+    assert runs.read_log(recipe.parent / "out/log.jsonl")[-1]["step"] == 6
+
+
+def test_within_documents_refuses_queries_that_grow():
+    found = [
+        c
+        for c in am.PRESETS.values()
+        if any(getattr(c.layer(i).attention, "floor", None) for i in range(4))
+    ]
+    for config in found:
+        with pytest.raises(ValueError, match="grow with their position"):
+            within_documents(config)
+    assert found

@@ -1,4 +1,4 @@
-# Generated from book/chapters/08_model.md, book/chapters/95_training_stack.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08_model.md, book/chapters/22_balance.md, book/chapters/95_training_stack.md by `make sync`; edit the chapters.
 """Grok-1 is a layer of 4.9 billion weights, sixty-four times over,
 between a table that turns tokens into vectors and the same table
 turning vectors back into tokens. The chapters before this one built
@@ -28,7 +28,7 @@ from annotated_moe.config import (
     all_slots,
     segments,
 )
-from annotated_moe.moe import Losses
+from annotated_moe.moe import UPDATES, Losses
 from annotated_moe.params import ParamSpec, get_parameter, record_specs
 from annotated_moe.placement import here
 from annotated_moe.quantization import LazySlice, read_slice, tile_rows
@@ -229,13 +229,17 @@ def apply_layer(
     cache: KVCache | None = None,
     index: int | Int32[Array, ""] = 0,
     train: bool = False,
+    key: Array | None = None,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
-    """What a layer with these weights makes of h; see DecoderLayer."""
+    """What a layer with these weights makes of h; see DecoderLayer.
+
+    `key`: what a layer draws at random in training; None: nothing is.
+    """
     def run() -> Any:
         layer = DecoderLayer(slot.spec, config.dtype, slot.name)
         return layer(h, positions, real, cache, index, train)
 
-    return hk.transform(run).apply(weights, None)
+    return hk.transform(run).apply(weights, key)
 
 
 # %% book/chapters/08_model.md, cell 35
@@ -526,6 +530,39 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
+# %% book/chapters/22_balance.md, cell 24
+Reports = dict[tuple[str, str], Any]        # module, name -> news
+
+
+def split_reports(
+    grads: Params, config: ModelConfig
+) -> tuple[Params, Reports]:
+    """A gradient with zeros for what is no gradient, and the reports.
+
+    What an optimizer gets, and what `update_routers` does.
+    """
+    own = {path for path, spec in flat_specs(config).items()
+           if spec.update}
+    plain = {
+        module: {name: jnp.zeros_like(g) if (module, name) in own else g
+                 for name, g in leaves.items()}
+        for module, leaves in grads.items()
+    }
+    return plain, {(m, name): grads[m][name] for m, name in own}
+
+
+def update_routers(
+    params: Params, reports: Reports, config: ModelConfig,
+    rate: float = 1e-3,
+) -> Params:
+    """The parameters that no optimizer moves, each by its own rule."""
+    new = {module: dict(leaves) for module, leaves in params.items()}
+    for (module, name), news in reports.items():
+        rule = UPDATES[flat_specs(config)[module, name].update or ""]
+        new[module][name] = rule(params[module][name], news, rate)
+    return new
+
+
 # %% book/chapters/95_training_stack.md, cell 5
 def decoder_to_train(
     params: Params,
@@ -533,24 +570,34 @@ def decoder_to_train(
     positions: Int32[Array, "B T"],
     real: Bool[Array, "B T"],
     config: ModelConfig,
+    key: Array | None = None,
 ) -> tuple[Float32[Array, "B T D"], Losses]:
     """All layers with a gradient: experts drop what finds no seat.
 
-    Losses are means over the layers that have them.
+    Losses are means over the layers that have them. Each layer gets a
+    key of its own from `key`.
     """
     found: dict[str, list[Array]] = {}
     for slots in segments(config):
-        def body(h: Array, weights: Any, slots: Any = slots) -> Any:
+        keys = None
+        if key is not None:
+            key, own = jax.random.split(key)
+            layers = len(slots[0].layers), len(slots)
+            keys = jax.random.split(own, layers)
+
+        def body(h: Array, inputs: Any, slots: Any = slots) -> Any:
             losses = []
-            for slot, own in zip(slots, weights):
+            stacks, keys = inputs
+            for i, (slot, own) in enumerate(zip(slots, stacks)):
                 h, _, loss = apply_layer(
-                    own, slot, config, h, positions, real, train=True
+                    own, slot, config, h, positions, real, train=True,
+                    key=None if keys is None else keys[i],
                 )
                 losses.append(loss)
             return h, losses
 
         stacks = [slot_params(params, slot) for slot in slots]
-        h, losses = jax.lax.scan(body, h, stacks)
+        h, losses = jax.lax.scan(body, h, (stacks, keys))
         for loss in losses:
             for name, values in loss.items():           # [repeats]
                 found.setdefault(name, []).append(values)
@@ -564,11 +611,17 @@ def forward_to_train(
     tokens: Int[Array, "B T"],
     config: ModelConfig,
     lengths: Int[Array, " B"] | None = None,
+    key: Array | None = None,
 ) -> tuple[Float32[Array, "B T V"], Losses]:
-    """Logits, with a gradient, and the losses of the routers."""
+    """Logits, with a gradient, and the losses of the routers.
+
+    `key` is for what a layer draws at random; None: nothing is.
+    """
     b, t = tokens.shape
     start = jnp.zeros(b, jnp.int32)
     positions, real = positions_of(start, t, lengths)
     h = embed(params["in_out_embed"]["embeddings"], tokens, config)
-    h, losses = decoder_to_train(params, h, positions, real, config)
+    h, losses = decoder_to_train(
+        params, h, positions, real, config, key
+    )
     return unembed(params, h, config, train=True), losses

@@ -530,7 +530,7 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/22_balance.md, cell 24
+# %% book/chapters/22_balance.md, cell 33
 Reports = dict[tuple[str, str], Any]        # module, name -> news
 
 
@@ -551,11 +551,16 @@ def split_reports(
     return plain, {(m, name): grads[m][name] for m, name in own}
 
 
+# %% book/chapters/22_balance.md, cell 34
 def update_routers(
     params: Params, reports: Reports, config: ModelConfig,
     rate: float = 1e-3,
 ) -> Params:
-    """The parameters that no optimizer moves, each by its own rule."""
+    """The parameters that no optimizer moves, each by its own rule.
+
+    `rate`: how far a bias goes in a step, DeepSeek-V3's by default.
+    Of a batch in parts, give the mean of the parts' reports.
+    """
     new = {module: dict(leaves) for module, leaves in params.items()}
     for (module, name), news in reports.items():
         rule = UPDATES[flat_specs(config)[module, name].update or ""]

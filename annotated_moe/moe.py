@@ -739,17 +739,7 @@ class SharedMoE(MoE):
         return super().expert(x, jnp.ones_like(gates), w)
 
 
-# %% book/chapters/22_balance.md, cell 11
-def expert_load(
-    experts: Int[Array, "N A"], num_experts: int,
-    real: Bool[Array, " N"] | None = None,
-) -> Float32[Array, " E"]:
-    """How many choices of the `real` tokens each expert has."""
-    hot = jax.nn.one_hot(experts, num_experts).sum(axis=1)  # [N, E]
-    return hot.sum(axis=0) if real is None else real @ hot
-
-
-# %% book/chapters/22_balance.md, cell 12
+# %% book/chapters/22_balance.md, cell 16
 def route_noisy(
     x: Float[Array, "N D"], w: Float[Array, "D E"],
     w_noise: Float[Array, "D E"], top_k: int, key: Array | None = None,
@@ -772,7 +762,7 @@ def route_noisy(
     return Route(routed.probs, gates, experts, routed.logits)
 
 
-# %% book/chapters/22_balance.md, cell 13
+# %% book/chapters/22_balance.md, cell 17
 class NoisyRouter(Router):
     """`route_noisy` with a learned size of the noise."""
 
@@ -791,7 +781,7 @@ class NoisyRouter(Router):
 ROUTER_MODULES["noisy_top_k"] = NoisyRouter
 
 
-# %% book/chapters/22_balance.md, cell 14
+# %% book/chapters/22_balance.md, cell 20
 def route_expert_choice(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int,
     real: Bool[Array, " N"] | None = None,
@@ -811,11 +801,11 @@ def route_expert_choice(
     every = jnp.arange(e)
     taken = jnp.zeros((n, e), bool)
     taken = taken.at[tokens, every[:, None]].set(best > 0)
-    gates, experts = jnp.where(taken, probs, 0), jnp.where(taken, every, e)
-    return Route(probs, gates, experts, logits)
+    experts = jnp.where(taken, every, e)                    # [N, E]
+    return Route(probs, jnp.where(taken, probs, 0), experts, logits)
 
 
-# %% book/chapters/22_balance.md, cell 15
+# %% book/chapters/22_balance.md, cell 21
 class ExpertChoiceRouter(Router):
     """`route_expert_choice`: it looks at all tokens of a batch."""
 
@@ -832,7 +822,7 @@ class ExpertChoiceRouter(Router):
 ROUTER_MODULES["expert_choice"] = ExpertChoiceRouter
 
 
-# %% book/chapters/22_balance.md, cell 17
+# %% book/chapters/22_balance.md, cell 27
 def route_biased(
     x: Float[Array, "N D"], w: Float[Array, "D E"],
     bias: Float32[Array, " E"], top_k: int,
@@ -847,12 +837,14 @@ def route_biased(
     scores = jax.nn.sigmoid(logits)                         # [N, E]
     _, experts = jax.lax.top_k(scores + bias, top_k)        # [N, A]
     gates = jnp.take_along_axis(scores, experts, axis=-1)
-    gates = gates / gates.sum(axis=-1, keepdims=True)
-    probs = scores / scores.sum(axis=-1, keepdims=True)
+    total = gates.sum(axis=-1, keepdims=True)
+    gates = gates / jnp.maximum(total, 1e-20)
+    total = scores.sum(axis=-1, keepdims=True)
+    probs = scores / jnp.maximum(total, 1e-20)
     return Route(probs, gates, experts, logits)
 
 
-# %% book/chapters/22_balance.md, cell 18
+# %% book/chapters/22_balance.md, cell 28
 def update_bias(
     bias: Float32[Array, "*L E"], load: Float32[Array, "*L E"],
     rate: float,
@@ -865,7 +857,17 @@ def update_bias(
     return bias - rate * jnp.sign(excess)
 
 
-# %% book/chapters/22_balance.md, cell 19
+# %% book/chapters/22_balance.md, cell 29
+def expert_load(
+    experts: Int[Array, "N A"], num_experts: int,
+    real: Bool[Array, " N"] | None = None,
+) -> Float32[Array, " E"]:
+    """How many choices of the `real` tokens each expert has."""
+    hot = jax.nn.one_hot(experts, num_experts).sum(axis=1)  # [N, E]
+    return hot.sum(axis=0) if real is None else real @ hot
+
+
+# %% book/chapters/22_balance.md, cell 30
 @jax.custom_vjp
 def report(
     x: Float32[Array, "..."], bias: Float32[Array, " E"],
@@ -886,7 +888,7 @@ def report_back(news: Array, dx: Array) -> Any:
 report.defvjp(report_there, report_back)
 
 
-# %% book/chapters/22_balance.md, cell 20
+# %% book/chapters/22_balance.md, cell 31
 class BiasedRouter(Router):
     """`route_biased`; in a gradient, its bias reports the loads."""
 
@@ -917,7 +919,22 @@ class BiasedRouter(Router):
 ROUTER_MODULES["selection_bias"] = BiasedRouter
 
 
-# %% book/chapters/22_balance.md, cell 21
+# %% book/chapters/22_balance.md, cell 32
+def set_bias(
+    bias: Float32[Array, "*L E"], found: Float32[Array, "*L E"],
+    rate: float,
+) -> Float32[Array, "*L E"]:
+    """`found`: a quantile is not approached, it is computed."""
+    return found
+
+
+UpdateRule = Callable[[Array, Array, float], Array]
+UPDATES: dict[str, UpdateRule] = {
+    "load": update_bias, "quantile": set_bias,
+}
+
+
+# %% book/chapters/22_balance.md, cell 37
 def quantile_bias(
     scores: Float32[Array, "N E"], bias: Float32[Array, " E"],
     top_k: int, real: Bool[Array, " N"],
@@ -936,7 +953,7 @@ def quantile_bias(
     return jnp.where(real.any(), found - found.mean(), bias)
 
 
-# %% book/chapters/22_balance.md, cell 22
+# %% book/chapters/22_balance.md, cell 38
 class QuantileRouter(BiasedRouter):
     """`route_biased` with the bias of `quantile_bias`."""
 
@@ -951,11 +968,3 @@ class QuantileRouter(BiasedRouter):
 
 
 ROUTER_MODULES["quantile"] = QuantileRouter
-
-
-# %% book/chapters/22_balance.md, cell 23
-UpdateRule = Callable[[Array, Array, float], Array]
-UPDATES: dict[str, UpdateRule] = {
-    "load": update_bias,
-    "quantile": lambda bias, found, rate: found,
-}

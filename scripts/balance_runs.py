@@ -1,6 +1,6 @@
 """Train the runs of the chapter on balance: three seeds of each.
 
-    python scripts/balance_runs.py [--only remedies] [--steps 400]
+    python scripts/balance_runs.py [--only remedies] [--steps 1500]
 
 The task, the model and the step are the chapter's own cells. Writes a line a
 run to annotated_moe/runs/balance.csv; with --only, the lines of one study anew.
@@ -22,7 +22,8 @@ CHAPTER = "book/chapters/22_balance.md"
 RUNS = ROOT / "annotated_moe/runs/balance.csv"
 COLUMNS = ["study", "name", "factor", "seed", "steps", "loss", "unlimited",
            "busiest", "evenness", "dropped", "seconds"]  # fmt: skip
-SEEDS, CHUNKS, COMMON = 3, 10, 2.0
+STUDIES = ["start", "remedies", "seats", "grain"]
+SEEDS, CHUNKS = 3, 10
 
 
 def page() -> dict[str, Any]:
@@ -43,8 +44,11 @@ def studies(p: dict[str, Any]) -> list[tuple[str, str, Any, dict[str, Any]]]:
     routed = p["routed_by"]
     plain = routed("softmax_top_k")
     biased = routed("selection_bias")
-    found = [
-        ("remedies", "even start", plain, {"common": 0.0}),
+    found: list[Any] = [
+        ("start", str(common), plain, {"common": common})
+        for common in (0.0, 0.5, 1.0, 2.0, 3.0)
+    ]
+    found += [
         ("remedies", "nothing", plain, {}),
         ("remedies", "balance loss", plain, {"balance": 0.02}),
         ("remedies", "noise", routed("noisy_top_k"), {}),
@@ -79,7 +83,7 @@ def run(p: dict[str, Any], config: Any, seed: int, steps: int, options: Any) -> 
     """What is measured at the end of a run, and its seconds without compiling."""
     jax = p["jax"]
     options = dict(options)
-    state = p["begin"](seed, config, options.pop("common", COMMON))
+    state = p["begin"](seed, config, options.pop("common", p["COMMON"]))
     keys = jax.random.split(jax.random.key(seed), CHUNKS)
     for i, key in enumerate(keys):
         state, nll = p["train"](state, key, config, steps // CHUNKS, **options)
@@ -99,8 +103,8 @@ def run(p: dict[str, Any], config: Any, seed: int, steps: int, options: Any) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["remedies", "seats", "grain"])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--only", choices=STUDIES)
+    parser.add_argument("--steps", type=int, default=1500)
     args = parser.parse_args()
     kept: list[dict[str, Any]] = []
     if args.only and RUNS.exists():
@@ -117,7 +121,7 @@ def main() -> None:
             row |= {"steps": args.steps, "seconds": f"{seconds:.2f}"}
             row |= {c: f"{float(getattr(got, c)):.4f}" for c in COLUMNS[5:10]}
             kept.append(row)
-    kept.sort(key=lambda r: ["remedies", "seats", "grain"].index(r["study"]))
+    kept.sort(key=lambda r: STUDIES.index(r["study"]))
     RUNS.parent.mkdir(exist_ok=True)
     with open(RUNS, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -379,6 +379,13 @@ class MoESpec(Spec):
                 f"num_experts={self.num_experts}"
             )
 
+    def factor_of(self, columns: int) -> float:
+        """The capacity factor, of choices listed in so many columns.
+
+        A router may list more than `top_k`, and leave some empty.
+        """
+        return self.capacity_factor * self.top_k / columns
+
     def build(self) -> "MoE":
         return MoE(self)
 
@@ -394,8 +401,10 @@ class Router(hk.Module):
         self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "N D"], real: Bool[Array, " N"]
+        self, x: Float[Array, "N D"],
+        real: Bool[Array, " N"] | None = None,
     ) -> Route:
+        real = jnp.ones(len(x), bool) if real is None else real
         shape = x.shape[-1], self.spec.num_experts
         init = hk.initializers.TruncatedNormal(shape[0] ** -0.5)
         axes = "embed", None
@@ -510,12 +519,8 @@ class MoE(hk.Module):
         return y.reshape(x.shape), losses
 
     @hk.transparent
-    def route(
-        self, x: Float32[Array, "N D"],
-        real: Bool[Array, " N"] | None = None,
-    ) -> Route:
+    def route(self, x: Float32[Array, "N D"], real: Any = None) -> Route:
         """Where each token goes; `real` None: none is padding."""
-        real = jnp.ones(len(x), bool) if real is None else real
         kind = ROUTER_MODULES.get(self.spec.router, Router)
         return kind(self.spec)(x, real)
 
@@ -564,9 +569,7 @@ class MoE(hk.Module):
         experts = jnp.where(real[:, None], routed.experts, count)
         w = self.weights(d)
         if train:
-            # Seats are counted by the choices that are made on average.
-            spec, columns = self.spec, experts.shape[1]
-            factor = spec.capacity_factor * spec.top_k / columns
+            factor = self.spec.factor_of(experts.shape[1])
             return capacity_and_drop(
                 x, routed.gates, experts, w, self.expert, factor
             )
@@ -739,7 +742,7 @@ class SharedMoE(MoE):
         return super().expert(x, jnp.ones_like(gates), w)
 
 
-# %% book/chapters/22_balance.md, cell 16
+# %% book/chapters/22_balance.md, cell 17
 def route_noisy(
     x: Float[Array, "N D"], w: Float[Array, "D E"],
     w_noise: Float[Array, "D E"], top_k: int, key: Array | None = None,
@@ -762,7 +765,7 @@ def route_noisy(
     return Route(routed.probs, gates, experts, routed.logits)
 
 
-# %% book/chapters/22_balance.md, cell 17
+# %% book/chapters/22_balance.md, cell 18
 class NoisyRouter(Router):
     """`route_noisy` with a learned size of the noise."""
 
@@ -781,7 +784,7 @@ class NoisyRouter(Router):
 ROUTER_MODULES["noisy_top_k"] = NoisyRouter
 
 
-# %% book/chapters/22_balance.md, cell 20
+# %% book/chapters/22_balance.md, cell 21
 def route_expert_choice(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int,
     real: Bool[Array, " N"] | None = None,
@@ -805,7 +808,7 @@ def route_expert_choice(
     return Route(probs, jnp.where(taken, probs, 0), experts, logits)
 
 
-# %% book/chapters/22_balance.md, cell 21
+# %% book/chapters/22_balance.md, cell 22
 class ExpertChoiceRouter(Router):
     """`route_expert_choice`: it looks at all tokens of a batch."""
 
@@ -822,7 +825,7 @@ class ExpertChoiceRouter(Router):
 ROUTER_MODULES["expert_choice"] = ExpertChoiceRouter
 
 
-# %% book/chapters/22_balance.md, cell 27
+# %% book/chapters/22_balance.md, cell 28
 def route_biased(
     x: Float[Array, "N D"], w: Float[Array, "D E"],
     bias: Float32[Array, " E"], top_k: int,
@@ -844,7 +847,7 @@ def route_biased(
     return Route(probs, gates, experts, logits)
 
 
-# %% book/chapters/22_balance.md, cell 28
+# %% book/chapters/22_balance.md, cell 29
 def update_bias(
     bias: Float32[Array, "*L E"], load: Float32[Array, "*L E"],
     rate: float,
@@ -857,7 +860,7 @@ def update_bias(
     return bias - rate * jnp.sign(excess)
 
 
-# %% book/chapters/22_balance.md, cell 29
+# %% book/chapters/22_balance.md, cell 30
 def expert_load(
     experts: Int[Array, "N A"], num_experts: int,
     real: Bool[Array, " N"] | None = None,
@@ -867,7 +870,7 @@ def expert_load(
     return hot.sum(axis=0) if real is None else real @ hot
 
 
-# %% book/chapters/22_balance.md, cell 30
+# %% book/chapters/22_balance.md, cell 31
 @jax.custom_vjp
 def report(
     x: Float32[Array, "..."], bias: Float32[Array, " E"],
@@ -888,7 +891,7 @@ def report_back(news: Array, dx: Array) -> Any:
 report.defvjp(report_there, report_back)
 
 
-# %% book/chapters/22_balance.md, cell 31
+# %% book/chapters/22_balance.md, cell 32
 class BiasedRouter(Router):
     """`route_biased`; in a gradient, its bias reports the loads."""
 
@@ -919,7 +922,7 @@ class BiasedRouter(Router):
 ROUTER_MODULES["selection_bias"] = BiasedRouter
 
 
-# %% book/chapters/22_balance.md, cell 32
+# %% book/chapters/22_balance.md, cell 33
 def set_bias(
     bias: Float32[Array, "*L E"], found: Float32[Array, "*L E"],
     rate: float,
@@ -934,7 +937,7 @@ UPDATES: dict[str, UpdateRule] = {
 }
 
 
-# %% book/chapters/22_balance.md, cell 37
+# %% book/chapters/22_balance.md, cell 38
 def quantile_bias(
     scores: Float32[Array, "N E"], bias: Float32[Array, " E"],
     top_k: int, real: Bool[Array, " N"],
@@ -953,7 +956,7 @@ def quantile_bias(
     return jnp.where(real.any(), found - found.mean(), bias)
 
 
-# %% book/chapters/22_balance.md, cell 38
+# %% book/chapters/22_balance.md, cell 39
 class QuantileRouter(BiasedRouter):
     """`route_biased` with the bias of `quantile_bias`."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from annotated_moe import tangle
+from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 
 ROOT = Path(__file__).parent.parent
 CHAPTER = "book/chapters/22_balance.md"
@@ -65,16 +66,16 @@ def studies(p: dict[str, Any]) -> list[tuple[str, str, Any, dict[str, Any]]]:
             ("seats", "balance loss", routed("softmax_top_k", factor),
              {"balance": 0.02}),
         ]  # fmt: skip
-    MoESpec, Shared, Dense = p["MoESpec"], p["SharedMoESpec"], p["FeedForwardSpec"]
     with_experts = p["with_experts"]
     for e, a, f in ((8, 2, 32), (16, 4, 16), (32, 8, 8)):
         spec = MoESpec(e, a, f, router="selection_bias")
         found.append(("grain", f"{a} of {e}", with_experts(spec), {}))
-        one = Shared(e - 1, a - 1, f, router="selection_bias", shared=Dense(f))
+        shared = FeedForwardSpec(f)
+        one = SharedMoESpec(e - 1, a - 1, f, router="selection_bias", shared=shared)
         found.append(("grain", f"1 + {a - 1} of {e - 1}", with_experts(one), {}))
     found += [
-        ("grain", "dense, same work", with_experts(Dense(64)), {}),
-        ("grain", "dense, same size", with_experts(Dense(256)), {}),
+        ("grain", "dense, same work", with_experts(FeedForwardSpec(64)), {}),
+        ("grain", "dense, same size", with_experts(FeedForwardSpec(256)), {}),
     ]
     return found
 

@@ -519,7 +519,7 @@ class MoE(hk.Module):
         return y.reshape(x.shape), losses
 
     @hk.transparent
-    def route(self, x: Float32[Array, "N D"], real: Any = None) -> Route:
+    def route(self, x: Float[Array, "N D"], real: Any = None) -> Route:
         """Where each token goes; `real` None: none is padding."""
         kind = ROUTER_MODULES.get(self.spec.router, Router)
         return kind(self.spec)(x, real)

@@ -770,10 +770,7 @@ class NoisyRouter(Router):
     """`route_noisy` with a learned size of the noise."""
 
     @hk.transparent
-    def choose(
-        self, x: Float[Array, "N D"], w: Float32[Array, "D E"],
-        real: Bool[Array, " N"],
-    ) -> Route:
+    def choose(self, x: Array, w: Array, real: Array) -> Route:
         w_noise = get_parameter(
             "noise", w.shape, ("embed", None), jnp.zeros, float32=True
         )
@@ -815,17 +812,14 @@ class ExpertChoiceRouter(Router):
     causal = False
 
     @hk.transparent
-    def choose(
-        self, x: Float[Array, "N D"], w: Float32[Array, "D E"],
-        real: Bool[Array, " N"],
-    ) -> Route:
+    def choose(self, x: Array, w: Array, real: Array) -> Route:
         return route_expert_choice(x, w, self.spec.top_k, real)
 
 
 ROUTER_MODULES["expert_choice"] = ExpertChoiceRouter
 
 
-# %% book/chapters/22_balance.md, cell 28
+# %% book/chapters/22_balance.md, cell 27
 def route_biased(
     x: Float[Array, "N D"], w: Float[Array, "D E"],
     bias: Float32[Array, " E"], top_k: int,
@@ -847,7 +841,7 @@ def route_biased(
     return Route(probs, gates, experts, logits)
 
 
-# %% book/chapters/22_balance.md, cell 29
+# %% book/chapters/22_balance.md, cell 28
 def update_bias(
     bias: Float32[Array, "*L E"], load: Float32[Array, "*L E"],
     rate: float,
@@ -860,7 +854,7 @@ def update_bias(
     return bias - rate * jnp.sign(excess)
 
 
-# %% book/chapters/22_balance.md, cell 30
+# %% book/chapters/22_balance.md, cell 29
 def expert_load(
     experts: Int[Array, "N A"], num_experts: int,
     real: Bool[Array, " N"] | None = None,
@@ -870,7 +864,7 @@ def expert_load(
     return hot.sum(axis=0) if real is None else real @ hot
 
 
-# %% book/chapters/22_balance.md, cell 31
+# %% book/chapters/22_balance.md, cell 30
 @jax.custom_vjp
 def report(
     x: Float32[Array, "..."], bias: Float32[Array, " E"],
@@ -891,17 +885,14 @@ def report_back(news: Array, dx: Array) -> Any:
 report.defvjp(report_there, report_back)
 
 
-# %% book/chapters/22_balance.md, cell 32
+# %% book/chapters/22_balance.md, cell 31
 class BiasedRouter(Router):
     """`route_biased`; in a gradient, its bias reports the loads."""
 
     update = "load"
 
     @hk.transparent
-    def choose(
-        self, x: Float[Array, "N D"], w: Float32[Array, "D E"],
-        real: Bool[Array, " N"],
-    ) -> Route:
+    def choose(self, x: Array, w: Array, real: Array) -> Route:
         e = self.spec.num_experts
         bias = get_parameter("bias", (e,), (None,), jnp.zeros,
                              float32=True, update=self.update)
@@ -911,18 +902,15 @@ class BiasedRouter(Router):
         gates = report(routed.gates, bias, news)
         return routed._replace(gates=gates)
 
-    def news(
-        self, routed: Route, bias: Float32[Array, " E"],
-        real: Bool[Array, " N"],
-    ) -> Float32[Array, " E"]:
-        """What the rule wants to know of a batch."""
+    def news(self, routed: Route, bias: Array, real: Array) -> Array:
+        """What the rule wants to know of a batch, [E]."""
         return expert_load(routed.experts, self.spec.num_experts, real)
 
 
 ROUTER_MODULES["selection_bias"] = BiasedRouter
 
 
-# %% book/chapters/22_balance.md, cell 33
+# %% book/chapters/22_balance.md, cell 32
 def set_bias(
     bias: Float32[Array, "*L E"], found: Float32[Array, "*L E"],
     rate: float,
@@ -937,7 +925,7 @@ UPDATES: dict[str, UpdateRule] = {
 }
 
 
-# %% book/chapters/22_balance.md, cell 38
+# %% book/chapters/22_balance.md, cell 37
 def quantile_bias(
     scores: Float32[Array, "N E"], bias: Float32[Array, " E"],
     top_k: int, real: Bool[Array, " N"],
@@ -956,16 +944,13 @@ def quantile_bias(
     return jnp.where(real.any(), found - found.mean(), bias)
 
 
-# %% book/chapters/22_balance.md, cell 39
+# %% book/chapters/22_balance.md, cell 38
 class QuantileRouter(BiasedRouter):
     """`route_biased` with the bias of `quantile_bias`."""
 
     update = "quantile"
 
-    def news(
-        self, routed: Route, bias: Float32[Array, " E"],
-        real: Bool[Array, " N"],
-    ) -> Float32[Array, " E"]:
+    def news(self, routed: Route, bias: Array, real: Array) -> Array:
         scores = jax.nn.sigmoid(routed.logits)
         return quantile_bias(scores, bias, self.spec.top_k, real)
 

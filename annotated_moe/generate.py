@@ -466,7 +466,7 @@ class Model:
 MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
 
 
-# %% book/chapters/22_balance.md, cell 25
+# %% book/chapters/22_balance.md, cell 24
 def check_causal(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
     """ValueError where a router needs tokens that are yet to come.
 

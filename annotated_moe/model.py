@@ -530,7 +530,7 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/22_balance.md, cell 33
+# %% book/chapters/22_balance.md, cell 32
 Reports = dict[tuple[str, str], Any]        # module, name -> news
 
 
@@ -551,7 +551,7 @@ def split_reports(
     return plain, {(m, name): grads[m][name] for m, name in own}
 
 
-# %% book/chapters/22_balance.md, cell 34
+# %% book/chapters/22_balance.md, cell 33
 def update_routers(
     params: Params, reports: Reports, config: ModelConfig,
     rate: float = 1e-3,

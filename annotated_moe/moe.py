@@ -781,7 +781,7 @@ class NoisyRouter(Router):
 ROUTER_MODULES["noisy_top_k"] = NoisyRouter
 
 
-# %% book/chapters/22_balance.md, cell 21
+# %% book/chapters/22_balance.md, cell 20
 def route_expert_choice(
     x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int,
     real: Bool[Array, " N"] | None = None,
@@ -805,7 +805,7 @@ def route_expert_choice(
     return Route(probs, jnp.where(taken, probs, 0), experts, logits)
 
 
-# %% book/chapters/22_balance.md, cell 22
+# %% book/chapters/22_balance.md, cell 21
 class ExpertChoiceRouter(Router):
     """`route_expert_choice`: it looks at all tokens of a batch."""
 
@@ -819,7 +819,7 @@ class ExpertChoiceRouter(Router):
 ROUTER_MODULES["expert_choice"] = ExpertChoiceRouter
 
 
-# %% book/chapters/22_balance.md, cell 27
+# %% book/chapters/22_balance.md, cell 26
 def route_biased(
     x: Float[Array, "N D"], w: Float[Array, "D E"],
     bias: Float32[Array, " E"], top_k: int,
@@ -841,7 +841,7 @@ def route_biased(
     return Route(probs, gates, experts, logits)
 
 
-# %% book/chapters/22_balance.md, cell 28
+# %% book/chapters/22_balance.md, cell 27
 def update_bias(
     bias: Float32[Array, "*L E"], load: Float32[Array, "*L E"],
     rate: float,
@@ -854,7 +854,7 @@ def update_bias(
     return bias - rate * jnp.sign(excess)
 
 
-# %% book/chapters/22_balance.md, cell 29
+# %% book/chapters/22_balance.md, cell 28
 def expert_load(
     experts: Int[Array, "N A"], num_experts: int,
     real: Bool[Array, " N"] | None = None,
@@ -864,7 +864,7 @@ def expert_load(
     return hot.sum(axis=0) if real is None else real @ hot
 
 
-# %% book/chapters/22_balance.md, cell 30
+# %% book/chapters/22_balance.md, cell 29
 @jax.custom_vjp
 def report(
     x: Float32[Array, "..."], bias: Float32[Array, " E"],
@@ -885,7 +885,7 @@ def report_back(news: Array, dx: Array) -> Any:
 report.defvjp(report_there, report_back)
 
 
-# %% book/chapters/22_balance.md, cell 31
+# %% book/chapters/22_balance.md, cell 30
 class BiasedRouter(Router):
     """`route_biased`; in a gradient, its bias reports the loads."""
 
@@ -910,7 +910,7 @@ class BiasedRouter(Router):
 ROUTER_MODULES["selection_bias"] = BiasedRouter
 
 
-# %% book/chapters/22_balance.md, cell 32
+# %% book/chapters/22_balance.md, cell 31
 def set_bias(
     bias: Float32[Array, "*L E"], found: Float32[Array, "*L E"],
     rate: float,
@@ -925,7 +925,7 @@ UPDATES: dict[str, UpdateRule] = {
 }
 
 
-# %% book/chapters/22_balance.md, cell 37
+# %% book/chapters/22_balance.md, cell 36
 def quantile_bias(
     scores: Float32[Array, "N E"], bias: Float32[Array, " E"],
     top_k: int, real: Bool[Array, " N"],
@@ -944,7 +944,7 @@ def quantile_bias(
     return jnp.where(real.any(), found - found.mean(), bias)
 
 
-# %% book/chapters/22_balance.md, cell 38
+# %% book/chapters/22_balance.md, cell 37
 class QuantileRouter(BiasedRouter):
     """`route_biased` with the bias of `quantile_bias`."""
 

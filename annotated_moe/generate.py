@@ -1,4 +1,4 @@
-# Generated from book/chapters/08c_generate.md, book/chapters/94_requests.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08c_generate.md, book/chapters/22_balance.md, book/chapters/94_requests.md by `make sync`; edit the chapters.
 """Prompts in, texts out: prefill, decode, and the `Model` around them.
 """
 
@@ -30,6 +30,7 @@ from annotated_moe.model import (
     init_cache,
     prefill,
 )
+from annotated_moe.moe import ROUTER_MODULES
 from annotated_moe.parallel import use_mesh
 from annotated_moe.sampling import (
     NO_TOKEN,
@@ -470,6 +471,35 @@ class Model:
 
 # %% book/chapters/08c_generate.md, cell 21
 MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
+
+
+# %% book/chapters/22_balance.md, cell 24
+def noncausal_router(config: ModelConfig) -> str:
+    """The router that needs tokens yet to come; "" if none does."""
+    for segment in config.layers:
+        for layer in segment.pattern:
+            name = getattr(layer.feed_forward, "router", "")
+            if not getattr(ROUTER_MODULES.get(name), "causal", True):
+                return name
+    return ""
+
+
+def check_causal(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
+    """ValueError where a router needs tokens that are yet to come.
+
+    Such a model may be loaded, to be saved or trained on.
+    """
+    if call == "load" or "config" not in inputs:
+        return
+    if name := noncausal_router(inputs["config"]):
+        raise ValueError(
+            f"router {name!r} sends a token by tokens that come after "
+            "it, so this model trains and does not generate: take "
+            "another router"
+        )
+
+
+RUN_CHECKS.append(check_causal)
 
 
 # %% book/chapters/94_requests.md, cell 4

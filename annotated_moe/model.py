@@ -1,4 +1,4 @@
-# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20_gradients.md, book/chapters/22_balance.md by `make sync`; edit the chapters.
 """The decoder: a layer, the stack of them, the table at both ends, and
 the programs that read a prompt and add a token.
 """
@@ -22,7 +22,7 @@ from annotated_moe.config import (
     all_places,
     segments,
 )
-from annotated_moe.moe import DROPLESS, Losses
+from annotated_moe.moe import DROPLESS, UPDATES, Losses
 from annotated_moe.params import ParamSpec, get_parameter, record_specs
 from annotated_moe.placement import here
 from annotated_moe.quantization import LazySlice, read_slice, tile_rows
@@ -312,13 +312,17 @@ def apply_layer(
     cache: KVCache | None = None,
     index: int | Int32[Array, ""] = 0,
     train: str | None = None,
+    key: Array | None = None,
 ) -> tuple[Float32[Array, "B T D"], KVCache | None, Losses]:
-    """What a layer with these weights makes of h; see DecoderLayer."""
+    """What a layer with these weights makes of h; see DecoderLayer.
+
+    `key`: what a layer draws at random in training; None: nothing is.
+    """
     def run() -> Any:
         layer = DecoderLayer(place.spec, config.dtype, place.name)
         return layer(h, positions, real, cache, index, train)
 
-    return hk.transform(run).apply(weights, None)
+    return hk.transform(run).apply(weights, key)
 
 
 # %% book/chapters/08_model.md, cell 9
@@ -531,21 +535,30 @@ def decoder_to_train(
     config: ModelConfig,
     dispatch: str = "blocks",
     remat: bool = False,
+    key: Array | None = None,
 ) -> tuple[Float32[Array, "B T D"], Losses]:
-    """All layers with a gradient; `dispatch` as in forward_to_train.
+    """All layers with a gradient; options as in forward_to_train.
 
     With `remat`, the gradient computes each layer again instead of
     keeping what was computed in it. Losses are means over the layers
-    that have them.
+    that have them. Each layer gets a key of its own from `key`.
     """
     found: dict[str, list[Array]] = {}
     for places in segments(config):
-        def body(h: Array, weights: Any, places: Any = places) -> Any:
+        keys = None
+        if key is not None:
+            key, own = jax.random.split(key)
+            layers = len(places[0].layers), len(places)
+            keys = jax.random.split(own, layers)
+
+        def body(h: Array, inputs: Any, places: Any = places) -> Any:
             losses = []
-            for place, own in zip(places, weights):
+            stacks, keys = inputs
+            for i, (place, own) in enumerate(zip(places, stacks)):
                 h, _, loss = apply_layer(
                     own, place, config, h, positions, real,
                     train=dispatch,
+                    key=None if keys is None else keys[i],
                 )
                 losses.append(loss)
             return h, losses
@@ -553,7 +566,7 @@ def decoder_to_train(
         stacks = [place_params(params, place) for place in places]
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        h, losses = jax.lax.scan(body, h, stacks)
+        h, losses = jax.lax.scan(body, h, (stacks, keys))
         for loss in losses:
             for name, values in loss.items():           # [repeats]
                 found.setdefault(name, []).append(values)
@@ -568,12 +581,14 @@ def forward_to_train(
     config: ModelConfig,
     lengths: Int[Array, " B"] | None = None,
     dispatch: str = "blocks",
+    key: Array | None = None,
 ) -> tuple[Float32[Array, "B T V"], Losses]:
     """Logits, with a gradient, and the losses of the routers.
 
     `dispatch`: how tokens come to experts. "blocks", "ragged" and
-    "tokamax" drop none; "capacity" drops what finds no seat.
-    ValueError for another name.
+    "tokamax" drop none; "capacity" drops what finds no seat. `key` is
+    for what a layer draws at random; None: nothing is. ValueError for
+    another name.
     """
     known = "capacity", *DROPLESS
     if dispatch not in known:
@@ -586,6 +601,44 @@ def forward_to_train(
     positions, real = positions_of(start, t, lengths)
     h = embed(params["in_out_embed"]["embeddings"], tokens, config)
     h, losses = decoder_to_train(
-        params, h, positions, real, config, dispatch
+        params, h, positions, real, config, dispatch, key=key
     )
     return unembed(params, h, config, train=True), losses
+
+
+# %% book/chapters/22_balance.md, cell 32
+Reports = dict[tuple[str, str], Any]        # module, name -> news
+
+
+def split_reports(
+    grads: Params, config: ModelConfig
+) -> tuple[Params, Reports]:
+    """A gradient with zeros for what is no gradient, and the reports.
+
+    What an optimizer gets, and what `update_routers` does.
+    """
+    own = {path for path, spec in flat_specs(config).items()
+           if spec.update}
+    plain = {
+        module: {name: jnp.zeros_like(g) if (module, name) in own else g
+                 for name, g in leaves.items()}
+        for module, leaves in grads.items()
+    }
+    return plain, {(m, name): grads[m][name] for m, name in own}
+
+
+# %% book/chapters/22_balance.md, cell 33
+def update_routers(
+    params: Params, reports: Reports, config: ModelConfig,
+    rate: float = 1e-3,
+) -> Params:
+    """The parameters that no optimizer moves, each by its own rule.
+
+    `rate`: how far a bias goes in a step, DeepSeek-V3's by default.
+    Of a batch in parts, give the mean of the parts' reports.
+    """
+    new = {module: dict(leaves) for module, leaves in params.items()}
+    for (module, name), news in reports.items():
+        rule = UPDATES[flat_specs(config)[module, name].update or ""]
+        new[module][name] = rule(params[module][name], news, rate)
+    return new

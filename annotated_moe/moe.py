@@ -1,4 +1,4 @@
-# Generated from book/chapters/05_moe.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20_gradients.md by `make sync`; edit the chapters.
+# Generated from book/chapters/05_moe.md, book/chapters/15_llama.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20_gradients.md, book/chapters/22_balance.md by `make sync`; edit the chapters.
 """Of Grok-1's 315.7 billion parameters, 232 billion sit out every
 token. They belong to experts that were not asked: each layer keeps
 eight feed-forward networks, and a router, one small matrix, reads the
@@ -14,10 +14,11 @@ first badly, then well.
 
 import importlib
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import haiku as hk
 import jax
@@ -33,7 +34,7 @@ from annotated_moe.specs import OneOf, Positive, Size, Spec
 
 # %% book/chapters/05_moe.md, cell 5
 class Route(NamedTuple):
-    """Where N tokens go. Gates are in falling order."""
+    """Where N tokens go; the expert that won comes first."""
 
     probs: Float32[Array, "N E"]
     gates: Float32[Array, "N A"]
@@ -358,6 +359,7 @@ def router_z_loss(
 RouterRule = Callable[[Array, Array, int], Route]
 Dropless = Callable[[Array, Array, Array, Experts, Expert], Array]
 ROUTERS: dict[str, RouterRule] = {"softmax_top_k": route}
+ROUTER_MODULES: dict[str, type["Router"]] = {}  # with parameters
 ACTIVATIONS: dict[str, Activation] = {"gelu": geglu}
 DROPLESS: dict[str, Dropless] = {}      # those that have a gradient
 
@@ -370,7 +372,9 @@ class MoESpec(Spec):
     top_k: Size                             # A: experts a token
     width: Size                             # F: hidden features of one
     activation: Annotated[str, OneOf(ACTIVATIONS)] = "gelu"
-    router: Annotated[str, OneOf(ROUTERS)] = "softmax_top_k"
+    router: Annotated[
+        str, OneOf(ChainMap[str, Any](ROUTERS, ROUTER_MODULES))
+    ] = "softmax_top_k"
     capacity_factor: Positive = 1.5          # of training
 
     def check(self) -> None:
@@ -380,6 +384,13 @@ class MoESpec(Spec):
                 f"num_experts={self.num_experts}"
             )
 
+    def factor_of(self, columns: int) -> float:
+        """The capacity factor, of choices listed in so many columns.
+
+        A router may list more than `top_k`, and leave some empty.
+        """
+        return self.capacity_factor * self.top_k / columns
+
     def build(self) -> "MoE":
         return MoE(self)
 
@@ -388,15 +399,29 @@ class MoESpec(Spec):
 class Router(hk.Module):
     """A router rule with a learned float32 `w` of shape [D, E]."""
 
+    causal: ClassVar[bool] = True           # looks at no later token
+
     def __init__(self, spec: MoESpec, name: str = "router") -> None:
         super().__init__(name=name)
         self.spec = spec
 
-    def __call__(self, x: Float[Array, "N D"]) -> Route:
+    def __call__(
+        self, x: Float[Array, "N D"],
+        real: Bool[Array, " N"] | None = None,
+    ) -> Route:
+        real = jnp.ones(len(x), bool) if real is None else real
         shape = x.shape[-1], self.spec.num_experts
         init = hk.initializers.TruncatedNormal(shape[0] ** -0.5)
         axes = "embed", None
         w = get_parameter("w", shape, axes, init, float32=True)
+        return self.choose(x, w, real)
+
+    @hk.transparent
+    def choose(
+        self, x: Float[Array, "N D"], w: Float32[Array, "D E"],
+        real: Bool[Array, " N"],
+    ) -> Route:
+        """Where tokens go; what is not `real` is padding."""
         return ROUTERS[self.spec.router](x, w, self.spec.top_k)
 
 
@@ -487,7 +512,7 @@ class MoE(hk.Module):
         "capacity", or one that `DROPLESS` has.
         """
         flat, real = x.reshape(-1, x.shape[-1]), real.reshape(-1)
-        routed, rounded = self.route(flat), flat.astype(dtype)
+        routed, rounded = self.route(flat, real), flat.astype(dtype)
         y = self.dispatch(rounded, routed, real, train)
         beside = self.always(rounded)
         y = y if beside is None else y + beside
@@ -500,9 +525,10 @@ class MoE(hk.Module):
         return y.reshape(x.shape), losses
 
     @hk.transparent
-    def route(self, x: Float32[Array, "N D"]) -> Route:
-        """Where each token goes."""
-        return Router(self.spec)(x)
+    def route(self, x: Float[Array, "N D"], real: Any = None) -> Route:
+        """Where each token goes; `real` None: none is padding."""
+        kind = ROUTER_MODULES.get(self.spec.router, Router)
+        return kind(self.spec)(x, real)
 
     @hk.transparent
     def always(
@@ -549,7 +575,7 @@ class MoE(hk.Module):
         experts = jnp.where(real[:, None], routed.experts, count)
         w = self.weights(d)
         if train == "capacity":
-            factor = self.spec.capacity_factor
+            factor = self.spec.factor_of(experts.shape[1])
             return capacity_and_drop(
                 x, routed.gates, experts, w, self.expert, factor
             )
@@ -929,3 +955,219 @@ def tuned_ragged_dot(x: Array, stack: Array, counts: Array) -> Array:
 DROPLESS["tokamax"] = partial(
     ragged_with_gradient, ragged_dot=tuned_ragged_dot
 )
+
+
+# %% book/chapters/22_balance.md, cell 17
+def route_noisy(
+    x: Float[Array, "N D"], w: Float[Array, "D E"],
+    w_noise: Float[Array, "D E"], top_k: int, key: Array | None = None,
+) -> Route:
+    """The `top_k` largest of noisy logits, and a softmax over these.
+
+    Normal noise of size softplus(x w_noise); none without a `key`.
+    Float32 inside; a token's gates sum to 1. Source: Shazeer et al.
+    (2017), eqs. 3 to 5.
+    """
+    routed = route_renormalised(x, w, top_k)
+    if key is None:
+        return routed
+    x = x.astype(jnp.float32)
+    size = jax.nn.softplus(x @ w_noise.astype(jnp.float32))
+    noise = jax.random.normal(key, size.shape)
+    noisy = routed.logits + size * noise
+    best, experts = jax.lax.top_k(noisy, top_k)             # [N, A]
+    gates = jax.nn.softmax(best)
+    return Route(routed.probs, gates, experts, routed.logits)
+
+
+# %% book/chapters/22_balance.md, cell 18
+class NoisyRouter(Router):
+    """`route_noisy` with a learned size of the noise."""
+
+    @hk.transparent
+    def choose(self, x: Array, w: Array, real: Array) -> Route:
+        w_noise = get_parameter(
+            "noise", w.shape, ("embed", None), jnp.zeros, float32=True
+        )
+        key = hk.maybe_next_rng_key()
+        return route_noisy(x, w, w_noise, self.spec.top_k, key)
+
+
+ROUTER_MODULES["noisy_top_k"] = NoisyRouter
+
+
+# %% book/chapters/22_balance.md, cell 20
+def route_expert_choice(
+    x: Float[Array, "N D"], w: Float[Array, "D E"], top_k: int,
+    real: Bool[Array, " N"] | None = None,
+) -> Route:
+    """Each expert takes the N*A/E tokens that want it most.
+
+    So a token has `top_k` experts on average. `experts` has a column
+    for each expert, and E where it did not take the token. Float32
+    inside. Source: Zhou et al. (2022), eqs. 1 to 3.
+    """
+    (n, _), e = x.shape, w.shape[-1]
+    logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32))
+    probs = jax.nn.softmax(logits)                          # [N, E]
+    wish = probs if real is None else probs * real[:, None]
+    seats = capacity(n, top_k, e, 1.0)
+    best, tokens = jax.lax.top_k(wish.T, seats)             # [E, C]
+    every = jnp.arange(e)
+    taken = jnp.zeros((n, e), bool)
+    taken = taken.at[tokens, every[:, None]].set(best > 0)
+    experts = jnp.where(taken, every, e)                    # [N, E]
+    return Route(probs, jnp.where(taken, probs, 0), experts, logits)
+
+
+# %% book/chapters/22_balance.md, cell 21
+class ExpertChoiceRouter(Router):
+    """`route_expert_choice`: it looks at all tokens of a batch."""
+
+    causal = False
+
+    @hk.transparent
+    def choose(self, x: Array, w: Array, real: Array) -> Route:
+        return route_expert_choice(x, w, self.spec.top_k, real)
+
+
+ROUTER_MODULES["expert_choice"] = ExpertChoiceRouter
+
+
+# %% book/chapters/22_balance.md, cell 26
+def route_biased(
+    x: Float[Array, "N D"], w: Float[Array, "D E"],
+    bias: Float32[Array, " E"], top_k: int,
+) -> Route:
+    """The `top_k` largest of sigmoid scores plus a bias.
+
+    The gates are the scores of these, without the bias, divided by
+    their sum. `probs`, for the losses, are all scores so divided.
+    Float32 inside. Source: DeepSeek-V3, eqs. 12 to 16.
+    """
+    logits = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32))
+    scores = jax.nn.sigmoid(logits)                         # [N, E]
+    _, experts = jax.lax.top_k(scores + bias, top_k)        # [N, A]
+    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    total = gates.sum(axis=-1, keepdims=True)
+    gates = gates / jnp.maximum(total, 1e-20)
+    total = scores.sum(axis=-1, keepdims=True)
+    probs = scores / jnp.maximum(total, 1e-20)
+    return Route(probs, gates, experts, logits)
+
+
+# %% book/chapters/22_balance.md, cell 27
+def update_bias(
+    bias: Float32[Array, "*L E"], load: Float32[Array, "*L E"],
+    rate: float,
+) -> Float32[Array, "*L E"]:
+    """`rate` up where the load is below the mean, down where above.
+
+    Source: Wang et al. (2024), algorithm 1.
+    """
+    excess = load - load.mean(axis=-1, keepdims=True)
+    return bias - rate * jnp.sign(excess)
+
+
+# %% book/chapters/22_balance.md, cell 28
+def expert_load(
+    experts: Int[Array, "N A"], num_experts: int,
+    real: Bool[Array, " N"] | None = None,
+) -> Float32[Array, " E"]:
+    """How many choices of the `real` tokens each expert has."""
+    hot = jax.nn.one_hot(experts, num_experts).sum(axis=1)  # [N, E]
+    return hot.sum(axis=0) if real is None else real @ hot
+
+
+# %% book/chapters/22_balance.md, cell 29
+@jax.custom_vjp
+def report(
+    x: Float32[Array, "..."], bias: Float32[Array, " E"],
+    news: Float32[Array, " E"],
+) -> Float32[Array, "..."]:
+    """`x`; where the gradient of `bias` would be, stands `news`."""
+    return x
+
+
+def report_there(x: Array, bias: Array, news: Array) -> Any:
+    return x, news
+
+
+def report_back(news: Array, dx: Array) -> Any:
+    return dx, news, None
+
+
+report.defvjp(report_there, report_back)
+
+
+# %% book/chapters/22_balance.md, cell 30
+class BiasedRouter(Router):
+    """`route_biased`; in a gradient, its bias reports the loads."""
+
+    update = "load"
+
+    @hk.transparent
+    def choose(self, x: Array, w: Array, real: Array) -> Route:
+        e = self.spec.num_experts
+        bias = get_parameter("bias", (e,), (None,), jnp.zeros,
+                             float32=True, update=self.update)
+        fixed = jax.lax.stop_gradient(bias)
+        routed = route_biased(x, w, fixed, self.spec.top_k)
+        news = jax.lax.stop_gradient(self.news(routed, fixed, real))
+        gates = report(routed.gates, bias, news)
+        return routed._replace(gates=gates)
+
+    def news(self, routed: Route, bias: Array, real: Array) -> Array:
+        """What the rule wants to know of a batch, [E]."""
+        return expert_load(routed.experts, self.spec.num_experts, real)
+
+
+ROUTER_MODULES["selection_bias"] = BiasedRouter
+
+
+# %% book/chapters/22_balance.md, cell 31
+def set_bias(
+    bias: Float32[Array, "*L E"], found: Float32[Array, "*L E"],
+    rate: float,
+) -> Float32[Array, "*L E"]:
+    """`found`: a quantile is not approached, it is computed."""
+    return found
+
+
+UpdateRule = Callable[[Array, Array, float], Array]
+UPDATES: dict[str, UpdateRule] = {
+    "load": update_bias, "quantile": set_bias,
+}
+
+
+# %% book/chapters/22_balance.md, cell 36
+def quantile_bias(
+    scores: Float32[Array, "N E"], bias: Float32[Array, " E"],
+    top_k: int, real: Bool[Array, " N"],
+) -> Float32[Array, " E"]:
+    """The bias with which each expert would have N*A/E of the tokens.
+
+    Each token asks a score above its cutoff, the best that lost; so an
+    expert lacks `cutoff - score`, and gets that of A/E of the tokens.
+    Mean zero. Source: Su (2026).
+    """
+    e = scores.shape[-1]
+    best, _ = jax.lax.top_k(scores + bias, min(top_k + 1, e))
+    lacks = best[:, -1:] - scores                           # [N, E]
+    lacks = jnp.where(real[:, None], lacks, jnp.nan)
+    found = jnp.nanquantile(lacks, top_k / e, axis=0)       # [E]
+    return jnp.where(real.any(), found - found.mean(), bias)
+
+
+# %% book/chapters/22_balance.md, cell 37
+class QuantileRouter(BiasedRouter):
+    """`route_biased` with the bias of `quantile_bias`."""
+
+    update = "quantile"
+
+    def news(self, routed: Route, bias: Array, real: Array) -> Array:
+        scores = jax.nn.sigmoid(routed.logits)
+        return quantile_bias(scores, bias, self.spec.top_k, real)
+
+
+ROUTER_MODULES["quantile"] = QuantileRouter

@@ -23,13 +23,15 @@ class ParamSpec:
     `axes` names what each axis of `shape` counts, None where it is
     never cut. `matrix`: multiplied by and nothing else, so that it may
     be quantized or left on disk. `float32`: kept so, whatever is
-    computed in. The defaults are a norm's gain.
+    computed in. `update`: the rule by which training changes it; None
+    is the optimizer's. The defaults are a norm's gain.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     matrix: bool = False
     float32: bool = True
+    update: str | None = None
 
 
 # %% book/chapters/04_attention.md, cell 66
@@ -43,9 +45,10 @@ def get_parameter(
     init: Callable[..., Array],
     matrix: bool = False,
     float32: bool = False,
+    update: str | None = None,
 ) -> Any:
     """`hk.get_parameter`, in float32, with what a `ParamSpec` adds."""
-    spec = ParamSpec(tuple(shape), axes, matrix, float32)
+    spec = ParamSpec(tuple(shape), axes, matrix, float32, update)
     token = ASKED.set(spec)
     try:
         return hk.get_parameter(name, shape, jnp.float32, init)

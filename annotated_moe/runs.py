@@ -35,6 +35,7 @@ from annotated_moe.model import (
     embed,
     flat_specs,
     place_params,
+    split_reports,
     unembed,
 )
 from annotated_moe.specs import Size, Spec
@@ -170,6 +171,7 @@ def bad_output(
     return "" if finite else "the logits"
 
 
+# %% book/chapters/23b_runs.md, cell 14
 def find_fault(
     state: TrainState, rows: Packed, config: ModelConfig,
     spec: TrainSpec,
@@ -181,7 +183,9 @@ def find_fault(
     if where := bad_output(params, rows, config):
         return f"what is computed: {where}"
     arrays = jax.tree.map(jnp.asarray, rows)
-    grads, _ = gradient(params, arrays, config, spec)
+    key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+    grads, _ = gradient(params, arrays, config, spec, key)
+    grads, _ = split_reports(grads, config)
     # Squares, since a length is a sum of them and may overflow too.
     squares = jax.tree.map(jnp.square, grads)
     if where := bad_array(squares, config, last_first=True):
@@ -192,7 +196,7 @@ def find_fault(
     return f"what the optimizer adds to a weight: {where}"
 
 
-# %% book/chapters/23b_runs.md, cell 16
+# %% book/chapters/23b_runs.md, cell 17
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that was cut off by a kill is not."""
     found = []
@@ -220,7 +224,7 @@ class RunLog:
             file.write(json.dumps(rounded) + "\n")
 
 
-# %% book/chapters/23b_runs.md, cell 17
+# %% book/chapters/23b_runs.md, cell 18
 @dataclass(frozen=True)
 class RunSpec(Spec):
     """Where a run is written down, and how often, in steps."""
@@ -232,7 +236,7 @@ class RunSpec(Spec):
     evaluate_every: Count = 0               # 0: at the end alone
 
 
-# %% book/chapters/23b_runs.md, cell 18
+# %% book/chapters/23b_runs.md, cell 19
 def gathered(tree: Any, trainer: Trainer) -> Any:
     """Arrays as this process's own, from wherever they lie."""
     everywhere = trainer.like.step.sharding
@@ -241,12 +245,12 @@ def gathered(tree: Any, trainer: Trainer) -> Any:
                         gather(tree))
 
 
-# %% book/chapters/23b_runs.md, cell 19
+# %% book/chapters/23b_runs.md, cell 20
 class NotFinite(ValueError):
     """A step is not finite; nothing was saved after it."""
 
 
-# %% book/chapters/23b_runs.md, cell 20
+# %% book/chapters/23b_runs.md, cell 21
 def train(
     trainer: Trainer, rows: Packed, run: RunSpec, folder: Path,
     about: dict[str, Any],
@@ -304,7 +308,7 @@ def train(
     return state
 
 
-# %% book/chapters/23b_runs.md, cell 27
+# %% book/chapters/23b_runs.md, cell 28
 def check_same_run(
     folder: Path, found: dict[str, Any], about: dict[str, Any]
 ) -> None:

@@ -32,6 +32,7 @@ from annotated_moe.attention import (
 from annotated_moe.cache import PAD_POSITION
 from annotated_moe.config import LayerSpec, ModelConfig
 from annotated_moe.data import Packed
+from annotated_moe.generate import noncausal_router
 from annotated_moe.model import (
     Params,
     decoder,
@@ -40,7 +41,9 @@ from annotated_moe.model import (
     flat_specs,
     init_params,
     param_specs,
+    split_reports,
     unembed,
+    update_routers,
 )
 from annotated_moe.moe import Losses
 from annotated_moe.parallel import (
@@ -108,13 +111,14 @@ def forward_documents(
     config: ModelConfig,
     train: bool = True,
     remat: bool = False,
+    key: Array | None = None,
 ) -> tuple[Float32[Array, "B T V"], Losses]:
     """Logits and the routers' losses; no document sees another.
 
     `documents` numbers the document of each token, -1 is padding.
     With `train` there is a gradient, and the routers' losses are
     returned. `remat` computes each layer again for its gradient
-    instead of keeping it.
+    instead of keeping it. `key` is for what routers draw at random.
     """
     positions, real = positions_in_documents(documents)
     inside = within_documents(config)
@@ -127,7 +131,7 @@ def forward_documents(
     losses: Losses = {}
     if train:
         h, losses = decoder_to_train(
-            params, h, positions, real, inside, remat=remat)
+            params, h, positions, real, inside, remat=remat, key=key)
     else:
         h, _ = decoder(params, h, positions, real, inside)
     return unembed(params, h, config, train), losses
@@ -160,6 +164,7 @@ def loss_of(
     config: ModelConfig,
     spec: LossSpec,
     remat: bool = False,
+    key: Array | None = None,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """The loss, and its parts by name, in nats.
 
@@ -168,7 +173,7 @@ def loss_of(
     """
     logits, router = forward_documents(
         params, rows.tokens[:, :-1], rows.documents[:, :-1], config,
-        remat=remat,
+        remat=remat, key=key,
     )
     mask = predicted(rows.documents)                        # [B, T]
     log_z = jax.nn.logsumexp(logits, axis=-1)               # [B, T]
@@ -284,6 +289,7 @@ class OptimizerSpec(Spec):
     b1: Share = 0.9                         # AdamW's two averages
     b2: Share = 0.95
     momentum: Share = 0.95                  # Muon's average
+    router_rate: Share = 1e-3               # of a bias moved by loads
 
     def check(self) -> None:
         for name in ("b1", "b2", "momentum"):
@@ -343,7 +349,8 @@ class TrainState:
 
 # %% book/chapters/23_training.md, cell 36
 def gradient(
-    params: Params, rows: Packed, config: ModelConfig, spec: TrainSpec
+    params: Params, rows: Packed, config: ModelConfig, spec: TrainSpec,
+    key: Array | None = None,
 ) -> tuple[Params, dict[str, Float32[Array, ""]]]:
     """The gradient of a batch's loss, and the loss's parts."""
     count = jnp.maximum(predicted(rows.documents).sum(), 1)
@@ -352,20 +359,23 @@ def gradient(
                   router_z=spec.loss.router_z / k)
     backward = jax.grad(loss_of, has_aux=True)
 
-    def add_part(total: Any, part: Packed) -> tuple[Any, None]:
-        found = backward(params, part, count, config, own, spec.remat)
-        return jax.tree.map(jnp.add, total, found), None
+    def of_part(part: Packed, key: Array | None) -> Any:
+        return backward(
+            params, part, count, config, own, spec.remat, key)
+
+    def add_part(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(*part)), None
 
     if k == 1:
-        return backward(params, rows, count, config, own, spec.remat)
+        return of_part(rows, key)
     # Every k-th row: on a mesh each device keeps rows that it has.
     parts = jax.tree.map(
         lambda a: a.reshape(-1, k, a.shape[-1]).swapaxes(0, 1), rows)
+    keys = None if key is None else jax.random.split(key, k)
     one = jax.tree.map(lambda a: a[0], parts)
-    like = jax.eval_shape(
-        lambda: backward(params, one, count, config, own, spec.remat))
+    like = jax.eval_shape(of_part, one, key)
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
-    (grads, report), _ = jax.lax.scan(add_part, zero, parts)
+    (grads, report), _ = jax.lax.scan(add_part, zero, (parts, keys))
     return grads, report | {
         name: report[name] / k for name in ("balance", "router_z")}
 
@@ -380,16 +390,22 @@ def train_step(
     Where the loss, the gradient or the change is not finite, the state
     comes back as it was and the report's `finite` is false.
     """
-    grads, report = gradient(state.params, rows, config, spec)
+    key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+    grads, report = gradient(state.params, rows, config, spec, key)
+    grads, loads = split_reports(grads, config)
     optimizer = make_optimizer(config, spec)
     updates, memory = optimizer.update(
         grads, state.memory, state.params)
+    updates, _ = split_reports(updates, config)
     report["grad_norm"] = optax.tree.norm(grads)
     report["rate"] = jnp.asarray(spec.rate(state.step), jnp.float32)
     moved = optax.tree.norm(updates)
     checked = report["loss"], report["grad_norm"], moved
     finite = jnp.isfinite(jnp.stack(checked)).all()
     params = optax.apply_updates(state.params, updates)
+    loads = jax.tree.map(lambda a: a / spec.accumulate, loads)
+    params = update_routers(
+        params, loads, config, spec.optimizer.router_rate)
     new = TrainState(params, memory, state.step + 1)
     kept = jax.tree.map(partial(jnp.where, finite), new, state)
     return kept, report | {"finite": finite}
@@ -404,6 +420,11 @@ class Trainer:
             raise ValueError(
                 f"rows of {spec.length} tokens do not fit the model's "
                 f"context of {config.context}"
+            )
+        if router := noncausal_router(config):
+            raise ValueError(
+                f"router {router!r} sends a token by tokens that come "
+                "after it: bits per byte would flatter this model"
             )
         self.config, self.spec = config, spec
         like = jax.eval_shape(self.new_state)
@@ -489,7 +510,7 @@ def bits_per_byte(
     return (nats / math.log(2) + blind) / length
 
 
-# %% book/chapters/23b_runs.md, cell 33
+# %% book/chapters/23b_runs.md, cell 34
 def state_shardings(
     like: TrainState, config: ModelConfig, mesh: Mesh
 ) -> TrainState:
@@ -507,7 +528,7 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(where, like)
 
 
-# %% book/chapters/23b_runs.md, cell 34
+# %% book/chapters/23b_runs.md, cell 35
 class MeshTrainer(Trainer):
     """A Trainer whose state and batch lie on a mesh, in parts.
 

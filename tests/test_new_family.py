@@ -97,7 +97,7 @@ class BiasedRouter(hk.Module):
 
 class BiasedMoE(MoE):
     @hk.transparent
-    def route(self, x: Any) -> Route:
+    def route(self, x: Any, real: Any = None) -> Route:
         return BiasedRouter(self.spec)(x)
 
     def parameters(self, d: int) -> Any:

@@ -106,8 +106,8 @@ class BiasedMoE(MoE):
         return super().parameters(d) | wide | {"linear_1/b": ((d,), ("embed",))}
 
     @hk.transparent
-    def route(self, x):
-        routed = super().route(x)
+    def route(self, x, real=None):
+        routed = super().route(x, real)
         bias = Selection("selection")(self.spec.num_experts)
         scores = jax.nn.sigmoid(routed.logits)
         _, experts = jax.lax.top_k(scores + bias, self.spec.top_k)

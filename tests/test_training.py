@@ -16,6 +16,8 @@ import pytest
 
 import annotated_moe as am
 from annotated_moe import cli
+from annotated_moe.attention import Window
+from annotated_moe.config import Segment
 from annotated_moe.data import Packed, batch_at, held_back, pack, split_texts
 from annotated_moe.families.grok import grok_config
 from annotated_moe.model import all_logits, flat_specs
@@ -82,9 +84,6 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("window", [None, 5])
 def test_no_document_sees_another(state, window):
     """Each document's logits in a packed row equal it alone."""
-    from annotated_moe.attention import Window
-    from annotated_moe.config import Segment
-
     config = ROOMY
     if window:
         layer = config.layer(0)
@@ -174,6 +173,66 @@ def test_a_gradient_without_kept_layers_is_the_same(rows, state):
     program = jax.make_jaxpr(gradient, static_argnums=(2, 3))
     text = str(program(state.params, batch, ROOMY, replace(SPEC, remat=True)))
     assert "remat" in text or "checkpoint" in text
+
+
+def routed(name):
+    """ROOMY with another router, and with experts enough to choose from."""
+    layer = ROOMY.layer(0)
+    experts = replace(layer.feed_forward, router=name, num_experts=4, top_k=1)
+    layer = replace(layer, feed_forward=experts)
+    return replace(ROOMY, layers=(Segment((layer,), 2),))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_bias_is_moved_by_its_rule_and_by_no_optimizer(rows, accumulate):
+    config = routed("selection_bias")
+    rate = replace(SPEC.optimizer, router_rate=0.25)
+    spec = replace(SPEC, optimizer=rate, accumulate=accumulate)
+    trainer = Trainer(config, spec)
+    state = trainer.begin()
+    for step in range(3):
+        state, report = trainer.step(state, batch_at(rows, step, 8, 0))
+        assert report["finite"]
+    bias = np.asarray(state.params["decoder_layer/router"]["bias"])
+    steps = bias / 0.25                 # whole steps up, down or none
+    np.testing.assert_array_equal(steps, steps.round())
+    assert 0 < np.abs(steps).max() <= 3
+
+
+def test_a_router_s_noise_is_of_the_seed_and_the_step(rows):
+    config = routed("noisy_top_k")
+    curves = []
+    for seed in (0, 0, 1):
+        trainer = Trainer(config, replace(SPEC, seed=seed))
+        state = Trainer(config, SPEC).begin()
+        _, report = trainer.step(state, batch_at(rows, 0, 8, 0))
+        curves.append(float(report["nll"]))
+    assert curves[0] == curves[1] != curves[2]
+
+
+def test_a_router_that_looks_ahead_is_not_trained_here():
+    with pytest.raises(ValueError, match="'expert_choice' sends a token by tokens"):
+        Trainer(routed("expert_choice"), SPEC)
+
+
+def test_long_rows_of_documents_go_by_tiles(state):
+    """Rows long enough for flash attention: every document equals itself alone."""
+    config = replace(ROOMY, context=512)
+    documents = [np.arange(n) * 11 % 2048 for n in (130, 200, 60)]
+    numbers = np.repeat([0, 1, 2], [130, 200, 60])[None]
+    row = np.concatenate(documents)[None]
+
+    def loss(params, row, numbers):
+        logits, _ = forward_documents(params, row, numbers, config)
+        return jnp.sin(logits).sum()
+
+    slope = jax.jit(jax.grad(loss))
+    whole = slope(state.params, row, numbers)
+    alone = [slope(state.params, d[None], np.zeros((1, len(d)), int))
+             for d in documents]  # fmt: skip
+    total = jax.tree.map(lambda *parts: sum(parts), *alone)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(total)):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(abs(b).max()))
 
 
 def curve(config, spec, rows, mesh=None):

@@ -38,9 +38,11 @@ FEATURES = 1e-5         # most that a feature may differ from the recorded
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiler():
     """Programs that run once are not worth optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update(name, before)
 
 
 @pytest.fixture(scope="module")

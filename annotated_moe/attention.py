@@ -759,9 +759,11 @@ def attend_flash(
 ) -> Float[Array, "B T Q V"]:
     """`attend` under the mask `sees`, by tiles that it does not empty.
 
-    Memory grows with T + S, also of the gradient; the number of tiles
-    is all that grows with T x S. Queries at PAD_POSITION, and such as
-    see nothing, give 0. Casts are those of `attend`; backward float32.
+    Arrays grow with T + S, also the gradient's, but for the list of
+    tiles: T x S / block**2 numbers. `sees` is asked of all T x S pairs.
+    A tile that one row of the batch needs is visited for all rows.
+    Queries at PAD_POSITION, and such as see nothing, give 0. Casts are
+    those of `attend`; backward float32.
     A `block` below 1, or K not dividing Q, is a ValueError.
     Source: Dao et al. (2022); Dao (2024).
     """

@@ -394,7 +394,7 @@ def decoder(
 
         repeats = jnp.arange(len(places[0].layers))
         (h, caches), _ = jax.lax.scan(body, (h, caches), repeats)
-        h = constrain_residual(h)       # else a loop may cut it anew
+        h = constrain_residual(h)       # or XLA may choose another
         done += caches
     return h, None if cache is None else Cache(tuple(done))
 
@@ -426,8 +426,8 @@ def forward(
 ) -> tuple[Float32[Array, "B T D"], Cache | None]:
     """Tokens through embedding and layers: h, and the longer cache.
 
-    With a cache, row b's tokens stand behind its first `length[b]`,
-    and those past `lengths[b]` are padding, which no cache keeps.
+    With a cache, row b's tokens follow the `cache.length[b]` that it
+    has; those past `lengths[b]` are padding, which no cache keeps.
     `inputs`: what else a prompt holds, for models that take it.
     """
     b, t = tokens.shape

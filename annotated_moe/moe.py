@@ -418,7 +418,7 @@ class Router(hk.Module):
 
     @hk.transparent
     def choose(
-        self, x: Float[Array, "N D"], w: Float32[Array, "D E"],
+        self, x: Float[Array, "N D"], w: Float[Array, "D E"],
         real: Bool[Array, " N"],
     ) -> Route:
         """Where tokens go; what is not `real` is padding."""

@@ -1,12 +1,12 @@
 # Generated from book/chapters/23b_runs.md by `make sync`; edit the chapter.
-"""A step takes a second and a run takes weeks. In that time a machine
-is rebooted, a disk fills, a number overflows, and somebody wants to
-know how far it is. This page puts a run around the step: a bar and a
-log say how it goes, and every few hundred steps it is written down in
-such a way that it may be killed at any moment, without a warning, and
-ends with the weights that it would have had, to the last bit. Then the
-same run is spread over a mesh. At its end you have all of what
-`annotated-moe train run.toml` does; an appendix reads the file.
+"""A run may take weeks. In that time a machine is rebooted, a disk
+fills, a number overflows, and somebody wants to know how far it is.
+This page puts a loop around the step. A bar and a log say how it goes,
+and every few hundred steps its state is saved. The run may be killed at
+any moment, without a warning. Started again, it ends with the weights
+that it would have had, to the last bit. Then the same run is spread
+over a mesh. At its end you have all of what `annotated-moe train
+run.toml` does; an appendix reads the file.
 """
 
 import contextlib

@@ -21,3 +21,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 def any_types(monkeypatch):
     """As in use: the signatures' own checks are off."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Each compiled program holds memory maps, of which a process has 65,530.
+
+    The programs of all test files are more than that, and the compiler, or who
+    writes its cache, then dies of a segmentation fault.
+    """
+    yield
+    jax.clear_caches()

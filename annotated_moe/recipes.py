@@ -8,12 +8,13 @@ and nothing in it is needed to understand one.
 
 import contextlib
 import difflib
+import fcntl
 import glob
 import inspect
 import json
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,7 @@ def read_model(
         for k, v in raw.items()
     }
     experts: dict[str, Any] = {
-        key: own.pop(key) for key in ("router", "capacity_factor")
-        if key in own
-    }
+        key: own.pop(key) for key in ("router",) if key in own}
     sizes: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id or 0,
@@ -361,6 +360,21 @@ def read_inputs(
 
 
 # %% book/chapters/95_recipes.md, cell 16
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Be the one run of a folder; ValueError where there is another."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is at work in {folder}: wait until it "
+                "ends, or give this one another folder"
+            ) from None
+        yield
+
+
+# %% book/chapters/95_recipes.md, cell 17
 def trainer_on(
     mesh: Mesh | None, config: ModelConfig, spec: TrainSpec
 ) -> Trainer:
@@ -369,7 +383,22 @@ def trainer_on(
     return MeshTrainer(config, spec, mesh)
 
 
-# %% book/chapters/95_recipes.md, cell 17
+# %% book/chapters/95_recipes.md, cell 18
+def check_start(recipe: Recipe, about: dict[str, Any]) -> None:
+    """ValueError where a folder's states are not of this recipe."""
+    kept = Checkpoints(recipe.folder / "checkpoints", recipe.run.keep)
+    if kept.latest is None:
+        return
+    check_same_run(recipe.folder, kept.about(), about)
+    if kept.latest > recipe.train.steps:
+        raise ValueError(
+            f"{recipe.path}: [train] steps is {recipe.train.steps}, "
+            f"and {recipe.folder} is at step {kept.latest} already: "
+            "ask for more, or give another folder"
+        )
+
+
+# %% book/chapters/95_recipes.md, cell 19
 def train_recipe(recipe: Recipe) -> Model:
     """Do what a recipe asks for; the trained model, which is saved too.
 
@@ -394,11 +423,8 @@ def train_recipe(recipe: Recipe) -> Model:
     about = json.loads(json.dumps(about))
     if mesh is not None:
         hosts.check_same(mesh, "train", about)
-    folder = recipe.folder
+    folder, first = recipe.folder, jax.process_index() == 0
     folder.mkdir(parents=True, exist_ok=True)
-    kept = Checkpoints(folder / "checkpoints", recipe.run.keep)
-    if kept.latest is not None:
-        check_same_run(folder, kept.about(), about)
     evaluate: Callable[[Params], float] | None = None
     if aside:
         held = pack(aside, tokenizer, recipe.train.length)
@@ -408,9 +434,12 @@ def train_recipe(recipe: Recipe) -> Model:
 
         evaluate = bits
 
-    state = train(trainer, rows, recipe.run, folder, about, evaluate)
-    params = gathered(state.params, trainer)
-    model = Model(config, params, tokenizer)
-    if jax.process_index() == 0:
-        save(model, folder / "model")
+    with alone_in(folder) if first else contextlib.nullcontext():
+        check_start(recipe, about)
+        state = train(
+            trainer, rows, recipe.run, folder, about, evaluate)
+        params = gathered(state.params, trainer)
+        model = Model(config, params, tokenizer)
+        if first:
+            save(model, folder / "model")
     return model

@@ -13,7 +13,7 @@ from annotated_moe import hosts
 from annotated_moe.tokenizer import needed
 
 
-# %% book/chapters/95_recipes.md, cell 18
+# %% book/chapters/95_recipes.md, cell 20
 def run_train(args: argparse.Namespace) -> None:
     for library in ("optax", "orbax.checkpoint"):
         needed(library, "annotated-moe train", "train")

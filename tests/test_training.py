@@ -442,7 +442,21 @@ def test_killed_twice_the_weights_are_the_same_bits(recipe, tmp_path):
     assert isinstance(model.generate("The LORD", max_new_tokens=3), str)
 
 
+def test_one_run_a_folder_and_none_backwards(recipe, tmp_path, capsys):
+    recipe.write_text(RECIPE.replace("steps = 400", "steps = 20"))
+    (tmp_path / "out").mkdir()
+    with recipes.alone_in(tmp_path / "out"):
+        assert cli.main(["train", str(recipe)]) != 0
+    assert "another run is at work in" in capsys.readouterr().err
+    assert not (tmp_path / "out/checkpoints").exists()
+    assert cli.main(["train", str(recipe)]) == 0
+    recipe.write_text(RECIPE.replace("steps = 400", "steps = 10"))
+    assert cli.main(["train", str(recipe)]) != 0
+    assert "is at step 20 already: ask for more" in capsys.readouterr().err
+
+
 WRONG = {
+    "seats": ("d_ff", "capacity_factor = 2.0\nd_ff", "has no key 'capacity_factor'"),
     "section": ("[data]", "[date]\n[data]", "no section 'date'; did you mean 'data'?"),
     "key": ("batch", "bach", "[train] has no key 'bach'; did you mean 'batch'?"),
     "type": ("batch = 2", "batch = '2'", "[train] batch must be an int of 1 or more"),

@@ -637,7 +637,7 @@ class RingOnMesh(OnMesh):
 EXCHANGES |= {"all_to_all": AllToAllOnMesh, "ring": RingOnMesh}
 
 
-# %% book/chapters/23b_runs.md, cell 32
+# %% book/chapters/23b_runs.md, cell 33
 GATHERS: ContextVar[bool] = ContextVar("GATHERS", default=False)
 
 
@@ -669,7 +669,7 @@ def find_gathering() -> OneDevice | None:
 PLACEMENTS.append(find_gathering)
 
 
-# %% book/chapters/23b_runs.md, cell 33
+# %% book/chapters/23b_runs.md, cell 34
 @contextlib.contextmanager
 def gathering_weights(mesh: Mesh) -> Iterator[None]:
     """The context of a training step on a mesh."""

@@ -244,7 +244,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """A recipe from a file; ValueError says file, section and key."""
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text("utf-8"))
+        raw = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -262,6 +262,9 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     model = raw.get("model", {})
     if not isinstance(model, dict):
         raise ValueError(f"{path}: model must be a section, [model]")
+    if not model.keys() & {"preset", "d_model"}:
+        raise ValueError(
+            f"{path}: [model] needs a preset, or sizes: d_model first")
     parts = {n: section(n, kind) for n, kind in TRAIN_SECTIONS.items()}
     whole = {n: section(n, kind) for n, kind in OWN_SECTIONS.items()}
     train = section("train", TrainSpec, **parts)
@@ -269,15 +272,22 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 
 # %% book/chapters/95_recipes.md, cell 11
-def read_texts(where: Path, spec: DataSpec) -> list[str]:
-    """The texts that a recipe names; ValueError where there is none."""
+def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
+    """The texts that a recipe names; ValueError where there is none.
+
+    Each file once, and none of the run's `own` folder.
+    """
     found: list[Path] = []
     for pattern in spec.files:
         path = where / pattern
-        paths = glob.glob(str(path), recursive=True)
+        wanted = os.path.join(glob.escape(str(where)), pattern)
+        if path.exists():       # a name, even one with a [ in it
+            wanted = glob.escape(str(path))
         if path.is_dir():
-            paths = glob.glob(str(path / "**"), recursive=True)
-        files = [Path(p) for p in paths if os.path.isfile(p)]
+            wanted = os.path.join(wanted, "**")
+        paths = map(Path, glob.glob(wanted, recursive=True))
+        files = [p.resolve() for p in paths if p.is_file()]
+        files = [p for p in files if own not in p.parents]
         if not files:
             raise ValueError(
                 f"[data] files: nothing in {where} is {pattern!r}")
@@ -345,7 +355,7 @@ def read_inputs(
     where = recipe.path.parent
     try:
         tokenizer = read_vocabulary(where, recipe.data.tokenizer)
-        texts = read_texts(where, recipe.data)
+        texts = read_texts(where, recipe.data, recipe.folder.resolve())
     except ValueError as error:
         raise ValueError(f"{recipe.path}: {error}") from None
     config = read_model(f"{recipe.path}: [model]", recipe.model,
@@ -411,6 +421,12 @@ def train_recipe(recipe: Recipe) -> Model:
             f"{recipe.path}: [data] validation holds all of the "
             f"{len(texts)} texts back: give more texts, or a smaller "
             "share"
+        )
+    if recipe.run.evaluate_every and not aside:
+        raise ValueError(
+            f"{recipe.path}: [run] evaluate_every has nothing to "
+            f"measure: [data] validation holds none of {len(texts)} "
+            "texts back"
         )
     rows = pack(to_learn, tokenizer, recipe.train.length)
     mesh = recipe_mesh(recipe, config)

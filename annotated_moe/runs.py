@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
 from tqdm import tqdm
 
 from annotated_moe import hosts
@@ -60,6 +61,18 @@ def named_arrays(state: Any) -> dict[str, Any]:
 
 
 # %% book/chapters/23b_runs.md, cell 8
+@jax.jit
+def sums_of_bits(state: Any) -> dict[str, UInt32[Array, ""]]:
+    """Path -> sum of an array's words, modulo 2**32."""
+    def total(a: Array) -> Array:
+        kind = f"uint{8 * a.dtype.itemsize}"
+        words = jax.lax.bitcast_convert_type(a, kind)
+        return jnp.sum(words, dtype=jnp.uint32)
+
+    return {n: total(a) for n, a in named_arrays(state).items()}
+
+
+# %% book/chapters/23b_runs.md, cell 9
 class Checkpoints:
     """The last few states of a run, each of them whole.
 
@@ -79,9 +92,10 @@ class Checkpoints:
     def save(self, state: Any, about: dict[str, Any]) -> None:
         """Write `state`, all or nothing. OSError if it cannot be."""
         step = int(state.step)
+        sums = {n: int(s) for n, s in sums_of_bits(state).items()}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(named_arrays(state)),
-            about=ocp.args.JsonSave(about),
+            about=ocp.args.JsonSave({"run": about, "sums": sums}),
         )
         before = self.latest
         try:
@@ -103,22 +117,44 @@ class Checkpoints:
         """The step of the newest state, or None."""
         return self.manager.latest_step()
 
+    def damaged(self) -> ValueError:
+        """What to say of a newest state that is not whole."""
+        older = sorted(set(self.manager.all_steps()) - {self.latest})
+        then = f"to go on from step {older[-1]}" if older else (
+            "to begin anew")
+        return ValueError(
+            f"{self.folder / str(self.latest)} is damaged or no state "
+            f"of a run: delete that folder {then}"
+        )
+
+    def read(self, item: str, how: Any) -> Any:
+        """An item of the newest state; ValueError if it is damaged."""
+        items = ocp.args.Composite(**{item: how})
+        try:
+            return self.manager.restore(self.latest, args=items)[item]
+        except Exception as error:          # of many classes
+            raise self.damaged() from error
+
     def about(self) -> dict[str, Any]:
         """What was saved beside the newest state."""
-        items = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return self.manager.restore(self.latest, args=items)["about"]
+        return self.read("about", ocp.args.JsonRestore())["run"]
 
     def restore(self, like: Any) -> Any:
-        """The newest state, laid out as `like` says."""
-        wanted = ocp.args.StandardRestore(named_arrays(like))
-        items = ocp.args.Composite(state=wanted)
-        found = self.manager.restore(self.latest, args=items)["state"]
+        """The newest state, laid out as `like` says.
+
+        ValueError if it is damaged.
+        """
         names = named_arrays(like)
+        found = self.read("state", ocp.args.StandardRestore(names))
         tree = jax.tree.structure(like)
-        return jax.tree.unflatten(tree, [found[n] for n in names])
+        state = jax.tree.unflatten(tree, [found[n] for n in names])
+        sums = self.read("about", ocp.args.JsonRestore())["sums"]
+        if sums != {n: int(s) for n, s in sums_of_bits(state).items()}:
+            raise self.damaged()
+        return state
 
 
-# %% book/chapters/23b_runs.md, cell 12
+# %% book/chapters/23b_runs.md, cell 13
 def bad_array(
     tree: Params, config: ModelConfig, last_first: bool = False
 ) -> str:
@@ -145,7 +181,7 @@ def bad_array(
     return name if layer < 0 else f"layer {layer}, {name}"
 
 
-# %% book/chapters/23b_runs.md, cell 13
+# %% book/chapters/23b_runs.md, cell 14
 def bad_output(
     params: Params, rows: Packed, config: ModelConfig
 ) -> str:
@@ -171,7 +207,7 @@ def bad_output(
     return "" if finite else "the logits"
 
 
-# %% book/chapters/23b_runs.md, cell 14
+# %% book/chapters/23b_runs.md, cell 15
 def find_fault(
     state: TrainState, rows: Packed, config: ModelConfig,
     spec: TrainSpec,
@@ -196,7 +232,7 @@ def find_fault(
     return f"what the optimizer adds to a weight: {where}"
 
 
-# %% book/chapters/23b_runs.md, cell 17
+# %% book/chapters/23b_runs.md, cell 18
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that was cut off by a kill is not."""
     found = []
@@ -224,7 +260,7 @@ class RunLog:
             file.write(json.dumps(rounded) + "\n")
 
 
-# %% book/chapters/23b_runs.md, cell 18
+# %% book/chapters/23b_runs.md, cell 19
 @dataclass(frozen=True)
 class RunSpec(Spec):
     """Where a run is written down, and how often, in steps."""
@@ -236,7 +272,7 @@ class RunSpec(Spec):
     evaluate_every: Count = 0               # 0: at the end alone
 
 
-# %% book/chapters/23b_runs.md, cell 19
+# %% book/chapters/23b_runs.md, cell 20
 def gathered(tree: Any, trainer: Trainer) -> Any:
     """Arrays as this process's own, from wherever they lie."""
     everywhere = trainer.like.step.sharding
@@ -245,12 +281,12 @@ def gathered(tree: Any, trainer: Trainer) -> Any:
                         gather(tree))
 
 
-# %% book/chapters/23b_runs.md, cell 20
+# %% book/chapters/23b_runs.md, cell 21
 class NotFinite(ValueError):
     """A step is not finite; nothing was saved after it."""
 
 
-# %% book/chapters/23b_runs.md, cell 21
+# %% book/chapters/23b_runs.md, cell 22
 def train(
     trainer: Trainer, rows: Packed, run: RunSpec, folder: Path,
     about: dict[str, Any],
@@ -308,7 +344,7 @@ def train(
     return state
 
 
-# %% book/chapters/23b_runs.md, cell 28
+# %% book/chapters/23b_runs.md, cell 29
 def check_same_run(
     folder: Path, found: dict[str, Any], about: dict[str, Any]
 ) -> None:

@@ -510,7 +510,7 @@ def bits_per_byte(
     return (nats / math.log(2) + blind) / length
 
 
-# %% book/chapters/23b_runs.md, cell 34
+# %% book/chapters/23b_runs.md, cell 35
 def state_shardings(
     like: TrainState, config: ModelConfig, mesh: Mesh
 ) -> TrainState:
@@ -528,7 +528,7 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(where, like)
 
 
-# %% book/chapters/23b_runs.md, cell 35
+# %% book/chapters/23b_runs.md, cell 36
 class MeshTrainer(Trainer):
     """A Trainer whose state and batch lie on a mesh, in parts.
 

@@ -370,6 +370,35 @@ def test_a_full_disk_leaves_the_last_checkpoint(state, tmp_path):
     assert again.latest == 5 and os.listdir(tmp_path) == ["5"]
 
 
+def test_a_damaged_checkpoint_says_what_to_do(state, tmp_path):
+    for step in (0, 3):
+        runs.Checkpoints(tmp_path, 2).save(replace_step(state, step), {"run": 1})
+    like = Trainer(ROOMY, SPEC).like
+    flipped = 0
+    for file in tmp_path.glob("3/state/ocdbt.process_0/d/*"):
+        whole = file.read_bytes()
+        if len(whole) < 50_000:
+            continue
+        for at in range(len(whole) // 7, len(whole), len(whole) // 7):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
+            try:
+                close(runs.Checkpoints(tmp_path, 2).restore(like),
+                      replace_step(state, 3), 0)
+            except ValueError as error:
+                assert "3 is damaged" in str(error) and "from step 0" in str(error)
+                flipped += 1
+        file.write_bytes(whole)
+    assert flipped >= 3
+    assert int(runs.Checkpoints(tmp_path, 2).restore(like).step) == 3
+    (tmp_path / "99").mkdir()
+    with pytest.raises(ValueError, match="99 is damaged .* from step 3"):
+        runs.Checkpoints(tmp_path, 3).about()
+
+
+def replace_step(state, step):
+    return TrainState(state.params, state.memory, jnp.asarray(step, jnp.int32))
+
+
 RECIPE = """\
 [model]
 context = 32
@@ -455,7 +484,32 @@ def test_one_run_a_folder_and_none_backwards(recipe, tmp_path, capsys):
     assert "is at step 20 already: ask for more" in capsys.readouterr().err
 
 
+def test_texts_are_read_once_and_not_the_run_s_own(recipe, tmp_path):
+    odd = tmp_path / "run[1]"
+    odd.mkdir()
+    for name in ("a[1].txt", "b.txt", "out/c.txt"):
+        (odd / name).parent.mkdir(exist_ok=True)
+        (odd / name).write_text(name)
+    (odd / "loop").symlink_to(odd)
+
+    def texts(*files):
+        spec = recipes.DataSpec(files=files, validation=0.1)
+        return recipes.read_texts(odd, spec, odd / "out")
+
+    assert texts(".") == texts("*.txt", "loop/b.txt", ".") == ["a[1].txt", "b.txt"]
+    assert texts("a[1].txt") == ["a[1].txt"] and texts("[b].txt") == ["b.txt"]
+
+
+def test_an_evaluation_needs_texts_that_are_held_back(recipe, capsys):
+    text = RECIPE.replace("validation = 0.2", "validation = 0.0")
+    recipe.write_text(text + "evaluate_every = 5\n")
+    assert cli.main(["train", str(recipe)]) != 0
+    said = capsys.readouterr().err
+    assert "evaluate_every has nothing to measure" in said and "none of 20" in said
+
+
 WRONG = {
+    "sizes": ("d_model = 16\n", "", "[model] needs a preset, or sizes"),
     "seats": ("d_ff", "capacity_factor = 2.0\nd_ff", "has no key 'capacity_factor'"),
     "section": ("[data]", "[date]\n[data]", "no section 'date'; did you mean 'data'?"),
     "key": ("batch", "bach", "[train] has no key 'bach'; did you mean 'batch'?"),

@@ -12,6 +12,7 @@ architecture is a table of names and two small methods.
 
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -313,10 +314,11 @@ ENDS = (
 
 
 # %% book/chapters/14_hub.md, cell 17
-class Family:
+class Family(ABC):
     """An architecture in this layout: names, and a configuration.
 
-    A family overrides `ends`, `layer`, `read` and `write`.
+    A family overrides `ends`, `layer` and `read`, and `write` if its
+    files can be written.
     """
 
     model_type = ""
@@ -324,16 +326,16 @@ class Family:
     ends: tuple[WeightName, ...] = ENDS
     defaults: Mapping[str, Any] = {}        # of absent fields
 
+    @abstractmethod
     def layer(self, spec: LayerSpec) -> tuple[WeightName, ...]:
         """The names of the tensors of one layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, fields: Fields) -> ModelConfig:
         """The configuration that their fields describe.
 
         CheckpointError or ValueError for what is not supported.
         """
-        raise NotImplementedError
 
     def configure(self, fields: Fields) -> ModelConfig:
         """`read`, with this family's values of absent fields."""
@@ -342,7 +344,7 @@ class Family:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Their fields. ValueError for what they cannot say."""
-        raise NotImplementedError
+        raise ValueError("files of this kind are read, not written")
 
 
 FAMILIES: dict[str, Family] = {}

@@ -4,6 +4,7 @@ in blocks: as bytes, and searched for what is not finite.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from annotated_moe.quantization import QuantizedTensor
 
 
 # %% book/chapters/09_checkpoints.md, cell 56
-class LazyArray:
+class LazyArray(ABC):
     """An array-like with shape and dtype that reads on indexing."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    @abstractmethod
     def __getitem__(self, index: Any) -> Any:
         """The part of the array that `index` names."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:

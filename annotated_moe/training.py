@@ -396,7 +396,6 @@ def train_step(
     optimizer = make_optimizer(config, spec)
     updates, memory = optimizer.update(
         grads, state.memory, state.params)
-    updates, _ = split_reports(updates, config)
     report["grad_norm"] = optax.tree.norm(grads)
     report["rate"] = jnp.asarray(spec.rate(state.step), jnp.float32)
     moved = optax.tree.norm(updates)

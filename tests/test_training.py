@@ -190,13 +190,36 @@ def test_a_bias_is_moved_by_its_rule_and_by_no_optimizer(rows, accumulate):
     spec = replace(SPEC, optimizer=rate, accumulate=accumulate)
     trainer = Trainer(config, spec)
     state = trainer.begin()
-    for step in range(3):
+    batch = jax.tree.map(jnp.asarray, batch_at(rows, 0, 8, 0))
+    grads, _ = jax.jit(gradient, static_argnums=(2, 3))(
+        state.params, batch, config, spec)
+    loads = np.asarray(grads["decoder_layer/router"]["bias"])      # [L, E]
+    want = 0.25 * np.sign(loads.mean(axis=1, keepdims=True) - loads)
+    state, _ = trainer.step(state, batch_at(rows, 0, 8, 0))
+    got = state.params["decoder_layer/router"]["bias"]
+    np.testing.assert_array_equal(got, want)
+    for step in (1, 2):
         state, report = trainer.step(state, batch_at(rows, step, 8, 0))
         assert report["finite"]
     bias = np.asarray(state.params["decoder_layer/router"]["bias"])
     steps = bias / 0.25                 # whole steps up, down or none
     np.testing.assert_array_equal(steps, steps.round())
     assert 0 < np.abs(steps).max() <= 3
+
+
+def test_quantiles_of_a_batch_in_parts_are_their_mean(rows):
+    config = routed("quantile")
+    spec = replace(SPEC, accumulate=4)
+    trainer = Trainer(config, spec)
+    state = trainer.begin()
+    batch = jax.tree.map(jnp.asarray, batch_at(rows, 0, 8, 0))
+    grads, _ = jax.jit(gradient, static_argnums=(2, 3))(
+        state.params, batch, config, spec)
+    want = np.asarray(grads["decoder_layer/router"]["bias"]) / 4
+    state, _ = trainer.step(state, batch_at(rows, 0, 8, 0))
+    got = np.asarray(state.params["decoder_layer/router"]["bias"])
+    np.testing.assert_allclose(got - got[:, :1], want - want[:, :1], atol=1e-6)
+    assert np.abs(got - got[:, :1]).max() > 1e-3
 
 
 def test_a_router_s_noise_is_of_the_seed_and_the_step(rows):

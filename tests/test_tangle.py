@@ -801,9 +801,14 @@ def test_a_page_read_differently_is_refused(book):
     assert line == "book/chapters/c1.md:1: Jupytext finds other code cells on this page"
 
 
-def test_the_tangler_tangles_itself(tmp_path):
+@pytest.fixture(scope="module")
+def here():
+    """What the chapters of this book become."""
+    return tangle.tangle(REPOSITORY).outputs
+
+
+def test_the_tangler_tangles_itself(here, tmp_path):
     """The installed tangler and the one in the chapter agree to the byte."""
-    here = tangle.tangle(REPOSITORY).outputs
     (own,) = [o for o in here if o.path == "annotated_moe/tangle.py"]
     assert (REPOSITORY / own.path).read_text(encoding="utf-8") == own.text
     script = tmp_path / "tangle.py"
@@ -822,9 +827,8 @@ def test_the_tangler_tangles_itself(tmp_path):
         assert (root / output.path).read_bytes() == output.text.encode()
 
 
-def test_no_drift():
-    outputs = tangle.tangle(REPOSITORY).outputs
-    assert tangle.check(REPOSITORY, outputs) == []
+def test_no_drift(here):
+    assert tangle.check(REPOSITORY, here) == []
 
 
 PACKAGE = REPOSITORY / "annotated_moe"

@@ -62,7 +62,11 @@ SIZES = {
 
 
 def every_expert_once(
-    x: jax.Array, gates: jax.Array, experts: jax.Array, w: Experts, apply: Expert = gated
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    w: Experts,
+    apply: Expert = gated,
 ) -> jax.Array:
     """Each expert on each token, with a gate of zero where it was not chosen.
 
@@ -135,8 +139,8 @@ def arms_of(size: Size) -> dict[tuple[str, str], Arm]:
         for name, way in WAYS.items()
     }
     found["blocks", "muon"] = Arm(experts, size.batch, "muon", blocks)
-    for name, width in (("equal active", A * size.width), ("equal total", E * size.width)):
-        dense = config_of(size, FeedForwardSpec(width))
+    for name, count in (("equal active", A), ("equal total", E)):
+        dense = config_of(size, FeedForwardSpec(count * size.width))
         found[name, "adamw"] = Arm(dense, size.batch, "adamw", blocks)
     return found
 

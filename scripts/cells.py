@@ -15,7 +15,7 @@ def names_before(chapter: str, label: str) -> dict[str, Any]:
     end = lines.index(f"({label})=")
     names: dict[str, Any] = {}
     for cell in tangle.read_file(chapter, path).cells:
-        if cell.line < end:
+        if cell.line < end and "check" not in cell.tags:
             source = tangle.without_magics(cell.source)
             exec(compile(source, f"{chapter}:{cell.line}", "exec"), names)
     return names

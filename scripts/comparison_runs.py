@@ -3,10 +3,10 @@
     python scripts/comparison_runs.py [--only equal-total] [--most 3]
 
 Texts, models and the step are the chapter's own cells. Each arm is trained from
-seed 0 at every rate of the grid, and from two more seeds at the one that was best;
-shorter and longer runs take that rate too. A run that is in
-annotated_moe/measured/comparisons.csv is not done again, so the command may be
-stopped and given again; to begin anew, delete the file.
+seed 0 at every rate of the grid, which grows until the best is not at its end, and
+from two more seeds at the best one; shorter and longer runs take that rate too. A run
+that is in annotated_moe/measured/comparisons.csv is not done again, so the command may
+be stopped and given again; to begin anew, delete the file.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from tqdm import tqdm
 CHAPTER = "book/chapters/24_comparisons.md"
 RUNS = ROOT / "annotated_moe/measured/comparisons.csv"
 COLUMNS = ["arm", "optimizer", "steps", "rate", "seed", "step", "bits"]
-STEPS, POINTS, SEEDS = 300, 5, 3
-GRID = [0.002, 0.004, 0.008]
+STEPS, POINTS, SEEDS = 200, 4, 3
+GRID = [0.004, 0.008, 0.016]
 # Name -> arm, optimizer, steps.
 STUDIES = {
     "experts": ("experts", "adamw", STEPS),
@@ -50,11 +50,19 @@ def read() -> dict[Run, float]:
 
 def wanted(arm: str, optimizer: str, steps: int) -> Iterator[Run]:
     """The runs of a study in turn; the best rate is known after the grid."""
-    if steps == STEPS:
-        for rate in GRID:
-            yield arm, optimizer, steps, rate, 0
-    done = read()
-    best = min(GRID, key=lambda rate: done[arm, optimizer, STEPS, rate, 0])
+    rates = sorted(GRID)
+    while True:
+        for rate in rates:
+            yield arm, optimizer, STEPS, rate, 0
+        done = read()
+        bits = {rate: done[arm, optimizer, STEPS, rate, 0] for rate in rates}
+        best = min(bits, key=bits.__getitem__)
+        if best == rates[0]:
+            rates.insert(0, best / 2)
+        elif best == rates[-1]:
+            rates.append(best * 2)
+        else:
+            break
     for seed in range(SEEDS):
         yield arm, optimizer, steps, best, seed
 

@@ -16,7 +16,7 @@ import pytest
 from annotated_moe.config import ModelConfig, Segment
 from annotated_moe.data import Packed
 from annotated_moe.families.grok import grok_config
-from annotated_moe.model import param_specs
+from annotated_moe.model import init_params
 from annotated_moe.moe import DROPLESS, FeedForwardSpec, MoESpec
 from annotated_moe.plan import training_flops
 from annotated_moe.training import LossSpec, loss_of
@@ -52,10 +52,7 @@ def config_of(feed_forward: Any, layers: int = 1, tied: bool = True) -> ModelCon
 
 def counted(config: ModelConfig) -> float:
     """Operations a token of a gradient, as the compiler counts them."""
-    params = {
-        module: {n: jax.ShapeDtypeStruct(s.shape, jnp.float32) for n, s in leaves.items()}
-        for module, leaves in param_specs(config).items()
-    }
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
     row = jax.ShapeDtypeStruct((BATCH, T + 1), jnp.int32)
 
     def loss(params: Any, rows: Packed) -> Any:
@@ -75,8 +72,8 @@ def test_with_every_expert_computed_the_formula_counts_all(monkeypatch):
     """In blocks a loop hides the products: its body is counted once."""
     bench = program("benchmarks", "training")
     monkeypatch.setitem(DROPLESS, "blocks", bench.every_expert_once)
-    all_chosen = config_of(MoESpec(E, E, F))
-    assert 1 < counted(config_of(MoESpec(E, A, F))) / training_flops(all_chosen, T) < 1.05
+    every = training_flops(config_of(MoESpec(E, E, F)), T)
+    assert 1 < counted(config_of(MoESpec(E, A, F))) / every < 1.05
 
 
 def test_a_token_pays_for_its_own_experts_alone():
@@ -89,14 +86,14 @@ def test_every_expert_once_is_the_layer(monkeypatch):
     """The benchmark's slowest way computes what the others do."""
     bench = program("benchmarks", "training")
     rng = np.random.default_rng(0)
-    x, gates = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(20, 8), (20, A)])
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    x, gates = normal(20, 8), normal(20, A)
     experts = jnp.asarray(rng.integers(0, E + 1, (20, A)))  # E: none
-    w = {
-        name: jnp.asarray(rng.normal(size=s), jnp.float32)
-        for name, s in {
-            "linear": (E, 8, 12), "linear_v": (E, 8, 12), "linear_1": (E, 12, 8),
-        }.items()
-    }  # fmt: skip
+    w = {"linear": normal(E, 8, 12), "linear_v": normal(E, 8, 12)}
+    w["linear_1"] = normal(E, 12, 8)
     ours = bench.every_expert_once(x, gates, experts, w)
     np.testing.assert_allclose(
         ours, bench.WAYS["blocks"](x, gates, experts, w), rtol=1e-4, atol=1e-4
@@ -105,7 +102,8 @@ def test_every_expert_once_is_the_layer(monkeypatch):
 
 def test_the_files_are_those_of_the_programs():
     """Columns agree, each study is whole, and no run stands there twice."""
-    runs, bench = program("scripts", "comparison_runs"), program("benchmarks", "training")
+    runs = program("scripts", "comparison_runs")
+    bench = program("benchmarks", "training")
     with open(MEASURED / "comparisons.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == runs.COLUMNS

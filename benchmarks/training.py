@@ -1,6 +1,6 @@
 """Steps of training: experts in blocks against other ways and dense networks.
 
-    python benchmarks/training.py [--rounds 9] [--write]
+    python benchmarks/training.py [--rounds 7] [--write]
 
 Two sizes of model, each a Grok-1 of a few layers whose eight experts (two active)
 are trained four ways: in blocks, as the package does; by `ragged_dot`; with a
@@ -147,7 +147,7 @@ def arms_of(size: Size) -> dict[tuple[str, str], Arm]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     lines = []

@@ -29,6 +29,10 @@ STUDIES = {
     "equal-active": ("equal active", "adamw", STEPS),
     "equal-total": ("equal total", "adamw", STEPS),
     "muon": ("experts", "muon", STEPS),
+    # As many steps as have the arithmetic of experts, or, by throughput.csv, the time.
+    "total-arithmetic": ("equal total", "adamw", 87),
+    "total-seconds": ("equal total", "adamw", 147),
+    "active-seconds": ("equal active", "adamw", 256),
 }
 
 Run = tuple[str, str, int, float, int]      # arm, optimizer, steps, rate, seed

@@ -4,9 +4,9 @@
 
 Texts, models and the step are the chapter's own cells. Each arm is trained from
 seed 0 at every rate of the grid, which grows until the best is not at its end, and
-from two more seeds at the best one; shorter and longer runs take that rate too. A run
-that is in annotated_moe/measured/comparisons.csv is not done again, so the command may
-be stopped and given again; to begin anew, delete the file.
+from two more seeds at the best one. A run that is in
+annotated_moe/measured/comparisons.csv is not done again, so the command may be stopped
+and given again; to begin anew, delete the file.
 """
 
 import argparse
@@ -29,10 +29,6 @@ STUDIES = {
     "equal-active": ("equal active", "adamw", STEPS),
     "equal-total": ("equal total", "adamw", STEPS),
     "muon": ("experts", "muon", STEPS),
-    # As many steps as have the arithmetic of experts, or, by throughput.csv, the time.
-    "total-arithmetic": ("equal total", "adamw", 87),
-    "total-seconds": ("equal total", "adamw", 147),
-    "active-seconds": ("equal active", "adamw", 256),
 }
 
 Run = tuple[str, str, int, float, int]      # arm, optimizer, steps, rate, seed

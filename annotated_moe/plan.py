@@ -1,4 +1,4 @@
-# Generated from book/chapters/13_plan.md, book/chapters/92_hlo.md by `make sync`; edit the chapters.
+# Generated from book/chapters/13_plan.md, book/chapters/24_comparisons.md, book/chapters/92_hlo.md by `make sync`; edit the chapters.
 """The first time Grok-1's decode step was compiled for a slice of eight
 TPUs, each of them moved 116 GB to make one token. It should have moved
 11. Nothing was wrong: each logit came out right to the last bit, and
@@ -690,6 +690,24 @@ def table(plan: Plan) -> str:
         "\n".join([title, *(f"  {a:13}{b}" for a, b in lines)])
         for title, lines in parts
     )
+
+
+# %% book/chapters/24_comparisons.md, cell 10
+def training_flops(config: ModelConfig, length: int) -> int:
+    """Multiplications and additions a token costs, there and back.
+
+    In rows of `length` tokens. What is computed a second time for the
+    gradient is not counted, nor what is no product.
+    Source: Chowdhery et al. (2023), appendix B.
+    """
+    used = token_weights(config)
+    unused = used.get("lookup table", 0) + used.get("other inputs", 0)
+    pairs = 0
+    for i in range(config.num_layers):
+        heads = config.layer(i).attention
+        value = heads.value_size or heads.head_size
+        pairs += length * heads.q_heads * (heads.head_size + value)
+    return 6 * (sum(used.values()) - unused + pairs)
 
 
 # %% book/chapters/92_hlo.md, cell 37

@@ -10,34 +10,19 @@ import argparse
 import csv
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from cells import ROOT, names_before
 from tqdm import tqdm
 
-from annotated_moe import tangle
 from annotated_moe.moe import FeedForwardSpec, MoESpec, SharedMoESpec
 
-ROOT = Path(__file__).parent.parent
 CHAPTER = "book/chapters/22_balance.md"
 RUNS = ROOT / "annotated_moe/measured/balance.csv"
 COLUMNS = ["study", "name", "factor", "seed", "steps", "loss", "unlimited",
            "busiest", "evenness", "dropped", "seconds"]  # fmt: skip
 STUDIES = ["start", "remedies", "seats", "grain"]
 SEEDS, CHUNKS = 3, 10
-
-
-def page() -> dict[str, Any]:
-    """The names that the chapter has before its first run."""
-    chapter = tangle.read_file(CHAPTER, ROOT / CHAPTER)
-    lines = (ROOT / CHAPTER).read_text(encoding="utf-8").splitlines()
-    end = lines.index("(balance-alone)=")
-    cells = [cell for cell in chapter.cells if cell.line < end]
-    names: dict[str, Any] = {}
-    for cell in cells:
-        source = "\n".join(x for x in cell.source.split("\n") if not x.startswith("%"))
-        exec(compile(source, f"{CHAPTER}:{cell.line}", "exec"), names)
-    return names
 
 
 def studies(p: dict[str, Any]) -> list[tuple[str, str, Any, dict[str, Any]]]:
@@ -111,7 +96,7 @@ def main() -> None:
     if args.only and RUNS.exists():
         with open(RUNS, encoding="utf-8", newline="") as file:
             kept = [r for r in csv.DictReader(file) if r["study"] != args.only]
-    p = page()
+    p = names_before(CHAPTER, "balance-alone")
     wanted = [s for s in studies(p) if args.only in (None, s[0])]
     for study, name, config, options in tqdm(wanted):
         spec = config.layer(0).feed_forward

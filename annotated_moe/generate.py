@@ -512,7 +512,7 @@ def check_prompt(
             "prompts must be lists of ids; `generate` takes texts"
         )
     if row == []:
-        raise ValueError(f"prompt {i} is empty; it needs a token")
+        raise ValueError(f"prompt {i} is empty: give it some text")
     if type(row) is not list or any(type(t) is not int for t in row):
         raise ValueError(f"prompt {i} is no list of integer token ids")
     wrong = [t for t in row if not 0 <= t < config.vocab_size]

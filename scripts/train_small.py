@@ -11,6 +11,7 @@ routing.npz. A run that was stopped goes on. Needs the extra `train`.
 
 import argparse
 import json
+import math
 import platform
 import re
 import shutil
@@ -35,7 +36,7 @@ from annotated_moe.model import apply_layer, embed, place_params
 from annotated_moe.recipes import Recipe, read_inputs, read_recipe, read_texts
 from annotated_moe.runs import Checkpoints, named_arrays, read_log
 from annotated_moe.tokenizer import Tokenizer
-from annotated_moe.training import Trainer, bits_per_byte
+from annotated_moe.training import Trainer, bits_per_byte, predicted
 
 RECIPE = Path(__file__).with_name("small.toml")
 CARD = Path(__file__).with_name("small_card.md")
@@ -181,10 +182,15 @@ def judged_right(model: Model, held: list[str]) -> dict[str, float]:
 
 def samples(model: Model) -> Iterator[str]:
     """Texts from four prompts at three temperatures, as they come."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
     for prompt in PROMPTS:
+        yield f"### `{json.dumps(prompt)[1:-1]}`\n"
         for t in TEMPERATURES:
-            text = model.generate(prompt, max_new_tokens=80, temperature=t, seed=0)
-            yield f"Temperature {t}:\n\n```text\n{prompt}{text}\n```\n"
+            ids = tokenizer.encode_prompt(prompt)
+            (new,) = model.generate_ids([ids], 80, temperature=t, seed=0)
+            text = tokenizer.decode([*ids, *new]).strip("\n")
+            yield f"At {t}:\n\n```text\n{text}\n```\n"
 
 
 def table(log: dict[str, Any]) -> str:
@@ -220,13 +226,17 @@ def measure(
     eight = jax.tree.map(np.asarray, dequantized(small))
     for name, texts in held.items():
         rows = pack(texts, whole.tokenizer, recipe.train.length)
-        log["held_out"][name] = {
-            "bytes": sum(len(text.encode()) for text in texts),
-            "bits_per_byte": round(
-                bits_per_byte(trainer, whole.params, rows, texts), 4),
-            "bits_per_byte_int8": round(
-                bits_per_byte(trainer, eight, rows, texts), 4),
+        one: dict[str, Any] = {
+            "texts": len(texts), "bytes": sum(len(t.encode()) for t in texts),
         }  # fmt: skip
+        for end, params in ("", whole.params), ("_int8", eight):
+            bits = bits_per_byte(trainer, params, rows, texts)
+            one[f"bits_per_byte{end}"] = round(bits, 4)
+            blind = len(texts) * math.log2(trainer.config.vocab_size)
+            nats = (bits * one["bytes"] - blind) * math.log(2)
+            one["tokens"] = int(predicted(rows.documents).sum())
+            one[f"loss{end}"] = round(nats / one["tokens"], 4)
+        log["held_out"][name] = one
     log["sums"] = {"answered": sums_right(small),
                    "judged": judged_right(small, held["sums"])}
     return log

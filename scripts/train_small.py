@@ -1,7 +1,7 @@
 """Train the small model that ships inside the package.
 
     python scripts/small_texts.py FOLDER
-    python scripts/train_small.py FOLDER [--out annotated_moe/small]
+    python scripts/train_small.py FOLDER [--out annotated_moe/small] [--only STEP]
 
 Learns a vocabulary from the texts in FOLDER, runs `annotated-moe train` with
 scripts/small.toml, quantizes what comes out to eight bits, measures it, and
@@ -190,7 +190,7 @@ def samples(model: Model) -> Iterator[str]:
             ids = tokenizer.encode_prompt(prompt)
             (new,) = model.generate_ids([ids], 80, temperature=t, seed=0)
             text = tokenizer.decode([*ids, *new]).strip("\n")
-            yield f"At {t}:\n\n```text\n{text}\n```\n"
+            yield f"At {t}:\n\n````text\n{text}\n````\n"
 
 
 def table(log: dict[str, Any]) -> str:
@@ -264,15 +264,18 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("annotated_moe/small"))
+    parser.add_argument("--only", choices=["tokenizer", "measure"])
     args = parser.parse_args()
     copy = args.folder / RECIPE.name
     shutil.copy(RECIPE, copy)
     recipe = read_recipe(copy)
     if not (args.folder / "tokenizer.model").exists():
         learn_vocabulary(recipe).save(args.folder / "tokenizer.model")
-    program = Path(sys.executable).with_name("annotated-moe")
-    subprocess.run([program, "train", copy], check=True)
-    finish(recipe, args.out)
+    if args.only is None:
+        program = Path(sys.executable).with_name("annotated-moe")
+        subprocess.run([program, "train", copy], check=True)
+    if args.only != "tokenizer":
+        finish(recipe, args.out)
 
 
 def finish(recipe: Recipe, out: Path) -> None:

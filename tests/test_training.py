@@ -494,6 +494,45 @@ def test_killed_twice_the_weights_are_the_same_bits(recipe, tmp_path):
     assert isinstance(model.generate("The LORD", max_new_tokens=3), str)
 
 
+@pytest.mark.parametrize(
+    "moment", ["in a step", pytest.param("before", marks=pytest.mark.full),
+               pytest.param("while it saves", marks=pytest.mark.full)]
+)
+def test_interrupted_a_whole_state_remains(recipe, tmp_path, moment):
+    """Ctrl-C: one line, 130, and the same command goes on."""
+    if moment == "while it saves":
+        recipe.write_text(RECIPE.replace("save_every = 10", "save_every = 1"))
+    log = tmp_path / "out/log.jsonl"
+    wait_for = tmp_path / "out/lock" if moment == "before" else log
+    with child_of(recipe) as child:
+        while child.poll() is None and not (
+            wait_for.exists() and (moment == "before" or runs.read_log(log))
+        ):
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    said = [line for line in err.replace("\r", "\n").split("\n")
+            if line and "tokens" not in line]
+    assert len(said) == 1 and said[0].startswith("annotated-moe: stopped"), err
+    saved = runs.Checkpoints(tmp_path / "out/checkpoints", 3).latest
+    if moment == "before":
+        assert saved is None
+    else:
+        assert f"stopped after step {saved}, which is saved" in said[0]
+        assert runs.read_log(log)[-1]["step"] == saved
+
+
+def child_of(recipe):
+    """`annotated-moe train`, in a process of its own."""
+    script = (
+        "import sys, jax; jax.config.update('jax_num_cpu_devices', 8); "
+        "from annotated_moe.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", script, "train", str(recipe)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
 def test_one_run_a_folder_and_none_backwards(recipe, tmp_path, capsys):
     recipe.write_text(RECIPE.replace("steps = 400", "steps = 20"))
     (tmp_path / "out").mkdir()
@@ -548,6 +587,13 @@ WRONG = {
     "files": ('["texts"]', '["nothing"]', "[data] files: nothing in"),
     "context": ("context = 32", "context = 16", "rows of 32 tokens do not fit"),
     "mesh": ("[train]", "[mesh]\ndata = 4\n[train]", "[mesh] data = 4 cannot cut 2"),
+    "no exchange": ("[train]", "[mesh]\nexchange = 'post'\n[train]", "exchange must"),
+    "exchange": (
+        "[train]", "[mesh]\ndata = 2\nexchange = 'ring'\n[train]", "would do nothing"
+    ),
+    "growing": (
+        "[model]", "[model]\npreset = 'llama-4-scout'", "'llama-4-scout' cannot be tr"
+    ),
     "TOML": ("[train]", "[train", "is no TOML"),
     "tokens": ("d_ff = 16", "d_ff = 16\nvocab_size = 9", "vocab_size"),
 }

@@ -616,7 +616,7 @@ class Ring(TokensApart):
 
 # %% book/chapters/21_experts_in_parallel.md, cell 18
 APART: dict[str | None, MeshAxis] = {
-    **MESH_AXES, "tokens": "expert", "batch": ("data", "expert"),
+    **MESH_AXES, "tokens": "expert", "batch": ("expert", "data"),
 }
 
 

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ def bad_array(
     """The first array that is not finite, with its layer; or ""."""
     found = []
     for (module, name), spec in flat_specs(config).items():
-        w = tree[module][name]
-        bad = ~jnp.isfinite(w)
+        w = np.asarray(tree[module][name])
+        bad = ~np.isfinite(w)
         if not bad.any():
             continue
         if spec.axes[0] != "layers":
@@ -192,6 +193,8 @@ def bad_output(
     tokens, documents = (jnp.asarray(a)[:, :-1] for a in rows)
     positions, real = positions_in_documents(documents)
     inside = within_documents(config)
+    run = jax.jit(partial(apply_layer, train="blocks"),
+                  static_argnums=(1, 2))
     h = embed(params["in_out_embed"]["embeddings"], tokens, config)
     if not jnp.isfinite(h).all():
         return "the embedded tokens"
@@ -199,18 +202,24 @@ def bad_output(
         place, index = place_of(inside, i)
         own = jax.tree.map(lambda w, at=index: w[at],
                            place_params(params, place))
-        h, _, losses = apply_layer(
-            own, place, inside, h, positions, real, train="blocks")
+        h, _, losses = run(own, place, inside, h, positions, real)
         if not jnp.isfinite(h).all():
             return f"layer {i}, its output"
         for name, loss in losses.items():
             if not jnp.isfinite(loss):
                 return f"layer {i}, the router's loss {name!r}"
-    finite = jnp.isfinite(unembed(params, h, config, train=True)).all()
+    logits = jax.jit(partial(unembed, config=config, train=True))
+    finite = jnp.isfinite(logits(params, h)).all()
     return "" if finite else "the logits"
 
 
 # %% book/chapters/23b_runs.md, cell 15
+def square(a: Array) -> np.ndarray:
+    """On the host, where an overflow is infinite and no warning."""
+    with np.errstate(over="ignore"):
+        return np.square(np.asarray(a))
+
+
 def find_fault(
     state: TrainState, rows: Packed, config: ModelConfig,
     spec: TrainSpec,
@@ -223,15 +232,16 @@ def find_fault(
         return f"what is computed: {where}"
     arrays = jax.tree.map(jnp.asarray, rows)
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-    grads, _ = gradient(params, arrays, config, spec, key)
+    slope = jax.jit(partial(gradient, config=config, spec=spec))
+    grads, _ = slope(params, arrays, key=key)
     grads, _ = split_reports(grads, config)
     # Squares, since a length is a sum of them and may overflow too.
-    squares = jax.tree.map(jnp.square, grads)
+    squares = jax.tree.map(square, grads)
     if where := bad_array(squares, config, last_first=True):
         return f"a gradient: {where}"
-    changes, _ = make_optimizer(config, spec).update(
-        grads, state.memory, params)
-    where = bad_array(jax.tree.map(jnp.square, changes), config)
+    update = jax.jit(make_optimizer(config, spec).update)
+    changes, _ = update(grads, state.memory, params)
+    where = bad_array(jax.tree.map(square, changes), config)
     return f"what the optimizer adds to a weight: {where}"
 
 

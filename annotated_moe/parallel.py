@@ -370,6 +370,10 @@ class OnMesh(OneDevice):
         spec = fit_spec(wish, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, spec)
 
+    def parts(self, size: int, axis: str) -> int:
+        return axis_size(
+            self.mesh, fit(self.table[axis], size, self.mesh))
+
     def head_copies(self, kv_heads: int, q_heads: int) -> int:
         return copies_of_heads(kv_heads, q_heads, self.mesh)
 

@@ -165,9 +165,10 @@ def load_model(args: argparse.Namespace) -> tuple[Model, str]:
     where = f"{devices} {kind} device{'s' if devices > 1 else ''}"
     if args.stream:
         where += ", from disk as they are needed,"
+    name = args.model or "the small model"
     return model, (
-        f"Loaded {args.model or 'the small model'} of {total / 1e6:,.1f} "
-        f"million parameters onto {where} in {spent:.1f} s."
+        f"Loaded {name} of {total / 1e6:,.1f} million parameters onto "
+        f"{where} in {spent:.1f} s."
     )
 
 

@@ -256,6 +256,7 @@ def check_trainable(where: str, preset: Any) -> None:
         ) from None
 
 
+# %% book/chapters/95_recipes.md, cell 11
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """A recipe from a file; ValueError says file, section and key."""
     path = Path(path)
@@ -288,7 +289,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return Recipe(path, model, train=train, **whole)
 
 
-# %% book/chapters/95_recipes.md, cell 11
+# %% book/chapters/95_recipes.md, cell 12
 def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
     """The texts that a recipe names; ValueError where there is none.
 
@@ -339,7 +340,7 @@ def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     return found
 
 
-# %% book/chapters/95_recipes.md, cell 14
+# %% book/chapters/95_recipes.md, cell 15
 def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
     """The mesh that a recipe asks for, simulated where there are CPUs.
 
@@ -373,7 +374,7 @@ def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 15
+# %% book/chapters/95_recipes.md, cell 16
 def read_inputs(
     recipe: Recipe,
 ) -> tuple[ModelConfig, Tokenizer, list[str]]:
@@ -395,7 +396,7 @@ def read_inputs(
     return config, tokenizer, texts
 
 
-# %% book/chapters/95_recipes.md, cell 16
+# %% book/chapters/95_recipes.md, cell 17
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Be the one run of a folder; ValueError where there is another."""
@@ -412,7 +413,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-# %% book/chapters/95_recipes.md, cell 17
+# %% book/chapters/95_recipes.md, cell 18
 def trainer_on(
     mesh: Mesh | None, config: ModelConfig, spec: TrainSpec,
     exchange: str = "sum",
@@ -422,7 +423,7 @@ def trainer_on(
     return MeshTrainer(config, spec, mesh, exchange)
 
 
-# %% book/chapters/95_recipes.md, cell 18
+# %% book/chapters/95_recipes.md, cell 19
 def check_start(recipe: Recipe, about: dict[str, Any]) -> None:
     """ValueError where a folder's states are not of this recipe."""
     kept = Checkpoints(recipe.folder / "checkpoints", recipe.run.keep)
@@ -437,7 +438,7 @@ def check_start(recipe: Recipe, about: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/95_recipes.md, cell 19
+# %% book/chapters/95_recipes.md, cell 20
 def train_recipe(recipe: Recipe) -> Model:
     """Do what a recipe asks for; the trained model, which is saved too.
 

@@ -244,15 +244,19 @@ OWN_SECTIONS = {"data": DataSpec, "mesh": MeshSpec, "run": RunSpec}
 
 
 # %% book/chapters/95_recipes.md, cell 10
-def check_trainable(where: str, preset: Any) -> None:
-    """ValueError for a preset that no run could train."""
+def check_trainable(where: str, model: dict[str, Any]) -> None:
+    """ValueError without sizes, or for a preset that cannot train."""
+    if not model.keys() & {"preset", "d_model"}:
+        raise ValueError(
+            f"{where} needs a preset, or sizes: d_model first")
+    preset = model.get("preset")
     if not isinstance(preset, str) or preset not in PRESETS:
         return                              # `read_model` says so
     try:
         within_documents(PRESETS[preset])
     except ValueError as error:
         raise ValueError(
-            f"{where} {preset!r} cannot be trained: {error}"
+            f"{where} preset {preset!r} cannot be trained: {error}"
         ) from None
 
 
@@ -279,10 +283,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     model = raw.get("model", {})
     if not isinstance(model, dict):
         raise ValueError(f"{path}: model must be a section, [model]")
-    if not model.keys() & {"preset", "d_model"}:
-        raise ValueError(
-            f"{path}: [model] needs a preset, or sizes: d_model first")
-    check_trainable(f"{path}: [model] preset", model.get("preset"))
+    check_trainable(f"{path}: [model]", model)
     parts = {n: section(n, kind) for n, kind in TRAIN_SECTIONS.items()}
     whole = {n: section(n, kind) for n, kind in OWN_SECTIONS.items()}
     train = section("train", TrainSpec, **parts)
@@ -326,6 +327,7 @@ def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
     return texts
 
 
+# %% book/chapters/95_recipes.md, cell 13
 def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     """A tokenizer from a file or a model's folder."""
     path = small_model() if name is None else where / name
@@ -340,7 +342,7 @@ def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     return found
 
 
-# %% book/chapters/95_recipes.md, cell 15
+# %% book/chapters/95_recipes.md, cell 16
 def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
     """The mesh that a recipe asks for, simulated where there are CPUs.
 
@@ -374,7 +376,7 @@ def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 16
+# %% book/chapters/95_recipes.md, cell 17
 def read_inputs(
     recipe: Recipe,
 ) -> tuple[ModelConfig, Tokenizer, list[str]]:
@@ -396,7 +398,7 @@ def read_inputs(
     return config, tokenizer, texts
 
 
-# %% book/chapters/95_recipes.md, cell 17
+# %% book/chapters/95_recipes.md, cell 18
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Be the one run of a folder; ValueError where there is another."""
@@ -413,7 +415,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-# %% book/chapters/95_recipes.md, cell 18
+# %% book/chapters/95_recipes.md, cell 19
 def trainer_on(
     mesh: Mesh | None, config: ModelConfig, spec: TrainSpec,
     exchange: str = "sum",
@@ -423,7 +425,7 @@ def trainer_on(
     return MeshTrainer(config, spec, mesh, exchange)
 
 
-# %% book/chapters/95_recipes.md, cell 19
+# %% book/chapters/95_recipes.md, cell 20
 def check_start(recipe: Recipe, about: dict[str, Any]) -> None:
     """ValueError where a folder's states are not of this recipe."""
     kept = Checkpoints(recipe.folder / "checkpoints", recipe.run.keep)
@@ -438,7 +440,7 @@ def check_start(recipe: Recipe, about: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/95_recipes.md, cell 20
+# %% book/chapters/95_recipes.md, cell 21
 def train_recipe(recipe: Recipe) -> Model:
     """Do what a recipe asks for; the trained model, which is saved too.
 

@@ -18,7 +18,7 @@ from annotated_moe import hosts
 from annotated_moe.tokenizer import needed
 
 
-# %% book/chapters/95_recipes.md, cell 21
+# %% book/chapters/95_recipes.md, cell 22
 @contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
     """Within it, Ctrl-C ends the process, in one line.

@@ -43,6 +43,7 @@ def ends_at_once() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+# %% book/chapters/95_recipes.md, cell 23
 def run_train(args: argparse.Namespace) -> None:
     for library in ("optax", "orbax.checkpoint"):
         needed(library, "annotated-moe train", "train")

@@ -29,7 +29,7 @@ __all__.extend(
 )
 
 
-# %% book/chapters/11_streaming.md, cell 66
+# %% book/chapters/11_streaming.md, cell 70
 LOADERS["disk"] = load_from_disk
 
 

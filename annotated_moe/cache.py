@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from annotated_moe import placement
+
 
 # %% book/chapters/04_attention.md, cell 35
 def write_cache(
@@ -27,13 +29,16 @@ def write_cache(
     if x.shape[:1] + x.shape[2:] != stack.shape[1:2] + stack.shape[3:]:
         raise ValueError(f"{x.shape} does not fit cache {stack.shape}")
     rows = jnp.arange(stack.shape[1])[:, None]              # [B, 1]
-    x = x.astype(stack.dtype).reshape(*x.shape[:2], -1)     # [B, T, KH]
-    # Heads as one axis: with two, XLA copies the stack on a TPU.
-    flat = stack.reshape(*stack.shape[:3], -1)             # [.., S, KH]
-    flat = flat.at[layer, rows, slots].set(
+    x, shape, heads = x.astype(stack.dtype), stack.shape, stack.shape[3]
+    # On a TPU the wrong one of two shapes copies the stack in each
+    # layer: K x H where a device has one head, [KH] where it has more.
+    if placement.here().parts(heads, "kv_heads") == heads:
+        x = x.reshape(*x.shape[:2], -1)                     # [B, T, KH]
+        stack = stack.reshape(*shape[:3], -1)
+    stack = stack.at[layer, rows, slots].set(
         x, mode="drop", wrap_negative_indices=False
     )
-    return flat.reshape(stack.shape)
+    return stack.reshape(shape)
 
 
 # %% book/chapters/04_attention.md, cell 41

@@ -497,10 +497,6 @@ def load(
         raise ValueError(f"dtype must be {known}: {dtype!r}")
     if not isinstance(stream, bool):
         raise TypeError(f"stream must be True or False: {stream!r}")
-    if stream and mesh is not None:
-        raise ValueError(
-            "stream=True runs on one device: leave out the mesh"
-        )
     check_exchange(exchange)
     opened = open_checkpoint(small_model() if path is None else path)
     if mesh is not None:

@@ -10,6 +10,7 @@ plumbing, and none of it is needed to understand the model.
 import argparse
 import contextlib
 import inspect
+import math
 import os
 import sys
 import time
@@ -35,8 +36,8 @@ from annotated_moe.families.images import IMAGE, read_image
 from annotated_moe.formats.native import flat_arrays
 from annotated_moe.formats.writing import Part
 from annotated_moe.generate import Model
-from annotated_moe.parallel import make_mesh
-from annotated_moe.plan import add_plan, parameter_counts
+from annotated_moe.parallel import EXCHANGES, make_mesh
+from annotated_moe.plan import add_plan, parameter_counts, parse_mesh
 from annotated_moe.specs import to_json
 from annotated_moe.streaming import StreamedModel, with_progress
 from annotated_moe.tokenizer import split_at
@@ -116,8 +117,28 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 # %% book/chapters/99_command_line.md, cell 8
-def mesh_for(devices: int) -> Mesh | None:
-    """`devices` devices, simulated where there are only CPUs."""
+def check_mesh_options(args: argparse.Namespace) -> None:
+    """Count the devices of --mesh; ValueError for senseless options."""
+    sizes = {"expert": 1}
+    if args.mesh is not None:
+        if args.devices != 1:
+            raise ValueError(
+                "--mesh and --devices say the same: give one")
+        sizes = parse_mesh(args.mesh)
+        args.devices = math.prod(sizes.values())
+    if args.exchange != "sum" and sizes["expert"] == 1:
+        raise ValueError(
+            f"--exchange {args.exchange} needs a --mesh that deals "
+            "experts out, such as 1x8x1"
+        )
+
+
+def mesh_for(args: argparse.Namespace) -> Mesh | None:
+    """The mesh asked for, simulated where there are only CPUs.
+
+    Without --mesh, all devices cut experts by their width.
+    """
+    devices = args.devices
     if not 1 <= devices <= 512:
         raise ValueError(f"--devices must be 1 to 512, not {devices}")
     if devices == 1:
@@ -125,25 +146,29 @@ def mesh_for(devices: int) -> Mesh | None:
     with contextlib.suppress(RuntimeError):
         # Only CPUs heed this, and only before a device is first used.
         jax.config.update("jax_num_cpu_devices", devices)
-    return make_mesh(model=devices)
+    if args.mesh is None:
+        return make_mesh(model=devices)
+    return make_mesh(**parse_mesh(args.mesh))
 
 
 # %% book/chapters/99_command_line.md, cell 9
-def load_model(
-    path: str | None, devices: int, dtype: str | None, stream: bool
-) -> tuple[Model, str]:
+def load_model(args: argparse.Namespace) -> tuple[Model, str]:
     """The model, and a sentence about it."""
-    start = time.perf_counter()
-    model = load(path, mesh_for(devices), dtype, stream)
+    start, devices = time.perf_counter(), args.devices
+    model = load(
+        args.model, mesh_for(args), args.dtype, args.stream,
+        args.exchange,
+    )
     spent = time.perf_counter() - start
     kind = jax.devices()[0].platform.upper()
     total, _ = parameter_counts(model.config)
     where = f"{devices} {kind} device{'s' if devices > 1 else ''}"
-    if stream:
+    if args.stream:
         where += ", from disk as they are needed,"
+    name = args.model or "the small model"
     return model, (
-        f"Loaded {path or 'the small model'} of {total / 1e6:,.1f} "
-        f"million parameters onto {where} in {spent:.1f} s."
+        f"Loaded {name} of {total / 1e6:,.1f} million parameters onto "
+        f"{where} in {spent:.1f} s."
     )
 
 
@@ -211,9 +236,7 @@ def rate(times: list[float]) -> str:
 # %% book/chapters/99_command_line.md, cell 14
 def run_generate(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.image]
-    model, status = load_model(
-        args.model, args.devices, args.dtype, args.stream
-    )
+    model, status = load_model(args)
     prompt, tiles = ids_of_prompt(model, args, images)
     stop = model.config.eos_ids
     if args.chat:
@@ -230,6 +253,11 @@ def run_generate(args: argparse.Namespace) -> None:
     say("\n" + rate(show(start, read_on(model, prompt, ids))))
 
 
+def generate_on_mesh(args: argparse.Namespace) -> None:
+    check_mesh_options(args)
+    hosts.run_multihost(run_generate)(args)
+
+
 # %% book/chapters/99_command_line.md, cell 15
 FOLDER = "checkpoint folder, any layout [the small model]"
 
@@ -237,7 +265,7 @@ FOLDER = "checkpoint folder, any layout [the small model]"
 def add_generate(commands: Any) -> None:
     text = "stream text for a prompt"
     sub = commands.add_parser("generate", help=text, description=text)
-    sub.set_defaults(run=hosts.run_multihost(run_generate))
+    sub.set_defaults(run=generate_on_mesh)
     add = sub.add_argument
     add("--model", help=FOLDER)
     add("--prompt", required=True, help="text to go on from")
@@ -249,6 +277,9 @@ def add_generate(commands: Any) -> None:
     add("--image", action="append", default=[], metavar="FILE",
         help="show it a picture; again for more; <|image|> says where")
     add("--devices", type=int, default=1, help="shard over so many [1]")
+    add("--mesh", help="instead: DATAxEXPERTxMODEL, such as 1x8x1")
+    add("--exchange", choices=list(EXCHANGES), default="sum",
+        help="how tokens reach the experts of other devices [sum]")
     add("--dtype", choices=list(DTYPES), help="[what is fast here]")
     add("--stream", action="store_true",
         help="leave the weights on disk, for models larger than memory")

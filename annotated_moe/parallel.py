@@ -370,6 +370,10 @@ class OnMesh(OneDevice):
         spec = fit_spec(wish, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, spec)
 
+    def parts(self, size: int, axis: str) -> int:
+        return axis_size(
+            self.mesh, fit(self.table[axis], size, self.mesh))
+
     def head_copies(self, kv_heads: int, q_heads: int) -> int:
         return copies_of_heads(kv_heads, q_heads, self.mesh)
 
@@ -616,7 +620,7 @@ class Ring(TokensApart):
 
 # %% book/chapters/21_experts_in_parallel.md, cell 18
 APART: dict[str | None, MeshAxis] = {
-    **MESH_AXES, "tokens": "expert", "batch": ("data", "expert"),
+    **MESH_AXES, "tokens": "expert", "batch": ("expert", "data"),
 }
 
 
@@ -651,10 +655,18 @@ class GatherWeights(OnMesh):
     ) -> Array:
         cut = (a if a != "data" else None for a in partition_spec(axes))
         d, f = fit_spec(P(*cut), w.shape, self.mesh)
-        n = fit("data", x.shape[0], self.mesh)
+        rows = EXCHANGES[EXCHANGE.value].table["batch"]
+        n = fit(rows, x.shape[0], self.mesh)
         hold = jax.lax.with_sharding_constraint
         w = hold(w.astype(x.dtype), P(d, f))
         return hold(product(hold(x, P(n, d)), w), P(n, f))
+
+    def split(
+        self, function: Callable[..., Any], in_axes: Any, out_axes: Any
+    ) -> Callable[..., Any]:
+        # What devices do by themselves, they do as the exchange says.
+        on_mesh = EXCHANGES[EXCHANGE.value](self.mesh)
+        return on_mesh.split(function, in_axes, out_axes)
 
 
 def find_gathering() -> OneDevice | None:
@@ -671,11 +683,13 @@ PLACEMENTS.append(find_gathering)
 
 # %% book/chapters/23b_runs.md, cell 34
 @contextlib.contextmanager
-def gathering_weights(mesh: Mesh) -> Iterator[None]:
+def gathering_weights(
+    mesh: Mesh, exchange: str = "sum"
+) -> Iterator[None]:
     """The context of a training step on a mesh."""
     token = GATHERS.set(True)
     try:
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh, exchange):
             yield
     finally:
         GATHERS.reset(token)

@@ -38,6 +38,10 @@ class OneDevice:
         """`y` on the first device along `axis`, zero on others."""
         return y
 
+    def parts(self, size: int, axis: str) -> int:
+        """Into how many parts an axis of `size` is cut."""
+        return 1
+
     def first(self, count: int, axis: str) -> Any:
         """The index of the first of `count` things held here."""
         return 0

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,11 +24,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from annotated_moe.checkpoints import (
     groups_for,
@@ -37,25 +39,30 @@ from annotated_moe.checkpoints import (
 )
 from annotated_moe.config import ModelConfig, all_places
 from annotated_moe.families import PRESETS
-from annotated_moe.hlo import bytes_moved, collectives
+from annotated_moe.hlo import bytes_moved, collectives, plain_bytes
 from annotated_moe.model import (
     Cache,
     Params,
+    constrain_residual,
     decode_step,
     flat_specs,
     head_table,
     init_cache,
+    layer_weights,
     param_specs,
     place_params,
 )
-from annotated_moe.moe import MoESpec
+from annotated_moe.moe import MoESpec, capacity
 from annotated_moe.parallel import (
+    EXCHANGES,
+    FEW,
     AnyMesh,
     fit_spec,
     group_repeats,
     partition_spec,
     partition_specs,
     shardings,
+    use_mesh,
 )
 from annotated_moe.params import ParamSpec, record_specs
 from annotated_moe.quantization import QuantizedTensor
@@ -399,6 +406,7 @@ class Plan:
     temporaries: int = 0
     collectives: list[list[Any]] = field(default_factory=list)
     moved: float | None = None              # by the program for a TPU
+    exchanges: list[list[Any]] = field(default_factory=list)
 
 
 # %% book/chapters/13_plan.md, cell 46
@@ -758,6 +766,118 @@ REPORTS += [report_collectives, report_moved]
 
 
 # %% book/chapters/92_hlo.md, cell 43
+def exchange_bytes(
+    moe: MoESpec, d: int, tokens: int, mesh: Mapping[str, int],
+    exchange: str, padded: bool,
+) -> float:
+    """Bytes that a device sends for one layer's experts.
+
+    Activations travel in bfloat16, results in float32. Tokens that
+    the axis `expert` does not divide go through the sum. ValueError
+    for an exchange that this has no formula for.
+    """
+    data, n, width = (mesh[a] for a in ("data", "expert", "model"))
+    d = d // data
+    if exchange == "sum" or tokens % n:
+        return 2 * (n * width - 1) / (n * width) * tokens * d * 4
+    own = tokens // n
+    if exchange == "ring":
+        seats = float(own)
+    elif exchange != "all_to_all":
+        raise ValueError(f"no formula for the exchange {exchange!r}")
+    elif padded:
+        seats = capacity(own, min(moe.top_k, n), n, FEW)
+    else:                                   # those that somebody fills
+        e, a = moe.num_experts, moe.top_k
+        missed = math.comb(e - e // n, a) / math.comb(e, a)
+        seats = own * (1 - missed)
+    parts = 2 * (width - 1) / width * own * d * 4
+    return (n - 1) * seats * d * (2 + 4) + parts
+
+
+# %% book/chapters/92_hlo.md, cell 44
+def compile_experts(
+    config: ModelConfig, params: Params, mesh: Mesh, exchange: str,
+    rows: int, tokens: int,
+) -> Any:
+    """A layer's router and experts for [rows, tokens], not run."""
+    place = next(p for p in all_places(config)
+                 if isinstance(p.spec.feed_forward, MoESpec))
+    kept = {m: w for m, w in place_params(params, place).items()
+            if "router" in m.split("/") or "moe" in m.split("/")}
+
+    def experts(params: Params, h: Array, real: Array) -> Array:
+        own = layer_weights(params, place, config, 0)
+        own = {m.removeprefix(f"{place.name}/"): w
+               for m, w in own.items()}
+
+        def run() -> Array:
+            moe: Any = place.spec.feed_forward.build()
+            return moe(h, real, config.dtype)[0]
+
+        h = constrain_residual(h)
+        y = hk.transform(run).apply(own, None)
+        return constrain_residual(y)
+
+    whole, shape = NamedSharding(mesh, P()), (rows, tokens)
+    h = jax.ShapeDtypeStruct(
+        (*shape, config.d_model), jnp.float32, sharding=whole)
+    real = jax.ShapeDtypeStruct(shape, bool, sharding=whole)
+    with use_mesh(mesh, exchange):
+        return jax.jit(experts).lower(kept, h, real).compile()
+
+
+def sent_by_experts(
+    text: str, mesh: Mapping[str, int], moe: MoESpec, tokens: int
+) -> float:
+    """Bytes that a device sends in such a program."""
+    devices, n = math.prod(mesh.values()), mesh["expert"]
+    sent = sum(one.sent for one in collectives(text, devices, 1))
+    e, a = moe.num_experts, moe.top_k
+    hit = 1 - math.comb(e - e // n, a) / math.comb(e, a)
+    for shape in re.findall(r"= (\S+) ragged-all-to-all\(", text):
+        sent += plain_bytes(shape) * hit * (n - 1) / n
+    return sent
+
+
+# %% book/chapters/92_hlo.md, cell 45
+def plan_exchanges(
+    config: ModelConfig, params: Params, mesh: Mesh, plan: Plan
+) -> list[list[Any]]:
+    """[exchange, tokens, bytes sent a layer], to decode and to read.
+
+    Of the first layer that has experts; nothing where `expert` is 1.
+    """
+    sizes = dict(mesh.shape)
+    moe = next(iter(experts_of(config).values()), None)
+    if moe is None or sizes["expert"] == 1:
+        return []
+    padded, found = not HARDWARE[plan.hardware].link, []
+    for t in (1, plan.context):
+        tokens = plan.batch * t
+        for exchange in EXCHANGES:
+            if plan.compiler == "CPU":
+                sent = exchange_bytes(moe, config.d_model, tokens,
+                                      sizes, exchange, padded)
+            else:
+                program = compile_experts(
+                    config, params, mesh, exchange, plan.batch, t)
+                sent = sent_by_experts(
+                    program.as_text(), sizes, moe, tokens)
+            found.append([exchange, tokens, sent])
+    return found
+
+
+def exchange_lines(plan: Plan) -> list[tuple[str, str]]:
+    """What each exchange sends, to decode and to read prompts."""
+    lines: dict[str, list[str]] = {}
+    for exchange, tokens, sent in plan.exchanges:
+        own = lines.setdefault(exchange, [])
+        own.append(f"{amount(sent)} for {tokens:,}")
+    return [(name, ", ".join(own)) for name, own in lines.items()]
+
+
+# %% book/chapters/92_hlo.md, cell 48
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
@@ -777,7 +897,7 @@ def tpu_devices(topology: str) -> list[Any]:
     return describe_slice(topology)
 
 
-# %% book/chapters/92_hlo.md, cell 44
+# %% book/chapters/92_hlo.md, cell 49
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",              # ask no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # nor guess what is here
@@ -786,7 +906,7 @@ QUIET = {
 }
 
 
-# %% book/chapters/92_hlo.md, cell 45
+# %% book/chapters/92_hlo.md, cell 50
 def describe_slice(topology: str) -> list[Any]:
     """Ask libtpu for a slice's devices, without its messages."""
     from jax.experimental import topologies
@@ -804,7 +924,7 @@ def describe_slice(topology: str) -> list[Any]:
     return list(found.devices)
 
 
-# %% book/chapters/92_hlo.md, cell 46
+# %% book/chapters/92_hlo.md, cell 51
 def mesh_of(
     devices: Any, data: int = 1, model: int = 1, expert: int = 1
 ) -> Mesh:
@@ -820,7 +940,7 @@ def mesh_of(
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-# %% book/chapters/92_hlo.md, cell 49
+# %% book/chapters/92_hlo.md, cell 54
 IN_8_BITS = ("grok-1",)                     # as published
 
 
@@ -850,7 +970,7 @@ def weights_of(name: str) -> tuple[ModelConfig, Params]:
     return config, params
 
 
-# %% book/chapters/92_hlo.md, cell 50
+# %% book/chapters/92_hlo.md, cell 55
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
     if not 1 <= devices <= MOST_DEVICES:
@@ -863,7 +983,7 @@ def simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-# %% book/chapters/92_hlo.md, cell 51
+# %% book/chapters/92_hlo.md, cell 56
 def parse_mesh(text: str) -> dict[str, int]:
     """Sizes by name of "1x2x4", or of "1x8": no cut of experts."""
     size = r"[1-9]\d{0,3}"
@@ -876,7 +996,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {"data": data, "expert": (expert or [1])[0], "model": model}
 
 
-# %% book/chapters/92_hlo.md, cell 52
+# %% book/chapters/92_hlo.md, cell 57
 def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     """The context to plan for; ValueError if the job makes no sense."""
     context = config.context if args.context is None else args.context
@@ -891,7 +1011,7 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
-# %% book/chapters/92_hlo.md, cell 53
+# %% book/chapters/92_hlo.md, cell 58
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
     kind = args.topology and args.topology.split(":")[0]
@@ -903,7 +1023,7 @@ def hardware_of(args: argparse.Namespace) -> str:
     return kind or args.hardware or "h100"
 
 
-# %% book/chapters/92_hlo.md, cell 54
+# %% book/chapters/92_hlo.md, cell 59
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = weights_of(args.model)
@@ -922,21 +1042,28 @@ def plan_of(args: argparse.Namespace) -> Plan:
         simulate(wanted)
         devices = jax.devices()[:wanted]
     mesh = mesh_of(devices, **(sizes or usual_mesh(wanted, config)))
-    return make_plan(
+    plan = make_plan(
         args.model, config, params, mesh, hardware, args.batch, context,
         args.topology or "CPU",
     )
+    placed = on_mesh(params, config, mesh)
+    sent = plan_exchanges(config, placed, mesh, plan)
+    return replace(plan, exchanges=sent)
 
 
-# %% book/chapters/92_hlo.md, cell 55
+# %% book/chapters/92_hlo.md, cell 60
 def run_plan(args: argparse.Namespace) -> None:
     """Print a plan as a table, or as JSON."""
     plan = plan_of(args)
     text = json.dumps(asdict(plan), indent=1)
     print(text if args.json else table(plan))
+    if plan.exchanges and not args.json:
+        print("A device sends for a layer's experts, by exchange")
+        for name, sent in exchange_lines(plan):
+            print(f"  {name:13}{sent} tokens")
 
 
-# %% book/chapters/92_hlo.md, cell 56
+# %% book/chapters/92_hlo.md, cell 61
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command `plan`."""
     add = parser.add_argument

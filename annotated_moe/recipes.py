@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.sharding import Mesh
@@ -35,16 +35,18 @@ from annotated_moe.families.grok import (
 from annotated_moe.generate import Model
 from annotated_moe.model import Params
 from annotated_moe.moe import MoESpec
-from annotated_moe.parallel import make_mesh
+from annotated_moe.parallel import EXCHANGES, make_mesh
 from annotated_moe.runs import (
     Checkpoints,
     RunSpec,
     check_same_run,
     digest,
     gathered,
+    naming,
     train,
 )
 from annotated_moe.specs import (
+    OneOf,
     Positive,
     Size,
     Spec,
@@ -62,6 +64,7 @@ from annotated_moe.training import (
     Trainer,
     TrainSpec,
     bits_per_byte,
+    within_documents,
 )
 
 
@@ -83,6 +86,7 @@ class MeshSpec(Spec):
     data: Size = 1
     expert: Size = 1
     model: Size = 1
+    exchange: Annotated[str, OneOf(EXCHANGES)] = "sum"
 
     @property
     def devices(self) -> int:
@@ -240,6 +244,23 @@ OWN_SECTIONS = {"data": DataSpec, "mesh": MeshSpec, "run": RunSpec}
 
 
 # %% book/chapters/95_recipes.md, cell 10
+def check_trainable(where: str, model: dict[str, Any]) -> None:
+    """ValueError without sizes, or for a preset that cannot train."""
+    if not model.keys() & {"preset", "d_model"}:
+        raise ValueError(
+            f"{where} needs a preset, or sizes: d_model first")
+    preset = model.get("preset")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        return                              # `read_model` says so
+    try:
+        within_documents(PRESETS[preset])
+    except ValueError as error:
+        raise ValueError(
+            f"{where} preset {preset!r} cannot be trained: {error}"
+        ) from None
+
+
+# %% book/chapters/95_recipes.md, cell 11
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """A recipe from a file; ValueError says file, section and key."""
     path = Path(path)
@@ -262,16 +283,14 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     model = raw.get("model", {})
     if not isinstance(model, dict):
         raise ValueError(f"{path}: model must be a section, [model]")
-    if not model.keys() & {"preset", "d_model"}:
-        raise ValueError(
-            f"{path}: [model] needs a preset, or sizes: d_model first")
+    check_trainable(f"{path}: [model]", model)
     parts = {n: section(n, kind) for n, kind in TRAIN_SECTIONS.items()}
     whole = {n: section(n, kind) for n, kind in OWN_SECTIONS.items()}
     train = section("train", TrainSpec, **parts)
     return Recipe(path, model, train=train, **whole)
 
 
-# %% book/chapters/95_recipes.md, cell 11
+# %% book/chapters/95_recipes.md, cell 12
 def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
     """The texts that a recipe names; ValueError where there is none.
 
@@ -295,7 +314,8 @@ def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
     texts = []
     for path in dict.fromkeys(found):
         try:
-            text = path.read_text("utf-8")
+            with naming(path, "read"):
+                text = path.read_text("utf-8")
         except UnicodeDecodeError:
             raise ValueError(
                 f"{path} is no text in UTF-8: leave it out of [data] "
@@ -307,10 +327,13 @@ def read_texts(where: Path, spec: DataSpec, own: Path) -> list[str]:
     return texts
 
 
+# %% book/chapters/95_recipes.md, cell 13
 def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     """A tokenizer from a file or a model's folder."""
     path = small_model() if name is None else where / name
-    found = open_tokenizer(path) if path.is_dir() else Tokenizer(path)
+    with naming(path, "read"):
+        found = (open_tokenizer(path) if path.is_dir()
+                 else Tokenizer(path))
     if found is None or found.eos_id is None:
         raise ValueError(
             f"[data] tokenizer: {path} holds no tokenizer with a token "
@@ -319,14 +342,20 @@ def read_vocabulary(where: Path, name: str | None) -> Tokenizer:
     return found
 
 
-# %% book/chapters/95_recipes.md, cell 14
+# %% book/chapters/95_recipes.md, cell 16
 def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
     """The mesh that a recipe asks for, simulated where there are CPUs.
 
     None for one device. ValueError where it does not fit the model.
     """
-    sizes = {f.name: getattr(recipe.mesh, f.name)
-             for f in fields(MeshSpec)}
+    sizes = {name: getattr(recipe.mesh, name)
+             for name in ("data", "expert", "model")}
+    if recipe.mesh.exchange != "sum" and sizes["expert"] == 1:
+        raise ValueError(
+            f"{recipe.path}: [mesh] exchange = "
+            f"{recipe.mesh.exchange!r} would do nothing with expert = "
+            "1: let expert divide the experts, or leave it out"
+        )
     if recipe.mesh.devices == 1:
         return None
     with contextlib.suppress(RuntimeError):
@@ -347,7 +376,7 @@ def recipe_mesh(recipe: Recipe, config: ModelConfig) -> Mesh | None:
         raise ValueError(f"{where} {error}") from None
 
 
-# %% book/chapters/95_recipes.md, cell 15
+# %% book/chapters/95_recipes.md, cell 17
 def read_inputs(
     recipe: Recipe,
 ) -> tuple[ModelConfig, Tokenizer, list[str]]:
@@ -369,11 +398,13 @@ def read_inputs(
     return config, tokenizer, texts
 
 
-# %% book/chapters/95_recipes.md, cell 16
+# %% book/chapters/95_recipes.md, cell 18
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Be the one run of a folder; ValueError where there is another."""
-    with (folder / "lock").open("w") as file:
+    with naming(folder / "lock"):
+        lock = (folder / "lock").open("w")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -384,16 +415,17 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-# %% book/chapters/95_recipes.md, cell 17
+# %% book/chapters/95_recipes.md, cell 19
 def trainer_on(
-    mesh: Mesh | None, config: ModelConfig, spec: TrainSpec
+    mesh: Mesh | None, config: ModelConfig, spec: TrainSpec,
+    exchange: str = "sum",
 ) -> Trainer:
     if mesh is None:
         return Trainer(config, spec)
-    return MeshTrainer(config, spec, mesh)
+    return MeshTrainer(config, spec, mesh, exchange)
 
 
-# %% book/chapters/95_recipes.md, cell 18
+# %% book/chapters/95_recipes.md, cell 20
 def check_start(recipe: Recipe, about: dict[str, Any]) -> None:
     """ValueError where a folder's states are not of this recipe."""
     kept = Checkpoints(recipe.folder / "checkpoints", recipe.run.keep)
@@ -408,7 +440,7 @@ def check_start(recipe: Recipe, about: dict[str, Any]) -> None:
         )
 
 
-# %% book/chapters/95_recipes.md, cell 19
+# %% book/chapters/95_recipes.md, cell 21
 def train_recipe(recipe: Recipe) -> Model:
     """Do what a recipe asks for; the trained model, which is saved too.
 
@@ -431,7 +463,8 @@ def train_recipe(recipe: Recipe) -> Model:
     rows = pack(to_learn, tokenizer, recipe.train.length)
     mesh = recipe_mesh(recipe, config)
     try:
-        trainer = trainer_on(mesh, config, recipe.train)
+        trainer = trainer_on(
+            mesh, config, recipe.train, recipe.mesh.exchange)
     except ValueError as error:
         raise ValueError(f"{recipe.path}: [train] {error}") from None
     about = {"model": to_json(config), "train": to_json(recipe.train),
@@ -440,7 +473,8 @@ def train_recipe(recipe: Recipe) -> Model:
     if mesh is not None:
         hosts.check_same(mesh, "train", about)
     folder, first = recipe.folder, jax.process_index() == 0
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
     evaluate: Callable[[Params], float] | None = None
     if aside:
         held = pack(aside, tokenizer, recipe.train.length)
@@ -457,5 +491,6 @@ def train_recipe(recipe: Recipe) -> Model:
         params = gathered(state.params, trainer)
         model = Model(config, params, tokenizer)
         if first:
-            save(model, folder / "model")
+            with naming(folder / "model"):
+                save(model, folder / "model")
     return model

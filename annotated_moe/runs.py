@@ -12,11 +12,15 @@ run.toml` does; an appendix reads the file.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +165,8 @@ def bad_array(
     """The first array that is not finite, with its layer; or ""."""
     found = []
     for (module, name), spec in flat_specs(config).items():
-        w = tree[module][name]
-        bad = ~jnp.isfinite(w)
+        w = np.asarray(tree[module][name])
+        bad = ~np.isfinite(w)
         if not bad.any():
             continue
         if spec.axes[0] != "layers":
@@ -189,6 +193,8 @@ def bad_output(
     tokens, documents = (jnp.asarray(a)[:, :-1] for a in rows)
     positions, real = positions_in_documents(documents)
     inside = within_documents(config)
+    run = jax.jit(partial(apply_layer, train="blocks"),
+                  static_argnums=(1, 2))
     h = embed(params["in_out_embed"]["embeddings"], tokens, config)
     if not jnp.isfinite(h).all():
         return "the embedded tokens"
@@ -196,18 +202,24 @@ def bad_output(
         place, index = place_of(inside, i)
         own = jax.tree.map(lambda w, at=index: w[at],
                            place_params(params, place))
-        h, _, losses = apply_layer(
-            own, place, inside, h, positions, real, train="blocks")
+        h, _, losses = run(own, place, inside, h, positions, real)
         if not jnp.isfinite(h).all():
             return f"layer {i}, its output"
         for name, loss in losses.items():
             if not jnp.isfinite(loss):
                 return f"layer {i}, the router's loss {name!r}"
-    finite = jnp.isfinite(unembed(params, h, config, train=True)).all()
+    logits = jax.jit(partial(unembed, config=config, train=True))
+    finite = jnp.isfinite(logits(params, h)).all()
     return "" if finite else "the logits"
 
 
 # %% book/chapters/23b_runs.md, cell 15
+def square(a: Array) -> np.ndarray:
+    """On the host, where an overflow is infinite and no warning."""
+    with np.errstate(over="ignore"):
+        return np.square(np.asarray(a))
+
+
 def find_fault(
     state: TrainState, rows: Packed, config: ModelConfig,
     spec: TrainSpec,
@@ -220,15 +232,16 @@ def find_fault(
         return f"what is computed: {where}"
     arrays = jax.tree.map(jnp.asarray, rows)
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-    grads, _ = gradient(params, arrays, config, spec, key)
+    slope = jax.jit(partial(gradient, config=config, spec=spec))
+    grads, _ = slope(params, arrays, key=key)
     grads, _ = split_reports(grads, config)
     # Squares, since a length is a sum of them and may overflow too.
-    squares = jax.tree.map(jnp.square, grads)
+    squares = jax.tree.map(square, grads)
     if where := bad_array(squares, config, last_first=True):
         return f"a gradient: {where}"
-    changes, _ = make_optimizer(config, spec).update(
-        grads, state.memory, params)
-    where = bad_array(jax.tree.map(jnp.square, changes), config)
+    update = jax.jit(make_optimizer(config, spec).update)
+    changes, _ = update(grads, state.memory, params)
+    where = bad_array(jax.tree.map(square, changes), config)
     return f"what the optimizer adds to a weight: {where}"
 
 
@@ -243,20 +256,40 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+@contextlib.contextmanager
+def naming(path: Path, done: str = "written") -> Iterator[None]:
+    """An OSError within it becomes a sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:             # a sentence already
+            raise
+        raise OSError(
+            f"{path} cannot be {done}: {error.strerror}"
+        ) from error
+
+
 class RunLog:
-    """Lines of JSON, those after `step` taken away."""
+    """Lines of JSON, those after `step` taken away.
+
+    OSError names the file where it cannot be written.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [line for line in read_log(path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(path, text.encode())
+        with naming(path):
+            kept = [line for line in read_log(path)
+                    if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_whole(path, text.encode())
 
     def write(self, **values: Any) -> None:
         rounded = {name: float(f"{value:.6g}")
                    if isinstance(value, float) else value
                    for name, value in values.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(
+            self.path, "a", encoding="utf-8"
+        ) as file:
             file.write(json.dumps(rounded) + "\n")
 
 
@@ -282,6 +315,33 @@ def gathered(tree: Any, trainer: Trainer) -> Any:
 
 
 # %% book/chapters/23b_runs.md, cell 21
+@contextlib.contextmanager
+def patient(bar: Any) -> Iterator[Callable[[], bool]]:
+    """Within it, Ctrl-C asks to stop and a step is finished.
+
+    A second Ctrl-C ends the process at once, as a kill would. What is
+    yielded says whether the run was asked. Processes that run together
+    are not patient: the others would wait.
+    """
+    asked: list[bool] = []
+
+    def ask(*_: Any) -> None:
+        if asked:
+            os._exit(130)
+        asked.append(True)
+        bar.set_postfix_str("stopping after this step")
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or jax.process_count() > 1:
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class NotFinite(ValueError):
     """A step is not finite; nothing was saved after it."""
 
@@ -295,8 +355,9 @@ def train(
     """Train, from where `folder` left off, to the last step.
 
     `about` says what run it is and is saved with each state.
-    `evaluate` gives bits per byte. NotFinite where a step is;
-    OSError where a state cannot be saved.
+    `evaluate` gives bits per byte. NotFinite where a step is not;
+    OSError where a state cannot be saved. Ctrl-C saves a state first
+    and is a KeyboardInterrupt then.
     """
     spec, first = trainer.spec, jax.process_index() == 0
     kept = Checkpoints(folder / "checkpoints", run.keep)
@@ -309,7 +370,7 @@ def train(
         unit=" tokens", unit_scale=True, file=sys.stderr,
         disable=not first,
     )
-    with bar:
+    with bar, patient(bar) as stopping:
         clock, since = time.perf_counter(), start
         for i in range(start, spec.steps):
             batch = batch_at(rows, i, spec.batch, spec.seed)
@@ -338,9 +399,15 @@ def train(
                 if log:
                     log.write(step=done, bits_per_byte=bits)
                 clock, since = time.perf_counter(), done
-            if done % run.save_every == 0 or last:
+            stop = stopping()
+            if done % run.save_every == 0 or last or stop:
                 kept.save(state, about)
                 clock, since = time.perf_counter(), done
+            if stop and not last:
+                raise KeyboardInterrupt(
+                    f"stopped after step {done}, which is saved: the "
+                    "same command goes on from there"
+                )
     return state
 
 

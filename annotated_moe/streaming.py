@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from annotated_moe.cache import KVCache
 from annotated_moe.checkpoints import Opened
+from annotated_moe.checkpoints import place as place_weight
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
@@ -60,14 +61,17 @@ from annotated_moe.model import (
     DecoderLayer,
     Params,
     check_room,
+    constrain_residual,
     embed,
     head_table,
     param_specs,
     place_params,
     positions_of,
     tied_logits,
+    unembed,
 )
-from annotated_moe.moe import Experts
+from annotated_moe.moe import Experts, Route
+from annotated_moe.placement import here
 from annotated_moe.quantization import QuantizedTensor, tile_rows
 from annotated_moe.rms_norm import rms_norm
 
@@ -461,6 +465,7 @@ class WeightStore:
 
     def __init__(self, params: Params, config: ModelConfig) -> None:
         self.params, self.config = params, config
+        self.specs = param_specs(config)
         self.counts = ReadCounts()
         self.layer_done: Callable[[int], None] | None = None
         self.reader = ThreadPoolExecutor(1, "reads-ahead")
@@ -485,7 +490,7 @@ class WeightStore:
         weight, *scales = map(np.asarray, parts)
         size = sum(a.nbytes for a in (weight, *scales))
         self.counts.add((module, name, *index), size)
-        spec = param_specs(self.config)[module][name]
+        spec = self.specs[module][name]
         if spec.matrix:
             return mapped(weight, *scales)
         dtype = jnp.float32 if spec.float32 else self.config.dtype
@@ -493,10 +498,9 @@ class WeightStore:
 
     def announce(self, keys: Iterable[Key]) -> None:
         """Have the matrices among these read while we compute."""
-        specs = param_specs(self.config)
         views = [self.parts(module, name, *index)[0]
                  for module, name, *index in keys
-                 if specs[module][name].matrix]
+                 if self.specs[module][name].matrix]
         self.reader.submit(read_ahead, views)
 
 
@@ -568,6 +572,13 @@ def fetch_layer(store: WeightStore, place: Place, index: int) -> Params:
 
 
 # %% book/chapters/11_streaming.md, cell 46
+def laid_out(kept: KVCache | None) -> KVCache | None:
+    """A place's cache, held on a mesh as its axes say."""
+    if kept is None:
+        return None
+    return jax.tree.map(here().constrain, kept, kept.axes)
+
+
 @partial(
     jax.jit, static_argnames=("spec", "dtype"), donate_argnames="cache"
 )
@@ -589,8 +600,9 @@ def attend_and_route(
         x = layer.norm(after, "rms_norm_2").reshape(-1, h.shape[-1])
         moe: Any = spec.feed_forward.build()
         routed, x = moe.route(x), x.astype(dtype)           # [N, D]
-        beside = moe.always(x)
-        return after, x, routed.gates, routed.experts, beside, kept
+        beside, kept = moe.always(x), laid_out(kept)
+        experts = here().constrain(routed.experts, (None, None))
+        return after, x, routed.gates, experts, beside, kept
 
     return hk.transform(run).apply(weights, None)
 
@@ -616,7 +628,7 @@ def dense_layer(
 
     weights = {f"layer/{module}": w for module, w in weights.items()}
     h, cache, _ = hk.transform(run).apply(weights, None)
-    return h, cache
+    return constrain_residual(h), laid_out(cache)
 
 
 # %% book/chapters/11_streaming.md, cell 48
@@ -663,6 +675,7 @@ def in_batches(
 
 
 # %% book/chapters/11_streaming.md, cell 50
+@functools.singledispatch
 def stream_experts(
     store: WeightStore,
     place: Place,
@@ -705,7 +718,7 @@ def add_to_residual(
         layer = DecoderLayer(spec, dtype)
         return layer.add(h, both.reshape(h.shape), "rms_norm_3")
 
-    return hk.transform(run).apply(weights, None)
+    return constrain_residual(hk.transform(run).apply(weights, None))
 
 
 # %% book/chapters/11_streaming.md, cell 52
@@ -783,6 +796,7 @@ def table_pieces(table: Any) -> Iterator[np.ndarray]:
 
 
 # %% book/chapters/11_streaming.md, cell 56
+@functools.singledispatch
 def stream_unembed(
     store: WeightStore, h: Float32[Array, "N D"]
 ) -> Float32[Array, "N V"]:
@@ -800,6 +814,121 @@ def stream_unembed(
 
 
 # %% book/chapters/11_streaming.md, cell 57
+@dataclass(frozen=True)
+class PartlyRead:
+    """A weight in a file, whose reading is counted.
+
+    With `chosen`, a stack of experts; the others are zeros, not read.
+    """
+
+    source: Any
+    key: Key
+    counts: ReadCounts
+    chosen: frozenset[int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if self.chosen is None:
+            block = np.asarray(self.source[index])
+            self.counts.add(self.key, block.nbytes)
+            return block
+        experts, *rest = index
+        held = range(*experts.indices(len(self.source)))
+        sizes = [len(range(*s.indices(n)))
+                 for s, n in zip(rest, self.shape[1:])]
+        block = np.zeros((len(held), *sizes), self.dtype)
+        for i, e in enumerate(held):
+            if e in self.chosen:
+                block[i] = self.source[e][tuple(rest)]
+                self.counts.add((*self.key, e), block[i].nbytes)
+        return block
+
+
+# %% book/chapters/11_streaming.md, cell 58
+class MeshStore(WeightStore):
+    """A store that lays weights out on a mesh when they are fetched."""
+
+    def __init__(
+        self, params: Params, config: ModelConfig, mesh: Mesh
+    ) -> None:
+        super().__init__(params, config)
+        self.mesh = mesh
+
+    def fetch(
+        self, module: str, name: str, *index: int,
+        chosen: frozenset[int] | None = None,
+    ) -> Any:
+        """On each device its part; of experts maybe the chosen."""
+        parts = self.parts(module, name, *index)
+        for part in parts:
+            check_unchanged(part, self.opened)
+        key, spec = (module, name, *index), self.specs[module][name]
+        parts = [PartlyRead(part, key, self.counts, chosen)
+                 for part in parts]
+        w = QuantizedTensor(*parts) if parts[1:] else parts[0]
+        spec = replace(spec, axes=spec.axes[len(index) :])
+        full = f"{module}/{name}"
+        dtype = self.config.dtype
+        return place_weight(full, w, spec, self.mesh, dtype)
+
+
+# %% book/chapters/11_streaming.md, cell 59
+@partial(jax.jit, static_argnames="spec")
+def ask_experts(
+    weights: Params, x: Float[Array, "N D"],
+    gates: Float32[Array, "N A"], experts: Int[Array, "N A"],
+    spec: LayerSpec,
+) -> Float32[Array, "N D"]:
+    """What a layer's experts add; a negative choice is none."""
+    def run() -> Array:
+        moe: Any = spec.feed_forward.build()
+        real = (experts >= 0).any(axis=1)                   # [N]
+        return moe.dispatch(x, Route(gates, gates, experts, gates),
+                            real)
+
+    return hk.transform(run).apply(weights, None)
+
+
+@stream_experts.register
+def _(
+    store: MeshStore, place: Place, index: int,
+    x: Float[Array, "N D"], gates: Float32[Array, "N A"],
+    experts: Int[np.ndarray, "N A"],
+) -> Float32[Array, "N D"]:
+    chosen = frozenset(int(e) for e in np.unique(experts) if e >= 0)
+    weights: dict[str, dict[str, Any]] = {}
+    for at in expert_locations(store.config, place).values():
+        own = weights.setdefault(without_place(at.module, place), {})
+        own[at.name] = store.fetch(
+            at.module, at.name, index, chosen=chosen)
+    return ask_experts(weights, x, gates, experts, place.spec)
+
+
+# %% book/chapters/11_streaming.md, cell 60
+whole_unembed = jax.jit(unembed, static_argnames="config")
+
+
+@stream_unembed.register
+def _(
+    store: MeshStore, h: Float32[Array, "N D"]
+) -> Float32[Array, "N V"]:
+    config = store.config
+    module = "in_out_embed" if config.tied else "lm_head"
+    params = {
+        "rms_norm": {"scale": store.fetch("rms_norm", "scale")},
+        module: {"embeddings": store.fetch(module, "embeddings")},
+    }
+    return whole_unembed(params, h[:, None], config)[:, 0]
+
+
+# %% book/chapters/11_streaming.md, cell 61
 def own_lengths(cache: Cache | None) -> dict[int, Any]:
     """Each place's cache by number, with a `length` of its own.
 
@@ -810,7 +939,7 @@ def own_lengths(cache: Cache | None) -> dict[int, Any]:
             for i, kept in enumerate(caches)}
 
 
-# %% book/chapters/11_streaming.md, cell 58
+# %% book/chapters/11_streaming.md, cell 62
 def stream_decoder(
     store: WeightStore,
     h: Float32[Array, "B T D"],
@@ -838,11 +967,11 @@ def stream_decoder(
     return h, Cache(tuple(kept[i] for i in range(len(places))))
 
 
-# %% book/chapters/11_streaming.md, cell 59
+# %% book/chapters/11_streaming.md, cell 63
 MOST_TOKENS = 4096                              # a run of all rows
 
 
-# %% book/chapters/11_streaming.md, cell 60
+# %% book/chapters/11_streaming.md, cell 64
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -854,7 +983,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 61
+# %% book/chapters/11_streaming.md, cell 65
 def stream_all_logits(
     store: WeightStore, tokens: Any, lengths: Any, inputs: Any = None
 ) -> Any:
@@ -874,7 +1003,7 @@ def stream_all_logits(
     return jnp.concatenate(parts)
 
 
-# %% book/chapters/11_streaming.md, cell 62
+# %% book/chapters/11_streaming.md, cell 66
 def stream_prefill(
     store: WeightStore, tokens: Any, lengths: Any, cache: Cache,
     inputs: Any = None,
@@ -904,7 +1033,7 @@ def stream_prefill(
     return stream_unembed(store, last), cache
 
 
-# %% book/chapters/11_streaming.md, cell 63
+# %% book/chapters/11_streaming.md, cell 67
 def stream_decode_step(
     store: WeightStore, tokens: Any, cache: Cache, active: Any = None
 ) -> Any:
@@ -924,24 +1053,21 @@ def stream_decode_step(
     return logits, grown.with_length(length)
 
 
-# %% book/chapters/11_streaming.md, cell 64
+# %% book/chapters/11_streaming.md, cell 68
 @dataclass(frozen=True, eq=False, repr=False)
 class StreamedModel(Model):
     """A model that runs from its files; `params` are arrays in them.
 
-    Otherwise a `Model`. ValueError if it is given a mesh.
+    Otherwise a `Model`.
     """
 
     in_memory: ClassVar[bool] = False
     store: WeightStore = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.mesh is not None:
-            raise ValueError(
-                "a streamed model runs on one device: leave out the "
-                "mesh"
-            )
         store = WeightStore(self.params, self.config)
+        if self.mesh is not None:
+            store = MeshStore(self.params, self.config, self.mesh)
         object.__setattr__(self, "store", store)
 
     def all_logits(
@@ -963,7 +1089,7 @@ class StreamedModel(Model):
         return stream_decode_step(self.store, tokens, cache, active)
 
 
-# %% book/chapters/11_streaming.md, cell 65
+# %% book/chapters/11_streaming.md, cell 69
 STREAMED_CLASSES: dict[type, Callable[..., StreamedModel]] = {
     ModelConfig: StreamedModel
 }
@@ -982,7 +1108,7 @@ def load_from_disk(
     return kind(config, params, tokenizer, mesh)
 
 
-# %% book/chapters/11_streaming.md, cell 81
+# %% book/chapters/11_streaming.md, cell 85
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -1004,7 +1130,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 82
+# %% book/chapters/11_streaming.md, cell 86
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

@@ -47,9 +47,12 @@ from annotated_moe.model import (
 )
 from annotated_moe.moe import Losses
 from annotated_moe.parallel import (
+    EXCHANGES,
+    check_exchange,
     fit_spec,
     gathering_weights,
     partition_spec,
+    use_mesh,
 )
 from annotated_moe.placement import here
 from annotated_moe.rope import DOCUMENT_STRIDE, RopeInDocument
@@ -532,19 +535,23 @@ class MeshTrainer(Trainer):
     """A Trainer whose state and batch lie on a mesh, in parts.
 
     In several processes, each gives the same rows and keeps its part.
+    `exchange` says how tokens reach experts.
     """
 
     def __init__(
-        self, config: ModelConfig, spec: TrainSpec, mesh: Mesh
+        self, config: ModelConfig, spec: TrainSpec, mesh: Mesh,
+        exchange: str = "sum",
     ) -> None:
-        self.mesh = mesh
+        check_exchange(exchange)
+        self.mesh, self.exchange = mesh, exchange
         super().__init__(config, spec)
 
     def layout(self, like: TrainState) -> TrainState:
         return state_shardings(like, self.config, self.mesh)
 
     def place(self, rows: Packed) -> Packed:
-        spec = fit_spec(partition_spec(("batch", None)),
+        table = EXCHANGES[self.exchange].table
+        spec = fit_spec(partition_spec(("batch", None), table),
                         rows.tokens.shape, self.mesh)
         where = NamedSharding(self.mesh, spec)
         return jax.tree.map(
@@ -555,5 +562,5 @@ class MeshTrainer(Trainer):
         self, train: bool
     ) -> contextlib.AbstractContextManager[Any]:
         if train:
-            return gathering_weights(self.mesh)
-        return jax.set_mesh(self.mesh)
+            return gathering_weights(self.mesh, self.exchange)
+        return use_mesh(self.mesh, self.exchange)

@@ -68,6 +68,12 @@ def test_eight_devices_in_a_new_process_say_the_same(greedy):
     assert out == greedy and "8 CPU devices" in err
 
 
+def test_experts_dealt_out_say_the_same(capsys, greedy):
+    words = ["--mesh", "1x8x1", "--exchange", "ring", "--stream"]
+    code, out, err = generate(capsys, *words, "--prompt", PROMPT, *GREEDY)
+    assert code == 0 and out == greedy and "8 CPU devices" in err
+
+
 def test_a_seed_decides_the_text(capsys):
     words = ["--prompt", PROMPT, "--max-new-tokens", "6", "--temperature", "2"]
     texts = [
@@ -104,6 +110,15 @@ MISTAKES = {
     "too many devices": (["generate", "--prompt", "x", "--devices", "9"], "9 devices"),
     "far too many": (["generate", "--prompt", "x", "--devices", "99999"], "--devices"),
     "no text": (["generate", "--prompt", ""], "empty"),
+    "no mesh": (["generate", "--prompt", "x", "--mesh", "8"], "--mesh must be"),
+    "two sizes": (
+        ["generate", "--prompt", "x", "--mesh", "1x8", "--devices", "8"], "give one"
+    ),
+    "no exchange": (["generate", "--prompt", "x", "--exchange", "post"], "'ring'"),
+    "nothing to exchange": (
+        ["generate", "--prompt", "x", "--mesh", "1x8", "--exchange", "ring"],
+        "needs a --mesh that deals experts out",
+    ),
     "too long": (["generate", "--prompt", "a b " * 500], "context holds 256"),
     "too much": (
         ["generate", "--prompt", "x", "--max-new-tokens", "999"], "context holds 256"

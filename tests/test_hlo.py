@@ -1,5 +1,7 @@
 """Compiled programs read: on small texts, and on what a compiler says."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -179,21 +181,18 @@ def test_bytes_sent_around_a_ring():
     assert sent == [350, 1400, 175, 200]
     assert Collective("all-reduce", 1, 100, 2.0).sent == 0
 
-@pytest.fixture(scope="module")
-def programs():
-    """TINY's decode step on four meshes."""
-    found = {}
-    for sizes in [(1, 1, 8), (2, 1, 4), (1, 2, 4), (1, 1, 1)]:
-        mesh = make_mesh(*sizes[::2], expert=sizes[1])
-        params = on_mesh(abstract_params(TINY, True), TINY, mesh)
-        cache = abstract_cache(TINY, mesh, 1, 32)
-        found[sizes] = compile_decode(TINY, params, cache, mesh).as_text()
-    return found
+@functools.cache
+def program(data, expert, model):
+    """TINY's decode step on a mesh."""
+    mesh = make_mesh(data=data, expert=expert, model=model)
+    params = on_mesh(abstract_params(TINY, True), TINY, mesh)
+    cache = abstract_cache(TINY, mesh, 1, 32)
+    return compile_decode(TINY, params, cache, mesh).as_text()
 
 
-def test_the_collectives_of_a_row_of_devices(programs):
+def test_the_collectives_of_a_row_of_devices():
     """Counted by hand: two sums a layer, one of logits; the embedding."""
-    found = list(collectives(programs[1, 1, 8], 8, 2))
+    found = list(collectives(program(1, 1, 8), 8, 2))
     assert {c.devices for c in found} == {8}
     sums = [c for c in found if c.kind == "all-reduce"]
     assert sum(c.times for c in sums) == 2 * TINY.num_layers + 1
@@ -204,20 +203,20 @@ def test_the_collectives_of_a_row_of_devices(programs):
     assert all(4 * TINY.d_model // 8 >= c.bytes for c in others)
 
 
-def test_experts_are_asked_as_often_as_the_data_says(programs):
+def test_experts_are_asked_as_often_as_the_data_says():
     """On two rows of `data` each expert sums its hidden features."""
-    more = {n: sum(c.sent for c in collectives(programs[2, 1, 4], 8, n))
+    more = {n: sum(c.sent for c in collectives(program(2, 1, 4), 8, n))
             for n in (2, 3)}
     hidden = 128 // 4 * 4                               # [N, F_Y], float32
     assert more[3] - more[2] == 2 * TINY.num_layers * hidden * 2 * (2 - 1) / 2
 
 
-def test_experts_apart_say_no_more_than_their_sum(programs):
+def test_experts_apart_say_no_more_than_their_sum():
     """What a loop over asked experts sends does not grow with them."""
-    sent = [sum(c.sent for c in collectives(programs[1, 2, 4], 8, n))
+    sent = [sum(c.sent for c in collectives(program(1, 2, 4), 8, n))
             for n in (1, 4)]
     assert sent[0] == sent[1] > 0
 
 
-def test_one_device_says_nothing(programs):
-    assert not list(collectives(programs[1, 1, 1], 1))
+def test_one_device_says_nothing():
+    assert not list(collectives(program(1, 1, 1), 1))

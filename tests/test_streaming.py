@@ -27,6 +27,7 @@ from annotated_moe.attention import (
     Window,
     attention_scores,
 )
+from annotated_moe.checkpoints import quantize_params
 from annotated_moe.config import LayerSpec, ModelConfig, Segment, all_places, place_of
 from annotated_moe.families.grok import grok_config
 from annotated_moe.generate import Model
@@ -35,6 +36,7 @@ from annotated_moe.model import (
     apply_layer,
     embed,
     init_cache,
+    init_params,
     layer_weights,
     param_specs,
     unembed,
@@ -640,10 +642,42 @@ def test_a_file_that_is_written_to_or_gone(scratch):
     complaint(model, scratch.name, "is gone")
 
 
-def test_a_mesh_is_refused():
-    with pytest.raises(ValueError, match="one device: leave out the mesh") as error:
-        StreamedModel(TINY, {}, mesh=jax.make_mesh((2,), ("model",)))
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    "sizes, exchange",
+    [
+        ((2, 2, 2), "all_to_all"),
+        pytest.param((1, 8, 1), "ring", marks=pytest.mark.full),
+        pytest.param((2, 2, 2), "sum", marks=pytest.mark.full),
+    ],
+)
+def test_a_mesh_with_experts_dealt_out(sizes, exchange, tmp_path):
+    """From int8 files, tokens apart: what one in memory says, and few bytes."""
+    config = replace_experts(TINY)
+    params = jax.jit(lambda key: quantize_params(init_params(key, config), config))
+    am.save(am.Model(config, params(jax.random.key(0))), tmp_path / "m")
+    mesh = am.make_mesh(data=sizes[0], expert=sizes[1], model=sizes[2])
+    how = {"mesh": mesh, "dtype": "float32", "exchange": exchange}
+    one = am.load(tmp_path / "m", dtype="float32")
+    model = am.load(tmp_path / "m", stream=True, **how)
+    tokens = np.arange(8 * 3).reshape(8, 3)
+    want, got = one.logits(tokens), model.logits(tokens)
+    largest = float(np.abs(want).max())
+    assert np.abs(got - want).max() < 1e-5 * largest
+    rows = tokens.tolist()
+    model.store.counts.weights.clear()
+    made = model.generate_ids(rows[:1], max_new_tokens=3)
+    assert made == one.generate_ids(rows[:1], max_new_tokens=3)
+    # Of each layer, only the experts that somebody chose.
+    read = {key[2:] for key in model.store.counts.weights if len(key) == 4}
+    assert 0 < len(read) < config.num_layers * 8
+
+
+def replace_experts(config):
+    """Wider, so that each mesh divides it."""
+    layer = config.layer(0)
+    experts = replace(layer.feed_forward, width=64)
+    layer = replace(layer, feed_forward=experts)
+    return replace(config, layers=(Segment((layer,), 2),))
 
 
 def test_a_matrix_beyond_int32_is_refused(monkeypatch):

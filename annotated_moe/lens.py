@@ -1,14 +1,13 @@
-# Generated from book/chapters/25_experts.md by `make sync`; edit the chapter.
-"""The small model that ships was trained on five kinds of text, and
-nobody told its routers which text is of which kind. Ask them now and
-they nearly tell. So one would like to say that this expert does sums
-and that one does code. But a router that sends sums to an expert is one
-fact, and what the model loses without that expert is another. This
-chapter measures both. By its end you will have every number that passes
+# Generated from book/chapters/25_experts.md, book/chapters/25b_without_experts.md by `make sync`; edit the chapters.
+"""The small model that ships was trained on five kinds of text. Nobody
+told its routers which text is of which kind, and yet they send sums to
+other experts than prose. It is tempting to say that this expert does
+sums. But how much does its choice of experts really tell, and since
+when? By the end of this page you will have every number that passes
 between the layers of a model, text coloured by the expert that read it,
-the four measures by which OLMoE was described, and an experiment that
-takes experts away, one after another, to see whether those measures had
-said what would break.
+the four measures by which OLMoE was described, and an honest count, in
+bits, of what a router knows. The next page asks what it matters, and
+takes the experts away.
 """
 
 import json
@@ -229,8 +228,9 @@ def routing_over_training() -> Routing:
     with path.open("rb") as file, np.load(
         file, allow_pickle=False
     ) as arrays:
-        found = {name: arrays[name] for name in Routing._fields}
-    return Routing(**found)._replace(names=tuple(found["names"].tolist()))
+        found: Any = {name: arrays[name] for name in Routing._fields}
+    found["names"] = tuple(found["names"].tolist())
+    return Routing(**found)
 
 
 # %% book/chapters/25_experts.md, cell 16
@@ -321,7 +321,7 @@ def mutual_information(
     return np.asarray(sides - entropy(flat))
 
 
-# %% book/chapters/25_experts.md, cell 37
+# %% book/chapters/25b_without_experts.md, cell 4
 def is_banned(routed: Route, banned: Array) -> Array:
     """Which choices fall on experts that are banned [N or 1, E]."""
     n, e = routed.probs.shape
@@ -340,7 +340,7 @@ def without(routed: Route, banned: Bool[Array, "M E"]) -> Route:
     return routed._replace(experts=experts)
 
 
-# %% book/chapters/25_experts.md, cell 38
+# %% book/chapters/25b_without_experts.md, cell 5
 def elsewhere(routed: Route, banned: Bool[Array, "M E"]) -> Route:
     """The route with banned choices sent to the next most probable.
 
@@ -360,7 +360,7 @@ def elsewhere(routed: Route, banned: Bool[Array, "M E"]) -> Route:
     return routed._replace(experts=experts)
 
 
-# %% book/chapters/25_experts.md, cell 39
+# %% book/chapters/25b_without_experts.md, cell 6
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ablate:
@@ -383,7 +383,7 @@ class Reroute:
         return elsewhere(routed, self.banned[layer])
 
 
-# %% book/chapters/25_experts.md, cell 40
+# %% book/chapters/25b_without_experts.md, cell 7
 @partial(jax.jit, static_argnames="config")
 def all_losses(
     params: Params, rows: Array, config: ModelConfig, edits: Any
@@ -420,7 +420,7 @@ def losses(
     return all_losses(model.params, rows, model.config, edits)
 
 
-# %% book/chapters/25_experts.md, cell 44
+# %% book/chapters/25b_without_experts.md, cell 14
 def rank_correlation(x: Any, y: Any) -> float:
     """Spearman's: 1 if both orders agree, -1 if opposite.
 
@@ -436,7 +436,7 @@ def rank_correlation(x: Any, y: Any) -> float:
     return float(ratio(a @ b, np.sqrt((a @ a) * (b @ b))))
 
 
-# %% book/chapters/25_experts.md, cell 50
+# %% book/chapters/25b_without_experts.md, cell 21
 def logit_lens(
     model: Model, hidden: Float32[Array, "L1 B T D"]
 ) -> Float32[Array, "L1 B T V"]:
@@ -447,11 +447,11 @@ def logit_lens(
     return jax.lax.map(read, hidden)
 
 
-# %% book/chapters/25_experts.md, cell 53
+# %% book/chapters/25b_without_experts.md, cell 24
 def looks_back(
     pattern: Float32[Any, "L B Q T T"], distance: int, first: int = 0
 ) -> Float[np.ndarray, "L Q"]:
-    """Mean attention to the token `distance` before, a head.
+    """A head's mean attention to the token `distance` before.
 
     Of queries from position `first` on. With tokens that repeat after
     P, `distance` P - 1 from P on is the induction score.

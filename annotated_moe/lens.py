@@ -193,10 +193,11 @@ def tap(
 ) -> Taps:
     """Run whole rows of tokens and keep what the taps hear.
 
-    The N = B * T tokens of routes lie row after row. `edit` must be a
-    JAX pytree: `Ablate` or `Reroute`. The patterns need
-    4 * L * B * Q * T**2 bytes. ValueError for a model without experts,
-    on a mesh or on disk, and for rows that are none.
+    The N = B * T tokens of routes lie row after row. `edit` gets each
+    layer's number and route and returns the route to take; it must be
+    a JAX pytree. The patterns need 4 * L * B * Q * T**2 bytes.
+    ValueError for a model without experts, on a mesh or on disk, and
+    for rows that are none.
     """
     rows = check_model(model, rows)
     return all_taps(model.params, rows, model.config, edit)

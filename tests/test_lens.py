@@ -134,6 +134,8 @@ def test_edits_by_hand():
     assert lens.elsewhere(ROUTE, two).experts.tolist() == [[2, 3], [3, 2]]
     three = jnp.array([[True, True, True, False]])  # one is left for two
     assert lens.elsewhere(ROUTE, three).experts.tolist() == [[3, 4], [3, 1 + 3]]
+    empty = ROUTE._replace(experts=jnp.array([[0, 4], [4, 4]]))
+    assert lens.elsewhere(empty, first).experts.tolist() == [[1, 4], [4, 4]]
     own = jnp.array([[False] * 4, [False, False, False, True]])
     assert lens.elsewhere(ROUTE, own).experts.tolist() == [[0, 1], [1, 2]]
 
@@ -167,8 +169,9 @@ def test_measures_by_hand():
     counts = np.array([[[2, 0], [0, 2]], [[1, 1], [1, 1]]])
     assert np.allclose(lens.mutual_information(counts), [1, 0])
     assert np.isclose(lens.rank_correlation([1, 2, 3, 4], [10, 9, 8, -5]), -1)
-    # Ranks 1.5, 1.5, 3 and 1, 2, 3: covariance 1.5 over sqrt(1.5 * 2).
-    assert np.isclose(lens.rank_correlation([5, 5, 7], [1, 2, 3]), 1.5 / 3**0.5)
+    # Ranks 2, 2, 2, 4, 5 and 1 to 5: 8 over the root of 8 * 10.
+    tied = lens.rank_correlation([5, 5, 5, 7, 8], [1, 2, 3, 4, 5])
+    assert np.isclose(tied, 8 / 80**0.5)
 
 
 def test_looking_back_by_hand():

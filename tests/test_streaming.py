@@ -835,13 +835,16 @@ def test_generate_streams(capsys):
     assert len(lines) == 12 and lines[11].startswith("token 12: ")
 
 
-def test_stream_on_two_devices_is_refused(capsys):
+@pytest.mark.parametrize("devices", [["--devices", "2"], ["--mesh", "1x2x2"]])
+def test_generate_streams_on_a_mesh(devices, capsys):
     cli = pytest.importorskip("annotated_moe.cli")
 
-    job = ["generate", "--prompt", "a", "--stream", "--devices", "2"]
-    assert cli.main(job) == 2
-    err = capsys.readouterr().err
-    assert "one device" in err and err.count("\n") == 1
+    job = ["generate", "--prompt", "In the", "--max-new-tokens", "6"]
+    job += ["--dtype", "float32"]
+    assert cli.main(job) == 0
+    want = capsys.readouterr().out
+    assert cli.main([*job, "--stream", *devices]) == 0
+    assert capsys.readouterr().out == want
 
 
 # The line of progress

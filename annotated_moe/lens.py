@@ -46,11 +46,11 @@ def pattern(
 
     `attend` with its arguments, but for values one-hot vectors.
     """
-    q, k, v, *rest = args
+    q, k, v = args[:3]
     slots = k.shape[1]
     units = jnp.eye(slots, dtype=v.dtype)[:, None]          # [S, 1, S]
     units = jnp.broadcast_to(units, (*k.shape[:3], slots))
-    looked = attend(q, k, units, *rest, **options)       # [B, T, Q, S]
+    looked = attend(q, k, units, *args[3:], **options)   # [B, T, Q, S]
     return looked.transpose(0, 2, 1, 3).astype(jnp.float32)
 
 

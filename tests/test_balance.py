@@ -252,7 +252,10 @@ def test_a_router_that_is_not_known_is_named() -> None:
         MoESpec(8, 2, 32, router="best")
 
 
-@pytest.mark.parametrize("router", LEARNED)
+@pytest.mark.parametrize("router", [
+    name if name == "noisy_top_k" else pytest.param(name, marks=pytest.mark.full)
+    for name in LEARNED
+])  # fmt: skip
 def test_on_a_mesh_as_on_one_device(router: str) -> None:
     """Loss, gradient, reports, and the same noise for the same key."""
     config = config_of(router)

@@ -360,7 +360,9 @@ def run(script, *words, **options):
 
 
 @pytest.mark.parametrize(
-    "name, to", [("ours", "hf"), ("hf", "native"), ("ours", "grok-1")]
+    "name, to",
+    [("ours", "hf"), pytest.param("hf", "native", marks=pytest.mark.full),
+     pytest.param("ours", "grok-1", marks=pytest.mark.full)],
 )
 def test_killed_at_three_random_points_then_resumed(made, tmp_path, name, to):
     """A block torn in its middle each time; the end is as if nothing had been."""

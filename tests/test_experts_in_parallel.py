@@ -159,7 +159,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "exchange"), [("2x4x1", "all_to_all"), ("1x4x2", "ring")]
+    ("name", "exchange"),
+    [pytest.param("2x4x1", "all_to_all", marks=pytest.mark.full), ("1x4x2", "ring")],
 )
 def test_a_model_loads_and_speaks_with_tokens_apart(tiny, name, exchange):
     """8-bit weights, ragged prompts; 8 rows are cut, 3 are not."""
@@ -197,7 +198,7 @@ def test_an_unknown_exchange_is_named(tiny):
 
 
 @pytest.mark.parametrize("exchange, dispatch", [
-    ("ring", "blocks"),
+    pytest.param("ring", "blocks", marks=pytest.mark.full),
     ("all_to_all", "ragged"),
     pytest.param("ring", "ragged", marks=pytest.mark.full),
     pytest.param("all_to_all", "blocks", marks=pytest.mark.full),

@@ -55,7 +55,10 @@ def banned(model: Model, *pairs: tuple[int, int]) -> jax.Array:
     return jnp.array(found)
 
 
-@pytest.mark.parametrize("config", [GROK, mixed()], ids=["grok", "mixed"])
+@pytest.mark.parametrize("config", [
+    pytest.param(GROK, id="grok", marks=pytest.mark.full),
+    pytest.param(mixed(), id="mixed"),
+])  # fmt: skip
 def test_taps_are_the_forward_pass(config):
     model = model_of(config)
     taps = lens.tap(model, ROWS)

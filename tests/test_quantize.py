@@ -193,7 +193,10 @@ def held_to_the_bound(config, params, quantized, tokens, count=64):
     return np.abs(change / worst)[keep], (change / typical)[keep], ~alike
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", [
+    name if name in ("grok", "qwen", "llama4")
+    else pytest.param(name, marks=pytest.mark.full) for name in FAMILY
+])  # fmt: skip
 def test_products_and_logits_of_every_family_are_within_the_bound(name):
     config, params = FAMILY[name], random_params(FAMILY[name])
     quantized = in_8_bits(config, params)

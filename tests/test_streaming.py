@@ -339,8 +339,8 @@ def turn(config, kind):
 KINDS = [
     pytest.param(GROK, "float32", id="grok-float32"),
     pytest.param(GROK, "int8", id="grok-int8", marks=pytest.mark.full),
-    pytest.param(MIXED, "float32", id="mixed-float32", marks=pytest.mark.full),
-    pytest.param(MIXED, "int8", id="mixed-int8"),
+    pytest.param(MIXED, "float32", id="mixed-float32"),
+    pytest.param(MIXED, "int8", id="mixed-int8", marks=pytest.mark.full),
 ]
 
 
@@ -353,7 +353,9 @@ def test_says_what_the_resident_model_says(tmp_path, config, kind):
     np.testing.assert_allclose(steps(model), want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "kind", ["float32", pytest.param("int8", marks=pytest.mark.full)]
+)
 def test_matrices_that_lie_the_other_way_round(tmp_path, kind):
     """As in other files: the same numbers, read where they are."""
     resident, model = both(tmp_path, GROK, kind)
@@ -387,6 +389,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_resident_model(tmp_path):
     assert np.abs(ours - resident).mean() < 1.5 * off
 
 
+@pytest.mark.full
 def test_bfloat16_rounds_where_the_resident_model_rounds(tmp_path):
     """From one h, a layer of each differs as the order of float32 sums does.
 
@@ -835,7 +838,9 @@ def test_generate_streams(capsys):
     assert len(lines) == 12 and lines[11].startswith("token 12: ")
 
 
-@pytest.mark.parametrize("devices", [["--devices", "2"], ["--mesh", "1x2x2"]])
+@pytest.mark.parametrize("devices", [
+    pytest.param(["--devices", "2"], marks=pytest.mark.full), ["--mesh", "1x2x2"],
+])  # fmt: skip
 def test_generate_streams_on_a_mesh(devices, capsys):
     cli = pytest.importorskip("annotated_moe.cli")
 

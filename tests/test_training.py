@@ -184,7 +184,9 @@ def routed(name):
     return replace(ROOMY, layers=(Segment((layer,), 2),))
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    "accumulate", [pytest.param(1, marks=pytest.mark.full), 4]
+)
 def test_a_bias_is_moved_by_its_rule_and_by_no_optimizer(rows, accumulate):
     config = routed("selection_bias")
     rate = replace(SPEC.optimizer, router_rate=0.25)

@@ -113,6 +113,7 @@ def test_on_a_mesh(gold, folder):
     assert w.sharding.is_fully_replicated
 
 
+@pytest.mark.full
 def test_streamed(gold, folder, model, monkeypatch):
     """Also when the prompt is read in parts that cut an image."""
     monkeypatch.setattr("annotated_moe.streaming.MOST_TOKENS", 10)

@@ -96,25 +96,35 @@ class Checkpoints:
     def save(self, state: Any, about: dict[str, Any]) -> None:
         """Write `state`, all or nothing. OSError if it cannot be."""
         step = int(state.step)
+        size = sum(a.nbytes for a in named_arrays(state).values())
+        free = shutil.disk_usage(self.folder).free
+        if size > free:         # or the writer's threads say it at length
+            raise self.unwritten(
+                step, f"it has {size / 1e6:,.1f} MB, and "
+                f"{free / 1e6:,.1f} MB are free")
         sums = {n: int(s) for n, s in sums_of_bits(state).items()}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(named_arrays(state)),
             about=ocp.args.JsonSave({"run": about, "sums": sums}),
         )
-        before = self.latest
         try:
             self.manager.save(step, args=items, force=True)
             self.manager.wait_until_finished()
         except Exception as error:
             why = str(error).splitlines()[0].rsplit(": ", 1)[-1]
             why = why.split(" [")[0]        # the number of the error
-            last = "none was saved before" if before is None else (
-                f"the one of step {before} is whole")
-            raise OSError(
-                f"{self.folder}: the state of step {step} could not be "
-                f"written ({why}); {last}: make room and give the same "
-                "command again"
-            ) from error
+            raise self.unwritten(step, why) from error
+
+    def unwritten(self, step: int, why: str) -> OSError:
+        """What to say of a state that could not be written."""
+        whole = [s for s in self.manager.all_steps() if s < step]
+        last = (f"the one of step {max(whole)} is whole" if whole
+                else "none was saved before")
+        return OSError(
+            f"{self.folder}: the state of step {step} could not be "
+            f"written ({why}); {last}: make room and give the same "
+            "command again"
+        )
 
     @property
     def latest(self) -> int | None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -397,6 +398,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(state, tmp_path):
     close(again.restore(Trainer(ROOMY, SPEC).like), state, 0)
     again.save(later, {"run": 1})
     assert again.latest == 5 and os.listdir(tmp_path) == ["5"]
+
+
+def test_a_disk_without_room_is_seen_before_a_byte_is_written(
+    state, tmp_path, monkeypatch
+):
+    kept = runs.Checkpoints(tmp_path, 1)
+    kept.save(state, {"run": 1})
+    left = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda folder: left)
+    with pytest.raises(OSError, match="0.0 MB are free.; the one of step 0 is whole"):
+        kept.save(replace_step(state, 5), {"run": 1})
+    assert os.listdir(tmp_path) == ["0"]
 
 
 def test_a_damaged_checkpoint_says_what_to_do(state, tmp_path):

@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20_gradients.md, book/chapters/23_training.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20b_flash.md, book/chapters/23_training.md by `make sync`; edit the chapters.
 """To choose the next word a transformer looks back at every word before
 it. What it looks at are keys and values, computed once a token and
 kept; if each head of Grok-1 kept its own, one conversation of 8,192
@@ -556,7 +556,7 @@ class UnitAttention(Attention):
         return q, k, v
 
 
-# %% book/chapters/20_gradients.md, cell 26
+# %% book/chapters/20b_flash.md, cell 8
 class Tiles(NamedTuple):
     """Which pairs of a block of queries and one of keys to visit."""
 
@@ -592,7 +592,7 @@ def visible_tiles(
     return Tiles(order, seen.sum(), len(k))
 
 
-# %% book/chapters/20_gradients.md, cell 30
+# %% book/chapters/20b_flash.md, cell 12
 def cut(x: Array, i: Any, block: int) -> Array:
     """Block `i` of the second axis."""
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
@@ -605,7 +605,7 @@ def put(x: Array, part: Array, i: Any, block: int) -> Array:
     )
 
 
-# %% book/chapters/20_gradients.md, cell 31
+# %% book/chapters/20b_flash.md, cell 13
 def walk_tiles(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],
@@ -656,7 +656,7 @@ def walk_tiles(
     return y, top + jnp.log(total)
 
 
-# %% book/chapters/20_gradients.md, cell 32
+# %% book/chapters/20b_flash.md, cell 14
 def walk_tiles_back(
     multiplier: float, softcap: float | None, sees: Sees, block: int,
     saved: Any, dy: Float[Array, "B T Q V"],
@@ -710,7 +710,7 @@ def walk_tiles_back(
     return dq, dk, dv, None, None
 
 
-# %% book/chapters/20_gradients.md, cell 33
+# %% book/chapters/20b_flash.md, cell 15
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def flash(
     q: Array, k: Array, v: Array, positions: Array,
@@ -738,7 +738,7 @@ def flash_there(
 flash.defvjp(flash_there, walk_tiles_back)
 
 
-# %% book/chapters/20_gradients.md, cell 34
+# %% book/chapters/20b_flash.md, cell 16
 def whole_blocks(x: Array, block: int, fill: Any = 0) -> Array:
     """`x`, its second axis filled up to a multiple of `block`."""
     wide = [(0, 0)] * x.ndim
@@ -780,7 +780,7 @@ def attend_flash(
     return y[:, :t]
 
 
-# %% book/chapters/20_gradients.md, cell 45
+# %% book/chapters/20b_flash.md, cell 29
 FLASH_FROM = 256                                            # tokens
 
 
@@ -823,7 +823,7 @@ attend_to_train.defvjp(attend_there, attend_back)
 WAYS_TO_ATTEND.append(attend_to_train)
 
 
-# %% book/chapters/20_gradients.md, cell 56
+# %% book/chapters/20b_flash.md, cell 41
 def attend_pallas(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B S K H"],

@@ -1,4 +1,4 @@
-# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20_gradients.md, book/chapters/22_balance.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20b_flash.md, book/chapters/22_balance.md by `make sync`; edit the chapters.
 """The decoder: a layer, the stack of them, the table at both ends, and
 the programs that read a prompt and add a token.
 """
@@ -526,7 +526,7 @@ def decode_step(
     return unembed(params, h, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/20_gradients.md, cell 46
+# %% book/chapters/20b_flash.md, cell 30
 def decoder_to_train(
     params: Params,
     h: Float32[Array, "B T D"],
@@ -574,7 +574,7 @@ def decoder_to_train(
     return h, means
 
 
-# %% book/chapters/20_gradients.md, cell 47
+# %% book/chapters/20b_flash.md, cell 31
 def forward_to_train(
     params: Params,
     tokens: Int[Array, "B T"],

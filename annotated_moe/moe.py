@@ -751,7 +751,7 @@ class SharedMoE(MoE):
         return super().expert(x, jnp.ones_like(gates), w)
 
 
-# %% book/chapters/20_gradients.md, cell 10
+# %% book/chapters/20_gradients.md, cell 8
 def rows_or_zero(
     x: Float[Array, "N *rest"], rows: Int[Array, " M"]
 ) -> Float[Array, "M *rest"]:
@@ -795,7 +795,7 @@ def walk_back(
     return dx, dgates.reshape(gates.shape), None, dw
 
 
-# %% book/chapters/20_gradients.md, cell 11
+# %% book/chapters/20_gradients.md, cell 9
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def walk(
     x: Float[Array, "N D"],
@@ -821,7 +821,7 @@ def walk_there(
 walk.defvjp(walk_there, walk_back)
 
 
-# %% book/chapters/20_gradients.md, cell 12
+# %% book/chapters/20_gradients.md, cell 10
 def check_floats(w: Experts) -> None:
     """ValueError for a weight that cannot have a gradient."""
     for name, stack in w.items():
@@ -863,7 +863,7 @@ def blocks_with_gradient(
 DROPLESS["blocks"] = blocks_with_gradient
 
 
-# %% book/chapters/20_gradients.md, cell 13
+# %% book/chapters/20_gradients.md, cell 11
 RaggedDot = Callable[[Array, Array, Array], Array]
 
 
@@ -892,7 +892,7 @@ def ragged_product(
 PRODUCTS[RaggedStack] = ragged_product
 
 
-# %% book/chapters/20_gradients.md, cell 14
+# %% book/chapters/20_gradients.md, cell 12
 def jax_ragged_dot(x: Array, stack: Array, counts: Array) -> Array:
     """JAX's own, summed in float32."""
     return jax.lax.ragged_dot(
@@ -934,7 +934,7 @@ def ragged_with_gradient(
 DROPLESS["ragged"] = ragged_with_gradient
 
 
-# %% book/chapters/20_gradients.md, cell 15
+# %% book/chapters/20_gradients.md, cell 13
 def tuned_ragged_dot(x: Array, stack: Array, counts: Array) -> Array:
     """tokamax's, by whichever kernel it has for this device."""
     try:

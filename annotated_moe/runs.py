@@ -98,7 +98,7 @@ class Checkpoints:
         step = int(state.step)
         size = sum(a.nbytes for a in named_arrays(state).values())
         free = shutil.disk_usage(self.folder).free
-        if size > free:         # or the writer's threads say it at length
+        if size > free:     # or threads of the writer say it at length
             raise self.unwritten(
                 step, f"it has {size / 1e6:,.1f} MB, and "
                 f"{free / 1e6:,.1f} MB are free")

@@ -37,12 +37,6 @@ TRIALS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "rate": 2.5e-3, "weight_decay": 0.05, "steps": 260},
     "muon": {"optimizer": "muon", "rate": 3e-3, "weight_decay": 0.1, "steps": 200},
 }
-# Of the better one: half and twice its rate, and a weaker balancing loss.
-TRIALS |= {
-    "adamw, half the rate": TRIALS["adamw"] | {"rate": 1.25e-3},
-    "adamw, twice the rate": TRIALS["adamw"] | {"rate": 5e-3},
-    "adamw, balance 0.01": TRIALS["adamw"] | {"balance": 0.01},
-}
 
 
 def trial(

@@ -3,15 +3,15 @@
     python benchmarks/growth.py [--only batch ...] [--rounds 5]
 
 A small Mixtral in bfloat16 is varied along one axis at a time, the rest as in BASE:
-for each, a prompt is read and one more token decoded. Writes time, memory and
-seconds of compiling to annotated_moe/measured/growth-KIND.csv, KIND being the kind
-of processor. With more experts each stays as wide and two are active, so that the
-weights grow and the work of a token does not.
+for each, a prompt is read and one more token decoded. Writes time (the least of some
+runs: other programs only add to it), memory and seconds of compiling to
+annotated_moe/measured/growth-KIND.csv, KIND being the kind of processor. With more
+experts each stays as wide and two are active, so that the weights grow and the work
+of a token does not.
 """
 
 import argparse
 import csv
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,17 +68,17 @@ def compiled(function: Any, *args: Any) -> tuple[Any, float]:
 
 
 def milliseconds(run: Callable[[], Any], rounds: int) -> float:
-    """The median of some runs, after one."""
-    jax.block_until_ready(run())
+    """The least of some runs."""
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds)
+    return 1e3 * min(seconds)
 
 
 def measure(axis: str, value: int, rounds: int) -> dict[str, Any]:
+    jax.clear_caches()                          # or nothing would be compiled again
     size = {**BASE, axis: value}
     config, batch, slots = config_of(size), size["batch"], size["context"]
     length = slots - 1 if axis == "context" else PROMPT
@@ -100,6 +100,7 @@ def measure(axis: str, value: int, rounds: int) -> dict[str, Any]:
         full = after.with_length(jnp.asarray(lengths))      # always the same token
         return y
 
+    run_step()
     found = (
         axis, value, megabytes(params), megabytes(cache),
         read.memory_analysis().temp_size_in_bytes / 1e6,

@@ -32,7 +32,7 @@ from programs import PROGRAMS, SIZES, shapes, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "annotated_moe/measured"
-KEPT = 5                                        # runs in a file
+KEPT = 3                                        # runs in a file
 QUARTER = 0.25
 ROWS = {
     "decode, batch 1": (1, 16), "decode, batch 8": (8, 16), "prefill of 512": (1, 512),
@@ -160,17 +160,38 @@ def prompts_of(rows: int, tokens: int, seed: int) -> list[list[int]]:
     return rng.integers(3, SIZES["vocab_size"], (rows, tokens)).tolist()
 
 
-def rates(worker: Worker, seed: int) -> dict[str, float]:
-    """Tokens a second of each row of the table, once."""
-    steps, found = getattr(PROGRAMS[worker.name][0], "steps", STEPS), {}
+def steps_of(name: str) -> int:
+    """How many tokens a program decodes after the first."""
+    return getattr(PROGRAMS[name][0], "steps", STEPS)
+
+
+def turn(worker: Worker, seed: int) -> dict[str, list[float]]:
+    """A program's turn: for each row of the table, seconds of one new token, of more."""
+    worker.ask("complete", prompts=prompts_of(1, 16, seed), count=1)    # awake again
+    seconds = {}
     for row, (batch, tokens) in ROWS.items():
+        counts = [1] if "prefill" in row else [1, 1 + steps_of(worker.name)]
         prompts = prompts_of(batch, tokens, seed)
-        first = worker.ask("complete", prompts=prompts, count=1)
-        if "prefill" in row:
-            found[row] = batch * tokens / first
-        else:
-            whole = worker.ask("complete", prompts=prompts, count=1 + steps)
-            found[row] = batch * steps / (whole - first)
+        seconds[row] = [
+            worker.ask("complete", prompts=prompts, count=count) for count in counts
+        ]
+    return seconds
+
+
+def rates(turns: list[dict[str, list[float]]], steps: int) -> dict[str, list[float]]:
+    """Tokens a second of each row, a turn a value.
+
+    The seconds of a first token are the least of all turns: a difference of two
+    times that were both disturbed says nothing.
+    """
+    found = {}
+    for row, (batch, tokens) in ROWS.items():
+        least = min(own[row][0] for own in turns)
+        found[row] = [
+            batch * tokens / own[row][0] if len(own[row]) == 1
+            else batch * steps / (own[row][1] - least)
+            for own in turns
+        ]
     return found
 
 
@@ -227,20 +248,23 @@ def measure(names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
             reference = own if reference is None else reference
             if gap is not None:
                 agreement[name] = float(f"{gap:.2g}")
-            rates(worker, 0)                                # compiles, warms up
+            turn(worker, 0)                                 # compiles, warms up
         for i in range(rounds):
             print(f"round {i + 1} of {rounds} ...", file=sys.stderr, flush=True)
             for worker in workers:
                 reads = worker.name == "plain read"
-                one = worker.ask("read") if reads else rates(worker, 1 + i)
+                one = worker.ask("read") if reads else turn(worker, 1 + i)
                 found.setdefault(worker.name, []).append(one)
     finally:
         for worker in workers:
             worker.close()
     speeds = found.pop("plain read", [])
     figures = {
-        name: {row: spread([one[row] for one in ones]) for row in ROWS}
-        for name, ones in found.items()
+        name: {
+            row: spread(values)
+            for row, values in rates(turns, steps_of(name)).items()
+        }
+        for name, turns in found.items()
     }
     if speeds:
         figures |= reading(speeds)
@@ -311,7 +335,9 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
 def keep(path: Path, run: dict[str, Any]) -> None:
     """Add a run to the file, which holds the last few."""
     runs = [*runs_of(path), run][-KEPT:]
-    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    text = json.dumps({"runs": runs}, indent=1)
+    flat = re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda m: " ".join(m[0].split()), text)
+    path.write_text(flat + "\n")
 
 
 def main() -> None:

@@ -73,7 +73,16 @@ def test_the_file_keeps_the_last_few_runs(bench, tmp_path):
         run["figures"]["ours"]["decode, batch 1"]["median"]
         for run in bench.runs_of(path)
     ]
-    assert medians == [3, 4, 5, 6, 7]
+    assert medians == [3, 4, 5]
+
+
+def test_one_disturbed_first_token_spoils_no_rate(bench):
+    """Batch 1: 32 tokens in 1 s, after a first one of 0.1 s, or once of 5."""
+    calm = {row: [0.1, 1.1] for row in bench.ROWS} | {"prefill of 512": [0.5]}
+    found = bench.rates([calm, calm | {"decode, batch 1": [5.0, 1.1]}], 32)
+    assert found["decode, batch 1"] == pytest.approx([32, 32])
+    assert found["decode, batch 8"] == pytest.approx([256, 256])
+    assert found["prefill of 512"] == [1024, 1024]
 
 
 def test_a_step_reads_what_the_model_needs(bench):

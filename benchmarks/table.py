@@ -166,7 +166,7 @@ def steps_of(name: str) -> int:
 
 
 def turn(worker: Worker, seed: int) -> dict[str, list[float]]:
-    """A program's turn: for each row of the table, seconds of one new token, of more."""
+    """A program's turn: for each row, seconds of one new token, and of more."""
     worker.ask("complete", prompts=prompts_of(1, 16, seed), count=1)    # awake again
     seconds = {}
     for row, (batch, tokens) in ROWS.items():

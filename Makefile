@@ -19,7 +19,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all env parity-env sync check lint unit notebooks wheel-notebooks \
-	test-newest book book-html train prefix clean
+	test-newest book book-html train prefix bench growth clean
 
 help:
 	@echo 'make run [PROMPT=...]  stream text from the small model, on 8 devices'
@@ -34,6 +34,8 @@ help:
 	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'
 	@echo 'make test-newest PYTHON=...  tests and notebooks, with the newest of everything'
 	@echo 'make train             train the small model again'
+	@echo 'make bench             how fast it is, beside transformers and llama.cpp'
+	@echo 'make growth            how cost grows with batch, context, experts, depth'
 	@echo 'make lint | unit | notebooks | env | clean'
 
 run: env
@@ -162,7 +164,24 @@ train: env
 	$(BIN)/python scripts/small_texts.py $(SMALL) --wordnet $(WORDNET)
 	$(BIN)/python scripts/train_small.py $(SMALL)
 
+# What it compares with, in an environment of its own. ARGS='--no-store' keeps nothing;
+# run it on a machine that does nothing else.
+BENCH := .bench
+ARGS ?=
+
+$(BENCH)/.installed: requirements.txt requirements-parity.txt requirements-bench.txt
+	$(PYTHON) -m venv --clear $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c requirements.txt -r requirements-bench.txt -e .
+	@touch $@
+
+bench: $(BENCH)/.installed
+	@$(BENCH)/bin/python benchmarks/table.py $(ARGS)
+
+growth: env
+	@$(BIN)/python benchmarks/growth.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(WHEEL) $(NEWEST) $(RAN) $(PREFIX) _build dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL) $(NEWEST) $(RAN) $(PREFIX) $(BENCH) _build dist build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

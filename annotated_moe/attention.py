@@ -934,7 +934,7 @@ class WithinDocument(Causal):
         return same & self.inner.sees(place_q, place_k)
 
 
-# %% book/chapters/29_caches.md, cell 5
+# %% book/chapters/29_caches.md, cell 12
 def attend_by_head(
     q: Float[Array, "B T Q H"],
     k: EightBitHeads,
@@ -973,7 +973,7 @@ def attend_by_head(
     return jnp.moveaxis(y, 0, 2).reshape(b, t, heads, -1).astype(q.dtype)
 
 
-# %% book/chapters/29_caches.md, cell 6
+# %% book/chapters/29_caches.md, cell 13
 attend_to_arrays = WAYS_TO_ATTEND[-1]
 FEW_QUERIES = 16
 

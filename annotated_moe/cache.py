@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, Num
 
 from annotated_moe import placement
 from annotated_moe.placement import here
@@ -19,11 +19,11 @@ from annotated_moe.specs import Size, Spec
 # %% book/chapters/04_attention.md, cell 35
 @functools.singledispatch
 def write_cache(
-    stack: Float[Array, "L B S K H"],
+    stack: Num[Array, "L B S K H"],
     layer: int | Int32[Array, ""],
-    x: Float[Array, "B T K H"],
+    x: Num[Array, "B T K H"],
     slots: Int32[Array, "B T"],
-) -> Float[Array, "L B S K H"]:
+) -> Num[Array, "L B S K H"]:
     """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
 
     A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
@@ -57,10 +57,10 @@ Update = tuple["KVCache", Heads, Heads, Int32[Array, "B S"]]
 # %% book/chapters/04_attention.md, cell 42
 @functools.singledispatch
 def put_row(
-    stack: Float[Array, "L B S K H"],
+    stack: Num[Array, "L B S K H"],
     row: int | Int[Array, ""],
-    x: Float[Array, "L _ K H"],
-) -> Float[Array, "L B S K H"]:
+    x: Num[Array, "L _ K H"],
+) -> Num[Array, "L B S K H"]:
     """Put `x` into the first slots of batch row `row`."""
     used, slots = x.shape[1], stack.shape[2]
     if used > slots:
@@ -122,7 +122,7 @@ class KVCache:
         if self.room is not None and longest > self.room:
             raise ValueError(f"{longest} tokens, {self.room} slots")
 
-    def reserve(self, new: Int32[Array, "#B"]) -> "KVCache":
+    def reserve(self, new: Int32[Array, "..."]) -> "KVCache":
         """With room for `new` more tokens a row; here it is there."""
         return self
 
@@ -235,8 +235,8 @@ def write_ring(
 # %% book/chapters/16_mixtral.md, cell 35
 @functools.singledispatch
 def extend(
-    kept: Float[Array, "B S K H"], x: Float[Array, "B T K H"]
-) -> Float[Array, "B S+T K H"]:
+    kept: Num[Array, "B S K H"], x: Num[Array, "B T K H"]
+) -> Num[Array, "B S+T K H"]:
     """What is kept and then `x`, in the form in which it is kept."""
     return jnp.concatenate([kept, x.astype(kept.dtype)], axis=1)
 
@@ -292,7 +292,7 @@ class RingCache(KVCache):
         return super().insert(row, other)
 
 
-# %% book/chapters/29_caches.md, cell 2
+# %% book/chapters/29_caches.md, cell 6
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EightBitHeads:
@@ -317,7 +317,7 @@ class EightBitHeads:
         return (self.numbers * self.scales).astype(dtype)
 
 
-# %% book/chapters/29_caches.md, cell 3
+# %% book/chapters/29_caches.md, cell 7
 def eight_bit(x: Any) -> EightBitHeads:
     """Heads [..., H] in eight bits, unless they are already.
 
@@ -332,7 +332,7 @@ def eight_bit(x: Any) -> EightBitHeads:
     return EightBitHeads(numbers.astype(jnp.int8), scales)
 
 
-# %% book/chapters/29_caches.md, cell 4
+# %% book/chapters/29_caches.md, cell 10
 @write_cache.register
 def write_eight_bit(
     stack: EightBitHeads, layer: int | Int32[Array, ""], x: Any,
@@ -359,20 +359,23 @@ def extend_eight_bit(kept: EightBitHeads, x: Any) -> EightBitHeads:
     return jax.tree.map(extend, kept, eight_bit(x))
 
 
-# %% book/chapters/29_caches.md, cell 7
+# %% book/chapters/29_caches.md, cell 11
 @dataclass(frozen=True)
 class EightBit(CacheKind):
     """Keys and values in eight bits, full caches and rings alike."""
 
     def keep(self, cache: KVCache) -> KVCache:
-        k, v = eight_bit(cache.k), eight_bit(cache.v)
-        return replace(cache, k=k, v=v)
+        def zeros(a: Array) -> EightBitHeads:
+            scales = jnp.zeros((*a.shape[:-1], 1))
+            return EightBitHeads(jnp.zeros(a.shape, jnp.int8), scales)
+
+        return replace(cache, k=zeros(cache.k), v=zeros(cache.v))
 
 
 CACHE_KINDS["int8"] = EightBit()
 
 
-# %% book/chapters/29_caches.md, cell 8
+# %% book/chapters/29_caches.md, cell 22
 NO_PAGE = -1
 
 
@@ -411,42 +414,12 @@ class PagedCache(KVCache):
         table, users = ("batch", None), ("batch", None)
         return replace(super().axes, table=table, users=users)
 
-    def wanted(self, new: Any) -> tuple[Any, Any]:
-        """For `new` more tokens: which rows need a copy of a page that
-        they share, and how many new pages each. NumPy or JAX.
-        """
-        rows, at = np.arange(len(self.table)), self.length // self.page
-        at = at * (at < self.table.shape[1])
-        begun = self.table[rows, at]
-        shared = self.users[self.part, begun] > 1
-        inside = (self.length % self.page > 0) & (begun != NO_PAGE)
-        copies = shared & inside & (new > 0)
-        have = (self.table != NO_PAGE).sum(axis=1)
-        most = (self.length + new) * (new > 0)
-        more = -(-most // self.page) - have
-        return copies, more * (more > 0)
-
     def check(self, new: Any) -> None:
         """ValueError where rows lack slots, or the pool pages."""
         super().check(new)
-        there = replace(
-            self, length=np.asarray(self.length),
-            table=np.asarray(self.table), users=np.asarray(self.users),
-        )
-        new = np.broadcast_to(np.asarray(new, np.int32), len(self.table))
-        copies, more = there.wanted(new)
-        parts = there.users.shape[0]
-        want = (copies + more).reshape(parts, -1).sum(axis=1)
-        free = (there.users == 0).sum(axis=1)
-        if (want > free).any():
-            i = int((want - free).argmax())
-            raise ValueError(
-                f"{want[i]} pages of {self.page} tokens are wanted and "
-                f"{free[i]} are free: evict a row, or make a cache with "
-                "more pages"
-            )
+        check_pages(self, new)
 
-    def reserve(self, new: Int32[Array, "#B"]) -> "PagedCache":
+    def reserve(self, new: Int32[Array, "..."]) -> "PagedCache":
         """With pages for `new` more tokens a row, as far as they last.
 
         A page that is begun, and shared, is copied for its row.
@@ -543,23 +516,7 @@ class PagedCache(KVCache):
         return replace(self, length=length, table=table, users=users)
 
 
-# %% book/chapters/29_caches.md, cell 9
-def is_known(a: Any) -> bool:
-    """Whether this process can look at the numbers now."""
-    return not isinstance(a, jax.core.Tracer) and a.is_fully_addressable
-
-
-def count_users(
-    users: Int32[Array, "parts each"], pages: Int[Array, "R W"], by: int
-) -> Int32[Array, "parts each"]:
-    """With `by` more users of each of these pages."""
-    flat = users.reshape(-1).at[pages].add(
-        by, mode="drop", wrap_negative_indices=False
-    )
-    return flat.reshape(users.shape)
-
-
-# %% book/chapters/29_caches.md, cell 10
+# %% book/chapters/29_caches.md, cell 23
 def write_pool(
     pool: Any, layer: int | Int32[Array, ""], x: Any,
     at: Int[Array, "1 N"],
@@ -594,12 +551,63 @@ def gather_pages(pool: Any, layer: Any, pages: Int[Array, "_ W"]) -> Any:
     return jax.tree.map(gather, pool)
 
 
-# %% book/chapters/29_caches.md, cell 11
+# %% book/chapters/29_caches.md, cell 24
+def pages_wanted(cache: Any, new: Any) -> tuple[Any, Any]:
+    """For `new` more tokens: which rows need a copy of a page that
+    they share, and how many new pages each. NumPy or JAX.
+    """
+    rows, at = np.arange(len(cache.table)), cache.length // cache.page
+    at = at * (at < cache.table.shape[1])
+    begun = cache.table[rows, at]
+    inside = (cache.length % cache.page > 0) & (begun != NO_PAGE)
+    shared = cache.users[cache.part, begun] > 1
+    have = (cache.table != NO_PAGE).sum(axis=1)
+    most = (cache.length + new) * (new > 0)
+    more = -(-most // cache.page) - have
+    return inside & shared & (new > 0), more * (more > 0)
+
+
+def check_pages(cache: Any, new: Any) -> None:
+    """ValueError where the pool has too few free pages."""
+    length, table, users = map(
+        np.asarray, (cache.length, cache.table, cache.users)
+    )
+    there = replace(cache, length=length, table=table, users=users)
+    new = np.broadcast_to(np.asarray(new, np.int32), length.shape)
+    copies, more = pages_wanted(there, new)
+    want = (copies + more).reshape(len(users), -1).sum(axis=1)
+    free = (users == 0).sum(axis=1)
+    if (want > free).any():
+        i = int((want - free).argmax())
+        raise ValueError(
+            f"{want[i]} pages of {cache.page} tokens are wanted and "
+            f"{free[i]} are free: evict a row, or make a cache with "
+            "more pages"
+        )
+
+
+# %% book/chapters/29_caches.md, cell 25
+def is_known(a: Any) -> bool:
+    """Whether this process can look at the numbers now."""
+    return not isinstance(a, jax.core.Tracer) and a.is_fully_addressable
+
+
+def count_users(
+    users: Int32[Array, "parts each"], pages: Int[Array, "R W"], by: int
+) -> Int32[Array, "parts each"]:
+    """With `by` more users of each of these pages."""
+    flat = users.reshape(-1).at[pages].add(
+        by, mode="drop", wrap_negative_indices=False
+    )
+    return flat.reshape(users.shape)
+
+
+# %% book/chapters/29_caches.md, cell 26
 def take_pages(
     cache: PagedCache, new: Int32[Array, " B"]
 ) -> PagedCache:
     """`cache.reserve`, by whoever has the rows and their pages."""
-    copies, more = cache.wanted(new)                        # [B], [B]
+    copies, more = pages_wanted(cache, new)                        # [B], [B]
     parts, each = cache.users.shape
     count = copies + more
     before = jnp.cumsum(count.reshape(parts, -1), axis=1).ravel() - count
@@ -641,7 +649,7 @@ def take_pages(
     return replace(longer, k=k, v=v, users=users)
 
 
-# %% book/chapters/29_caches.md, cell 12
+# %% book/chapters/29_caches.md, cell 28
 @dataclass(frozen=True)
 class Paged(CacheKind):
     """Keys and values on pages of a pool that the rows share.
@@ -678,7 +686,7 @@ CACHE_KINDS["paged"] = Paged()
 CACHE_KINDS["paged-int8"] = Paged(heads=EightBit())
 
 
-# %% book/chapters/29_caches.md, cell 13
+# %% book/chapters/29_caches.md, cell 30
 def check_share(cache: KVCache, row: int, source: int, n: int) -> None:
     """ValueError unless row `source` has n tokens for another row."""
     rows = len(cache.length)
@@ -693,6 +701,7 @@ def check_share(cache: KVCache, row: int, source: int, n: int) -> None:
         )
 
 
+# %% book/chapters/29_caches.md, cell 31
 @functools.singledispatch
 def share(cache: KVCache, row: int, source: int, n: int) -> KVCache:
     """Row `row` becomes the first `n` tokens of row `source`.
@@ -720,6 +729,7 @@ def share_ring(
     return share.dispatch(KVCache)(cache, row, source, n)
 
 
+# %% book/chapters/29_caches.md, cell 32
 @share.register
 def share_pages(
     cache: PagedCache, row: int, source: int, n: int

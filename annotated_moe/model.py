@@ -348,7 +348,7 @@ class Cache:
         longer = (replace(c, length=length) for c in self.places)
         return Cache(tuple(longer))
 
-    def reserve(self, new: Int32[Array, "#B"]) -> "Cache":
+    def reserve(self, new: Int32[Array, "..."]) -> "Cache":
         """With room for `new` more tokens a row."""
         return Cache(tuple(c.reserve(new) for c in self.places))
 
@@ -664,7 +664,7 @@ def update_routers(
     return new
 
 
-# %% book/chapters/29_caches.md, cell 14
+# %% book/chapters/29_caches.md, cell 34
 def share_prefix(cache: Cache, row: int, source: int, n: int) -> Cache:
     """Row `row` becomes the first `n` tokens of row `source`.
 

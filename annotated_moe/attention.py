@@ -970,7 +970,8 @@ def attend_by_head(
         return jnp.einsum("brts,bsh->btrh", p, of(v.numbers))
 
     y = jax.lax.map(one, jnp.arange(k.shape[2]))   # [K, B, T, R, V]
-    return jnp.moveaxis(y, 0, 2).reshape(b, t, heads, -1).astype(q.dtype)
+    y = jnp.moveaxis(y, 0, 2).reshape(b, t, heads, -1)
+    return y.astype(q.dtype)
 
 
 # %% book/chapters/29_caches.md, cell 13

@@ -19,13 +19,14 @@ from annotated_moe.specs import Size, Spec
 # %% book/chapters/04_attention.md, cell 35
 @functools.singledispatch
 def write_cache(
-    stack: Num[Array, "L B S K H"],
+    stack: Any,
     layer: int | Int32[Array, ""],
     x: Num[Array, "B T K H"],
     slots: Int32[Array, "B T"],
-) -> Num[Array, "L B S K H"]:
+) -> Any:
     """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
 
+    `stack` is an array [L, B, S, K, H].
     A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
     A `layer` that is not there, or other axes, are a ValueError.
     """
@@ -57,11 +58,9 @@ Update = tuple["KVCache", Heads, Heads, Int32[Array, "B S"]]
 # %% book/chapters/04_attention.md, cell 42
 @functools.singledispatch
 def put_row(
-    stack: Num[Array, "L B S K H"],
-    row: int | Int[Array, ""],
-    x: Num[Array, "L _ K H"],
-) -> Num[Array, "L B S K H"]:
-    """Put `x` into the first slots of batch row `row`."""
+    stack: Any, row: int | Int[Array, ""], x: Num[Array, "L _ K H"]
+) -> Any:
+    """Put `x` into the first slots of batch row `row` of a stack."""
     used, slots = x.shape[1], stack.shape[2]
     if used > slots:
         raise ValueError(f"{used} slots do not fit into {slots}")
@@ -234,10 +233,8 @@ def write_ring(
 
 # %% book/chapters/16_mixtral.md, cell 35
 @functools.singledispatch
-def extend(
-    kept: Num[Array, "B S K H"], x: Num[Array, "B T K H"]
-) -> Num[Array, "B S+T K H"]:
-    """What is kept and then `x`, in the form in which it is kept."""
+def extend(kept: Any, x: Num[Array, "B T K H"]) -> Any:
+    """An array [B, S, K, H] that is kept, and then `x`, alike."""
     return jnp.concatenate([kept, x.astype(kept.dtype)], axis=1)
 
 
@@ -411,8 +408,8 @@ class PagedCache(KVCache):
 
     @property
     def axes(self) -> "PagedCache":
-        table, users = ("batch", None), ("batch", None)
-        return replace(super().axes, table=table, users=users)
+        full, rows = super().axes, ("batch", None)
+        return PagedCache(full.k, full.v, full.length, rows, rows)
 
     def check(self, new: Any) -> None:
         """ValueError where rows lack slots, or the pool pages."""

@@ -941,7 +941,9 @@ def own_lengths(cache: Cache | None) -> dict[int, Any]:
 
 # %% book/chapters/11_streaming.md, cell 62
 @partial(jax.jit, donate_argnames="kept")
-def reserve_in_place(kept: KVCache, new: Int32[Array, "..."]) -> KVCache:
+def reserve_in_place(
+    kept: KVCache, new: Int32[Array, "..."]
+) -> KVCache:
     longer = laid_out(kept.reserve(new))
     assert longer is not None
     return longer

@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/08_model.md, book/chapters/16_mixtral.md, book/chapters/29_caches.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/08_model.md, book/chapters/16_mixtral.md, book/chapters/29_caches.md, book/chapters/29b_pages.md by `make sync`; edit the chapters.
 """Keys and values that are kept: a full cache, and a ring.
 """
 
@@ -372,7 +372,7 @@ class EightBit(CacheKind):
 CACHE_KINDS["int8"] = EightBit()
 
 
-# %% book/chapters/29_caches.md, cell 22
+# %% book/chapters/29b_pages.md, cell 6
 NO_PAGE = -1
 
 
@@ -480,10 +480,10 @@ class PagedCache(KVCache):
     def insert(
         self, row: int | Int[Array, ""], other: KVCache
     ) -> "PagedCache":
-        """Batch row `row` becomes row 0 of `other`, on pages of its own.
+        """Batch row `row` becomes row 0 of `other`, on its own pages.
 
-        ValueError if there are too few pages, which can be seen only
-        outside of a compiled function, or no such row.
+        ValueError if there is no such row, or too few pages, which can
+        be seen only outside of a compiled function.
         """
         if isinstance(other, RingCache):
             raise ValueError("a ring's row does not fit into pages")
@@ -513,7 +513,7 @@ class PagedCache(KVCache):
         return replace(self, length=length, table=table, users=users)
 
 
-# %% book/chapters/29_caches.md, cell 23
+# %% book/chapters/29b_pages.md, cell 7
 def write_pool(
     pool: Any, layer: int | Int32[Array, ""], x: Any,
     at: Int[Array, "1 N"],
@@ -548,7 +548,7 @@ def gather_pages(pool: Any, layer: Any, pages: Int[Array, "_ W"]) -> Any:
     return jax.tree.map(gather, pool)
 
 
-# %% book/chapters/29_caches.md, cell 24
+# %% book/chapters/29b_pages.md, cell 8
 def pages_wanted(cache: Any, new: Any) -> tuple[Any, Any]:
     """For `new` more tokens: which rows need a copy of a page that
     they share, and how many new pages each. NumPy or JAX.
@@ -583,7 +583,7 @@ def check_pages(cache: Any, new: Any) -> None:
         )
 
 
-# %% book/chapters/29_caches.md, cell 25
+# %% book/chapters/29b_pages.md, cell 9
 def is_known(a: Any) -> bool:
     """Whether this process can look at the numbers now."""
     return not isinstance(a, jax.core.Tracer) and a.is_fully_addressable
@@ -599,7 +599,7 @@ def count_users(
     return flat.reshape(users.shape)
 
 
-# %% book/chapters/29_caches.md, cell 26
+# %% book/chapters/29b_pages.md, cell 10
 def take_pages(
     cache: PagedCache, new: Int32[Array, " B"]
 ) -> PagedCache:
@@ -646,7 +646,7 @@ def take_pages(
     return replace(longer, k=k, v=v, users=users)
 
 
-# %% book/chapters/29_caches.md, cell 28
+# %% book/chapters/29b_pages.md, cell 12
 @dataclass(frozen=True)
 class Paged(CacheKind):
     """Keys and values on pages of a pool that the rows share.
@@ -683,7 +683,7 @@ CACHE_KINDS["paged"] = Paged()
 CACHE_KINDS["paged-int8"] = Paged(heads=EightBit())
 
 
-# %% book/chapters/29_caches.md, cell 30
+# %% book/chapters/29b_pages.md, cell 14
 def check_share(cache: KVCache, row: int, source: int, n: int) -> None:
     """ValueError unless row `source` has n tokens for another row."""
     rows = len(cache.length)
@@ -698,7 +698,7 @@ def check_share(cache: KVCache, row: int, source: int, n: int) -> None:
         )
 
 
-# %% book/chapters/29_caches.md, cell 31
+# %% book/chapters/29b_pages.md, cell 15
 @functools.singledispatch
 def share(cache: KVCache, row: int, source: int, n: int) -> KVCache:
     """Row `row` becomes the first `n` tokens of row `source`.
@@ -726,7 +726,7 @@ def share_ring(
     return share.dispatch(KVCache)(cache, row, source, n)
 
 
-# %% book/chapters/29_caches.md, cell 32
+# %% book/chapters/29b_pages.md, cell 16
 @share.register
 def share_pages(
     cache: PagedCache, row: int, source: int, n: int

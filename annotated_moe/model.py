@@ -1,4 +1,4 @@
-# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20_gradients.md, book/chapters/22_balance.md, book/chapters/29_caches.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20_gradients.md, book/chapters/22_balance.md, book/chapters/29b_pages.md by `make sync`; edit the chapters.
 """The decoder: a layer, the stack of them, the table at both ends, and
 the programs that read a prompt and add a token.
 """
@@ -664,7 +664,7 @@ def update_routers(
     return new
 
 
-# %% book/chapters/29_caches.md, cell 34
+# %% book/chapters/29b_pages.md, cell 18
 def share_prefix(cache: Cache, row: int, source: int, n: int) -> Cache:
     """Row `row` becomes the first `n` tokens of row `source`.
 

@@ -29,7 +29,7 @@ __all__.extend(
 )
 
 
-# %% book/chapters/11_streaming.md, cell 70
+# %% book/chapters/11_streaming.md, cell 71
 LOADERS["disk"] = load_from_disk
 
 

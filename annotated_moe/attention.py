@@ -1,4 +1,4 @@
-# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20b_flash.md, book/chapters/23_training.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md, book/chapters/18_llama4.md, book/chapters/20b_flash.md, book/chapters/23_training.md, book/chapters/29_caches.md by `make sync`; edit the chapters.
 """To choose the next word a transformer looks back at every word before
 it. What it looks at are keys and values, computed once a token and
 kept; if each head of Grok-1 kept its own, one conversation of 8,192
@@ -19,7 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from annotated_moe.cache import PAD_POSITION, KVCache, RingCache
+from annotated_moe.cache import (
+    PAD_POSITION,
+    EightBitHeads,
+    KVCache,
+    RingCache,
+)
 from annotated_moe.linear import Linear
 from annotated_moe.placement import here
 from annotated_moe.rms_norm import RMSNorm, rms_norm
@@ -378,7 +383,7 @@ class Attention(hk.Module):
         return {}
 
     def attend(
-        self, q: Array, k: Array, v: Array, positions: Array,
+        self, q: Array, k: Any, v: Any, positions: Array,
         key_positions: Array,
     ) -> Array:
         """What `attend_any` does."""
@@ -423,7 +428,7 @@ class Window(Causal):
         return RingCache(k, v, jnp.zeros(k_shape[1], jnp.int32))
 
 
-# %% book/chapters/16_mixtral.md, cell 47
+# %% book/chapters/16_mixtral.md, cell 48
 def norm_qk(
     q: Float[Array, "B T Q H"],
     k: Float[Array, "B T K H"],
@@ -443,7 +448,7 @@ def norm_qk(
     return normed(q, "query_norm"), normed(k, "key_norm")
 
 
-# %% book/chapters/16_mixtral.md, cell 52
+# %% book/chapters/16_mixtral.md, cell 53
 @dataclass(frozen=True)
 class NormedAttentionSpec(AttentionSpec):
     """Attention whose queries and keys are normed, and maybe clipped.
@@ -927,3 +932,87 @@ class WithinDocument(Causal):
         same = q // DOCUMENT_STRIDE == k // DOCUMENT_STRIDE
         place_q, place_k = q % DOCUMENT_STRIDE, k % DOCUMENT_STRIDE
         return same & self.inner.sees(place_q, place_k)
+
+
+# %% book/chapters/29_caches.md, cell 12
+def attend_by_head(
+    q: Float[Array, "B T Q H"],
+    k: EightBitHeads,
+    v: EightBitHeads,
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    multiplier: float,
+    softcap: float | None,
+    sees: Sees,
+) -> Float[Array, "B T Q V"]:
+    """`attend` to heads in eight bits, one key head after another.
+
+    In float32, and the scales after the sums: a head's integers are
+    cast where they are used, and no other copy of them is made.
+    """
+    b, t, heads, h = q.shape
+    q_of = q.reshape(b, t, k.shape[2], -1, h).astype(jnp.float32)
+    seen = sees(positions[..., None], key_positions[:, None])[:, None]
+
+    def one(i: Array) -> Array:
+        def of(a: Array) -> Array:
+            own = jax.lax.dynamic_index_in_dim(a, i, 2, keepdims=False)
+            return own.astype(jnp.float32)
+
+        def scale(x: EightBitHeads) -> Array:
+            return of(x.scales)[:, None, None, :, 0]  # [B, 1, 1, S]
+
+        s = jnp.einsum("btrh,bsh->brts", of(q_of), of(k.numbers))
+        s *= multiplier * scale(k)                    # [B, R, T, S]
+        s = softcap * jnp.tanh(s / softcap) if softcap else s
+        s = jnp.where(seen, s, MASK_VALUE)
+        p = jax.nn.softmax(s, axis=-1) * scale(v)
+        return jnp.einsum("brts,bsh->btrh", p, of(v.numbers))
+
+    y = jax.lax.map(one, jnp.arange(k.shape[2]))   # [K, B, T, R, V]
+    y = jnp.moveaxis(y, 0, 2).reshape(b, t, heads, -1)
+    return y.astype(q.dtype)
+
+
+# %% book/chapters/29_caches.md, cell 13
+attend_to_arrays = WAYS_TO_ATTEND[-1]
+FEW_QUERIES = 16
+
+
+def attend_to_kept(
+    q: Float[Array, "B T Q H"], k: Any, v: Any,
+    positions: Int32[Array, "B T"],
+    key_positions: Int32[Array, "B S"],
+    multiplier: float, softcap: float | None, sees: Sees,
+) -> Float[Array, "B T Q V"]:
+    """As ever, or to heads in eight bits.
+
+    Few queries on a CPU go head by head. Otherwise keys and values are
+    cast to `q.dtype` first.
+    """
+    def as_arrays(
+        q: Array, k: Any, v: Any, positions: Array, at: Array
+    ) -> Array:
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        return attend_to_arrays(
+            q, k, v, positions, at, multiplier, softcap, sees
+        )
+
+    def by_head(
+        q: Array, k: Any, v: Any, positions: Array, at: Array
+    ) -> Array:
+        return attend_by_head(
+            q, k, v, positions, at, multiplier, softcap, sees
+        )
+
+    given = q, k, v, positions, key_positions
+    if not isinstance(k, EightBitHeads):
+        return attend_to_arrays(*given, multiplier, softcap, sees)
+    if q.shape[1] > FEW_QUERIES:
+        return as_arrays(*given)
+    return jax.lax.platform_dependent(
+        *given, cpu=by_head, default=as_arrays
+    )
+
+
+WAYS_TO_ATTEND.append(attend_to_kept)

@@ -1,26 +1,32 @@
-# Generated from book/chapters/04_attention.md, book/chapters/16_mixtral.md by `make sync`; edit the chapters.
+# Generated from book/chapters/04_attention.md, book/chapters/08_model.md, book/chapters/16_mixtral.md, book/chapters/29_caches.md, book/chapters/29b_pages.md by `make sync`; edit the chapters.
 """Keys and values that are kept: a full cache, and a ring.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, Num
 
 from annotated_moe import placement
+from annotated_moe.placement import here
+from annotated_moe.specs import Size, Spec
 
 
 # %% book/chapters/04_attention.md, cell 35
+@functools.singledispatch
 def write_cache(
-    stack: Float[Array, "L B S K H"],
+    stack: Any,
     layer: int | Int32[Array, ""],
-    x: Float[Array, "B T K H"],
+    x: Num[Array, "B T K H"],
     slots: Int32[Array, "B T"],
-) -> Float[Array, "L B S K H"]:
+) -> Any:
     """Put `x` into `slots` of `stack[layer]`, cast to its dtype.
 
+    `stack` is an array [L, B, S, K, H].
     A slot outside 0 .. S - 1 is dropped, never clamped or wrapped.
     A `layer` that is not there, or other axes, are a ValueError.
     """
@@ -44,21 +50,17 @@ def write_cache(
 # %% book/chapters/04_attention.md, cell 41
 PAD_POSITION = 2**30
 
-Update = tuple[
-    "KVCache",
-    Float[Array, "B S K H"],
-    Float[Array, "B S K V"],
-    Int32[Array, "B S"],
-]
+# Arrays [B, S, K, H or V], or what stands for them.
+Heads = Any
+Update = tuple["KVCache", Heads, Heads, Int32[Array, "B S"]]
 
 
 # %% book/chapters/04_attention.md, cell 42
+@functools.singledispatch
 def put_row(
-    stack: Float[Array, "L B S K H"],
-    row: int | Int[Array, ""],
-    x: Float[Array, "L _ K H"],
-) -> Float[Array, "L B S K H"]:
-    """Put `x` into the first slots of batch row `row`."""
+    stack: Any, row: int | Int[Array, ""], x: Num[Array, "L _ K H"]
+) -> Any:
+    """Put `x` into the first slots of batch row `row` of a stack."""
     used, slots = x.shape[1], stack.shape[2]
     if used > slots:
         raise ValueError(f"{used} slots do not fit into {slots}")
@@ -110,7 +112,18 @@ class KVCache:
     def axes(self) -> "KVCache":
         """What each axis of each array counts."""
         wide = ("layers", "batch", None, "heads", None)
-        return replace(self, k=wide, v=wide, length=("batch",))
+        k, v = jax.tree.map(lambda _: wide, (self.k, self.v))
+        return replace(self, k=k, v=v, length=("batch",))
+
+    def check(self, new: Any) -> None:
+        """ValueError where rows have no room for `new` more tokens."""
+        longest = int((np.asarray(self.length) + new).max(initial=0))
+        if self.room is not None and longest > self.room:
+            raise ValueError(f"{longest} tokens, {self.room} slots")
+
+    def reserve(self, new: Int32[Array, "..."]) -> "KVCache":
+        """With room for `new` more tokens a row; here it is there."""
+        return self
 
     def update(
         self,
@@ -129,6 +142,10 @@ class KVCache:
         new = replace(self, k=keys, v=values)
         return new, keys[layer], values[layer], at
 
+    def first_row(self) -> tuple[Heads, Heads]:
+        """Keys and values [L, S, K, H or V] of row 0."""
+        return self.k[:, 0], self.v[:, 0]
+
     def insert(
         self, row: int | Int[Array, ""], other: "KVCache"
     ) -> "KVCache":
@@ -137,13 +154,36 @@ class KVCache:
         ValueError if that has more slots, or there is no such row.
         """
         length = set_length(self.length, row, other.length[0])
-        k = put_row(self.k, row, other.k[:, 0])
-        v = put_row(self.v, row, other.v[:, 0])
+        k, v = other.first_row()
+        k, v = put_row(self.k, row, k), put_row(self.v, row, v)
         return replace(self, k=k, v=v, length=length)
 
     def evict(self, row: int | Int[Array, ""]) -> "KVCache":
         """Batch row `row` is empty; its slots will be written over."""
         return replace(self, length=set_length(self.length, row, 0))
+
+
+# %% book/chapters/08_model.md, cell 28
+@dataclass(frozen=True)
+class CacheKind(Spec):
+    """How keys and values are kept: here as they come."""
+
+    def keep(self, cache: KVCache) -> KVCache:
+        """This cache, which is empty, as one of this kind."""
+        return cache
+
+
+CACHE_KINDS: dict[str, CacheKind] = {"float": CacheKind()}
+
+
+def cache_kind(kind: str | CacheKind) -> CacheKind:
+    """A kind, or the one of this name; ValueError if there is none."""
+    if isinstance(kind, CacheKind):
+        return kind
+    if kind not in CACHE_KINDS:
+        known = " or ".join(map(repr, CACHE_KINDS))
+        raise ValueError(f"kv_cache must be {known}: {kind!r}")
+    return CACHE_KINDS[kind]
 
 
 # %% book/chapters/16_mixtral.md, cell 28
@@ -172,13 +212,14 @@ def end_after(
 
 # %% book/chapters/16_mixtral.md, cell 32
 def write_ring(
-    stack: Float[Array, "L B S K H"],
+    stack: Any,
     layer: int | Int32[Array, ""],
     x: Float[Array, "B T K H"],
     positions: Int32[Array, "B T"],
     end: Int32[Array, " B"],
-) -> Float[Array, "L B S K H"]:
-    """Put `x` into the ring: position p into slot p % S, if it lasts.
+) -> Any:
+    """Put `x` into the ring [L, B, S, K, H]: position p into slot
+    p % S, if it lasts.
 
     What later positions of the same call would overwrite is dropped,
     and so is padding: no two tokens of a row go to the same slot.
@@ -191,6 +232,13 @@ def write_ring(
 
 
 # %% book/chapters/16_mixtral.md, cell 35
+@functools.singledispatch
+def extend(kept: Any, x: Num[Array, "B T K H"]) -> Any:
+    """An array [B, S, K, H] that is kept, and then `x`, alike."""
+    return jnp.concatenate([kept, x.astype(kept.dtype)], axis=1)
+
+
+# %% book/chapters/16_mixtral.md, cell 36
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RingCache(KVCache):
@@ -221,14 +269,10 @@ class RingCache(KVCache):
         if k.shape[1] == 1:
             at = ring_positions(end, self.slots)
             return new, new.k[layer], new.v[layer], at
-        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
         old = ring_positions(self.length, self.slots)
-        return (
-            new,
-            jnp.concatenate([self.k[layer], k], axis=1),
-            jnp.concatenate([self.v[layer], v], axis=1),
-            jnp.concatenate([old, positions], axis=1),
-        )
+        at = jnp.concatenate([old, positions], axis=1)
+        keys, values = self.k[layer], self.v[layer]
+        return new, extend(keys, k), extend(values, v), at
 
     def insert(
         self, row: int | Int[Array, ""], other: KVCache
@@ -243,3 +287,464 @@ class RingCache(KVCache):
                 f"a ring of {other.slots} slots is none of {self.slots}"
             )
         return super().insert(row, other)
+
+
+# %% book/chapters/29_caches.md, cell 6
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EightBitHeads:
+    """Heads in 8-bit integers, and a scale for each.
+
+    `numbers` int8 [..., H], `scales` float32 [..., 1]; the heads are
+    their product. To a cache it looks like an array.
+    """
+
+    numbers: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.numbers.shape
+
+    def __getitem__(self, index: Any) -> "EightBitHeads":
+        """Of the leading axes: a layer, a row, a run of slots."""
+        return jax.tree.map(lambda a: a[index], self)
+
+    def astype(self, dtype: Any) -> Array:
+        return (self.numbers * self.scales).astype(dtype)
+
+
+# %% book/chapters/29_caches.md, cell 7
+def eight_bit(x: Any) -> EightBitHeads:
+    """Heads [..., H] in eight bits, unless they are already.
+
+    The largest number of a head becomes 127 or -127, others the
+    nearest integer; a head of zeros stays one.
+    """
+    if isinstance(x, EightBitHeads):
+        return x
+    x = x.astype(jnp.float32)
+    scales = jnp.abs(x).max(axis=-1, keepdims=True) / 127
+    numbers = jnp.round(x / jnp.where(scales == 0, 1, scales))
+    return EightBitHeads(numbers.astype(jnp.int8), scales)
+
+
+# %% book/chapters/29_caches.md, cell 10
+@write_cache.register
+def write_eight_bit(
+    stack: EightBitHeads, layer: int | Int32[Array, ""], x: Any,
+    slots: Int32[Array, "B T"],
+) -> EightBitHeads:
+    """`write_cache`, of the integers and of their scales."""
+    return jax.tree.map(
+        lambda a, new: write_cache(a, layer, new, slots),
+        stack, eight_bit(x),
+    )
+
+
+@put_row.register
+def put_row_eight_bit(
+    stack: EightBitHeads, row: int | Int[Array, ""], x: Any
+) -> EightBitHeads:
+    return jax.tree.map(
+        lambda a, new: put_row(a, row, new), stack, eight_bit(x)
+    )
+
+
+@extend.register
+def extend_eight_bit(kept: EightBitHeads, x: Any) -> EightBitHeads:
+    return jax.tree.map(extend, kept, eight_bit(x))
+
+
+# %% book/chapters/29_caches.md, cell 11
+@dataclass(frozen=True)
+class EightBit(CacheKind):
+    """Keys and values in eight bits, full caches and rings alike."""
+
+    def keep(self, cache: KVCache) -> KVCache:
+        def zeros(a: Array) -> EightBitHeads:
+            scales = jnp.zeros((*a.shape[:-1], 1))
+            return EightBitHeads(jnp.zeros(a.shape, jnp.int8), scales)
+
+        return replace(cache, k=zeros(cache.k), v=zeros(cache.v))
+
+
+CACHE_KINDS["int8"] = EightBit()
+
+
+# %% book/chapters/29b_pages.md, cell 6
+NO_PAGE = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache(KVCache):
+    """Rows' tokens in pages of one pool.
+
+    `k` and `v` are the pool, [L, pages, page, K, H or V]. `table` int32
+    [B, S / page] names the page of each run of a row's slots, or
+    NO_PAGE. `users` int32 [parts, pages / parts] counts the rows that
+    have a page. Where a mesh cuts the rows into parts, each part has
+    pages of its own, numbered from 0.
+    """
+
+    table: Any
+    users: Any
+
+    @property
+    def page(self) -> int:
+        """How many tokens fit on a page."""
+        return self.k.shape[2]
+
+    @property
+    def slots(self) -> int:
+        return self.table.shape[1] * self.page
+
+    @property
+    def part(self) -> np.ndarray:
+        """The part that each row is in, [B]."""
+        rows, parts = len(self.table), len(self.users)
+        return np.arange(rows) // (rows // parts)
+
+    @property
+    def axes(self) -> "PagedCache":
+        full, rows = super().axes, ("batch", None)
+        return PagedCache(full.k, full.v, full.length, rows, rows)
+
+    def check(self, new: Any) -> None:
+        """ValueError where rows lack slots, or the pool pages."""
+        super().check(new)
+        check_pages(self, new)
+
+    def reserve(self, new: Int32[Array, "..."]) -> "PagedCache":
+        """With pages for `new` more tokens a row, as far as they last.
+
+        A page that is begun, and shared, is copied for its row.
+        """
+        new = jnp.broadcast_to(new, self.length.shape)
+        run = here().split(
+            take_pages, (self.axes, ("batch",)), self.axes
+        )
+        return run(self, new)
+
+    def pages_of(self, rows: Int[Array, " R"]) -> Int32[Array, "R W"]:
+        """The pages of these rows, counted through the whole pool."""
+        own = self.table.at[rows].get(
+            mode="fill", fill_value=NO_PAGE, wrap_negative_indices=False
+        )
+        part = jnp.asarray(self.part).at[rows].get(mode="clip")
+        first = part[:, None] * self.users.shape[1]
+        return jnp.where(own == NO_PAGE, NO_PAGE, own + first)
+
+    def places(
+        self, rows: Int[Array, " R"], positions: Int[Array, "R T"]
+    ) -> Int[Array, "R T"]:
+        """Where in the pool positions of rows are; -1: nowhere."""
+        pages = jnp.take_along_axis(
+            self.pages_of(rows), positions // self.page, axis=1,
+            mode="fill", fill_value=NO_PAGE,
+        )
+        at = pages * self.page + positions % self.page
+        return jnp.where(pages == NO_PAGE, -1, at)
+
+    def update(
+        self,
+        layer: int | Int32[Array, ""],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        positions: Int32[Array, "B T"],
+    ) -> Update:
+        """With these keys and values; and what a layer then looks at:
+        all slots of each row, gathered from the pool.
+        """
+        rows = jnp.arange(len(self.table))
+        at = self.places(rows, positions).reshape(1, -1)
+        new = replace(
+            self, k=write_pool(self.k, layer, k, at),
+            v=write_pool(self.v, layer, v, at),
+        )
+        pages = self.pages_of(rows)
+        keys, values = (
+            gather_pages(pool, layer, pages) for pool in (new.k, new.v)
+        )
+        shown = jnp.tile(jnp.arange(self.slots), (len(rows), 1))
+        return new, keys, values, shown
+
+    def first_row(self) -> tuple[Heads, Heads]:
+        every = jnp.arange(self.k.shape[0])[:, None]        # [L, 1]
+        pages = self.pages_of(jnp.arange(1))                # [1, W]
+        k, v = (gather_pages(pool, every, pages)
+                for pool in (self.k, self.v))
+        return k, v
+
+    def insert(
+        self, row: int | Int[Array, ""], other: KVCache
+    ) -> "PagedCache":
+        """Batch row `row` becomes row 0 of `other`, on its own pages.
+
+        ValueError if there is no such row, or too few pages, which can
+        be seen only outside of a compiled function.
+        """
+        if isinstance(other, RingCache):
+            raise ValueError("a ring's row does not fit into pages")
+        n, emptied = other.length[0], self.evict(row)
+        length = set_length(emptied.length, row, n)
+        new = length - emptied.length
+        if is_known(new) and is_known(self.users):
+            emptied.check(new)
+        grown = emptied.reserve(new)
+        k, v = other.first_row()
+        slots = jnp.arange(k.shape[1])[None]
+        slots = jnp.where(slots < n, slots, PAD_POSITION)
+        at = grown.places(jnp.atleast_1d(jnp.asarray(row)), slots)
+        return replace(
+            grown, length=length, k=write_layers(grown.k, k, at),
+            v=write_layers(grown.v, v, at),
+        )
+
+    def evict(self, row: int | Int[Array, ""]) -> "PagedCache":
+        """Batch row `row` is empty; pages that nobody has are free."""
+        length = set_length(self.length, row, 0)
+        left = self.pages_of(jnp.atleast_1d(jnp.asarray(row)))
+        table = self.table.at[row].set(
+            NO_PAGE, mode="drop", wrap_negative_indices=False
+        )
+        users = count_users(self.users, left, -1)
+        return replace(self, length=length, table=table, users=users)
+
+
+# %% book/chapters/29b_pages.md, cell 7
+def write_pool(
+    pool: Any, layer: int | Int32[Array, ""], x: Any,
+    at: Int[Array, "1 N"],
+) -> Any:
+    """Put `x` [B, T, K, H] into a layer's places `at` of the pool."""
+    as_row = jax.tree.map(
+        lambda a: a.reshape(len(a), 1, -1, *a.shape[3:]), pool
+    )
+    x = x.reshape(1, -1, *x.shape[2:])
+    new = write_cache(as_row, layer, x, at)
+    return jax.tree.map(lambda a, b: a.reshape(b.shape), new, pool)
+
+
+def write_layers(pool: Any, x: Any, at: Int[Array, "1 S"]) -> Any:
+    """Put a row `x` [L, S, K, H] into places `at`, in all layers."""
+    as_rows = jax.tree.map(
+        lambda a: a.reshape(1, len(a), -1, *a.shape[3:]), pool
+    )
+    every = jnp.tile(at, (x.shape[0], 1))                   # [L, S]
+    new = write_cache(as_rows, 0, x, every)
+    return jax.tree.map(lambda a, b: a.reshape(b.shape), new, pool)
+
+
+def gather_pages(pool: Any, layer: Any, pages: Int[Array, "_ W"]) -> Any:
+    """A layer's heads [., S, K, H] on pages that follow each other."""
+    def gather(a: Array) -> Array:
+        found = a.at[layer, pages].get(
+            mode="clip", wrap_negative_indices=False
+        )                                       # [., W, page, K, H]
+        return found.reshape(len(found), -1, *a.shape[3:])
+
+    return jax.tree.map(gather, pool)
+
+
+# %% book/chapters/29b_pages.md, cell 8
+def pages_wanted(cache: Any, new: Any) -> tuple[Any, Any]:
+    """For `new` more tokens: which rows need a copy of a page that
+    they share, and how many new pages each. NumPy or JAX.
+    """
+    rows, at = np.arange(len(cache.table)), cache.length // cache.page
+    at = at * (at < cache.table.shape[1])
+    begun = cache.table[rows, at]
+    inside = (cache.length % cache.page > 0) & (begun != NO_PAGE)
+    shared = cache.users[cache.part, begun] > 1
+    have = (cache.table != NO_PAGE).sum(axis=1)
+    most = (cache.length + new) * (new > 0)
+    more = -(-most // cache.page) - have
+    return inside & shared & (new > 0), more * (more > 0)
+
+
+def check_pages(cache: Any, new: Any) -> None:
+    """ValueError where the pool has too few free pages."""
+    length, table, users = map(
+        np.asarray, (cache.length, cache.table, cache.users)
+    )
+    there = replace(cache, length=length, table=table, users=users)
+    new = np.broadcast_to(np.asarray(new, np.int32), length.shape)
+    copies, more = pages_wanted(there, new)
+    want = (copies + more).reshape(len(users), -1).sum(axis=1)
+    free = (users == 0).sum(axis=1)
+    if (want > free).any():
+        i = int((want - free).argmax())
+        raise ValueError(
+            f"{want[i]} pages of {cache.page} tokens are wanted and "
+            f"{free[i]} are free: evict a row, or make a cache with "
+            "more pages"
+        )
+
+
+# %% book/chapters/29b_pages.md, cell 9
+def is_known(a: Any) -> bool:
+    """Whether this process can look at the numbers now."""
+    return not isinstance(a, jax.core.Tracer) and a.is_fully_addressable
+
+
+def count_users(
+    users: Int32[Array, "parts each"], pages: Int[Array, "R W"], by: int
+) -> Int32[Array, "parts each"]:
+    """With `by` more users of each of these pages."""
+    flat = users.reshape(-1).at[pages].add(
+        by, mode="drop", wrap_negative_indices=False
+    )
+    return flat.reshape(users.shape)
+
+
+# %% book/chapters/29b_pages.md, cell 10
+def take_pages(
+    cache: PagedCache, new: Int32[Array, " B"]
+) -> PagedCache:
+    """`cache.reserve`, by whoever has the rows and their pages."""
+    copies, more = pages_wanted(cache, new)                        # [B], [B]
+    parts, each = cache.users.shape
+    count = copies + more
+    before = jnp.cumsum(count.reshape(parts, -1), axis=1).ravel() - count
+    free = jnp.stack([
+        jnp.flatnonzero(users == 0, size=each, fill_value=NO_PAGE)
+        for users in cache.users
+    ])                                                # [parts, each]
+    columns = np.arange(cache.table.shape[1])
+    have = (cache.table != NO_PAGE).sum(axis=1)[:, None]
+    added = (columns >= have) & (columns < have + more[:, None])
+    begun = columns == cache.length[:, None] // cache.page
+    copied = copies[:, None] & begun                        # [B, W]
+    nth = jnp.where(copied, 0, columns - have + copies[:, None])
+    pages = free.at[cache.part[:, None], before[:, None] + nth].get(
+        mode="fill", fill_value=NO_PAGE
+    )
+    changed, rows = added | copied, jnp.arange(len(cache.table))
+    table = jnp.where(changed, pages, cache.table).astype(jnp.int32)
+    longer = replace(cache, table=table)
+    old, fresh = cache.pages_of(rows), longer.pages_of(rows)
+    users = count_users(
+        cache.users, jnp.where(changed, fresh, NO_PAGE), 1
+    )
+    users = count_users(users, jnp.where(copied, old, NO_PAGE), -1)
+    source, target = (
+        jnp.where(copied, pages, NO_PAGE).max(axis=1)
+        for pages in (old, fresh)
+    )
+
+    def copy(pool: Array) -> Array:
+        content = pool.at[:, source].get(
+            mode="clip", wrap_negative_indices=False
+        )
+        return pool.at[:, target].set(
+            content, mode="drop", wrap_negative_indices=False
+        )
+
+    k, v = jax.tree.map(copy, (cache.k, cache.v))
+    return replace(longer, k=k, v=v, users=users)
+
+
+# %% book/chapters/29b_pages.md, cell 12
+@dataclass(frozen=True)
+class Paged(CacheKind):
+    """Keys and values on pages of a pool that the rows share.
+
+    A layer with a window keeps its ring, which is short already.
+    """
+
+    page: Size = 16                         # tokens on a page
+    pages: Size | None = None       # in the pool; None: as for full rows
+    heads: CacheKind = CacheKind()          # and how heads are kept
+
+    def keep(self, cache: KVCache) -> KVCache:
+        cache = self.heads.keep(cache)
+        if type(cache) is not KVCache:
+            return cache
+        rows, slots = cache.k.shape[1:3]
+        width = -(-slots // self.page)
+        pages = self.pages or rows * width
+        parts = here().parts(rows, "batch")
+        while here().parts(pages, "batch") != parts:
+            pages += 1
+
+        def pool(a: Array) -> Array:
+            shape = a.shape[0], pages, self.page, *a.shape[3:]
+            return jnp.zeros(shape, a.dtype)
+
+        k, v = jax.tree.map(pool, (cache.k, cache.v))
+        table = jnp.full((rows, width), NO_PAGE, jnp.int32)
+        users = jnp.zeros((parts, pages // parts), jnp.int32)
+        return PagedCache(k, v, cache.length, table, users)
+
+
+CACHE_KINDS["paged"] = Paged()
+CACHE_KINDS["paged-int8"] = Paged(heads=EightBit())
+
+
+# %% book/chapters/29b_pages.md, cell 14
+def check_share(cache: KVCache, row: int, source: int, n: int) -> None:
+    """ValueError unless row `source` has n tokens for another row."""
+    rows = len(cache.length)
+    for at in (row, source):
+        if not 0 <= at < rows:
+            raise ValueError(f"no row {at} in a batch of {rows}")
+    have = int(cache.length[source])
+    if row == source or not 0 < n <= have:
+        raise ValueError(
+            f"row {row} cannot begin with {n} tokens of row {source}, "
+            f"which has {have}"
+        )
+
+
+# %% book/chapters/29b_pages.md, cell 15
+@functools.singledispatch
+def share(cache: KVCache, row: int, source: int, n: int) -> KVCache:
+    """Row `row` becomes the first `n` tokens of row `source`.
+
+    They are copied. ValueError if there are fewer, or no such row.
+    """
+    check_share(cache, row, source, n)
+    k, v = jax.tree.map(
+        lambda a: a.at[:, row].set(a[:, source]), (cache.k, cache.v)
+    )
+    length = set_length(cache.length, row, n)
+    return replace(cache, k=k, v=v, length=length)
+
+
+@share.register
+def share_ring(
+    cache: RingCache, row: int, source: int, n: int
+) -> KVCache:
+    """Only a whole row, since the ring has lost what came before."""
+    if n != int(cache.length[source]):
+        raise ValueError(
+            f"a ring keeps the end of row {source}, not its first {n} "
+            "tokens: share all of them"
+        )
+    return share.dispatch(KVCache)(cache, row, source, n)
+
+
+# %% book/chapters/29b_pages.md, cell 16
+@share.register
+def share_pages(
+    cache: PagedCache, row: int, source: int, n: int
+) -> KVCache:
+    """Nothing is copied: both rows have the same pages."""
+    check_share(cache, row, source, n)
+    if cache.part[row] != cache.part[source]:
+        raise ValueError(
+            f"rows {row} and {source} are on different devices, whose "
+            "pages they cannot share"
+        )
+    cache = cache.evict(row)
+    first = jnp.arange(cache.table.shape[1]) * cache.page < n
+    own = jnp.where(first, cache.table[source], NO_PAGE)
+    table = cache.table.at[row].set(own)
+    cache = replace(
+        cache, table=table, length=set_length(cache.length, row, n)
+    )
+    pages = cache.pages_of(jnp.array([row]))
+    users = count_users(cache.users, pages, 1)
+    return replace(cache, users=users)

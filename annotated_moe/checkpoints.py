@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from annotated_moe.cache import CacheKind, cache_kind
 from annotated_moe.config import DTYPES, ModelConfig, all_places
 from annotated_moe.formats.files import (
     CheckpointError,
@@ -479,13 +480,16 @@ def load(
     dtype: str | None = None,
     stream: bool = False,
     exchange: str = "sum",
+    kv_cache: str | CacheKind = "float",
 ) -> Model:
     """A model from a checkpoint folder; without one, the small model.
 
     `mesh` comes from `make_mesh`; None is one device. `exchange` says
     how tokens reach the experts of other devices, by a name that
     `parallel.EXCHANGES` has. `dtype` is what it computes in,
-    "bfloat16" or "float32"; None: what is fast here.
+    "bfloat16" or "float32"; None: what is fast here. `kv_cache` says
+    how keys and values are kept, by a name that `cache.CACHE_KINDS`
+    has, or as one of its kinds.
     With `stream`, weights stay on disk, for a model larger than memory.
     Raises CheckpointError for whatever is missing, left over, misshapen
     or unsafe, and ValueError for another dtype or mesh. Source: the
@@ -498,13 +502,15 @@ def load(
     if not isinstance(stream, bool):
         raise TypeError(f"stream must be True or False: {stream!r}")
     check_exchange(exchange)
+    cache_kind(kv_cache)
     opened = open_checkpoint(small_model() if path is None else path)
     if mesh is not None:
         check_mesh(opened.folder, opened.config, mesh)
     announce(mesh, "load", exchange=exchange)
     model = LOADERS["disk" if stream else "memory"](opened, mesh, dtype)
-    same = model.exchange == exchange
-    return model if same else replace(model, exchange=exchange)
+    if (model.exchange, model.kv_cache) == (exchange, kv_cache):
+        return model
+    return replace(model, exchange=exchange, kv_cache=kv_cache)
 
 
 # %% book/chapters/09c_layouts.md, cell 55

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from annotated_moe import hosts
+from annotated_moe.cache import CACHE_KINDS
 from annotated_moe.chat import chat_ids
 from annotated_moe.checkpoints import (
     load,
@@ -157,7 +158,7 @@ def load_model(args: argparse.Namespace) -> tuple[Model, str]:
     start, devices = time.perf_counter(), args.devices
     model = load(
         args.model, mesh_for(args), args.dtype, args.stream,
-        args.exchange,
+        args.exchange, args.kv_cache,
     )
     spent = time.perf_counter() - start
     kind = jax.devices()[0].platform.upper()
@@ -281,6 +282,8 @@ def add_generate(commands: Any) -> None:
     add("--exchange", choices=list(EXCHANGES), default="sum",
         help="how tokens reach the experts of other devices [sum]")
     add("--dtype", choices=list(DTYPES), help="[what is fast here]")
+    add("--kv-cache", choices=list(CACHE_KINDS), default="float",
+        help="how keys and values are kept [float]")
     add("--stream", action="store_true",
         help="leave the weights on disk, for models larger than memory")
     hosts.add_options(sub)

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
+from annotated_moe.cache import CacheKind
 from annotated_moe.config import ModelConfig
 from annotated_moe.model import (
     Cache,
     Params,
     all_logits,
-    check_room,
     decode_step,
     init_cache,
     prefill,
@@ -77,15 +77,19 @@ class Session:
     """A cache, and the steps that fill it.
 
     `rows` is how many batch rows it has, `slots` how many tokens each
-    may hold.
+    may hold, `kv_cache` how they are kept; None: the model's way.
     """
 
-    def __init__(self, model: "Model", rows: int, slots: int) -> None:
+    def __init__(
+        self, model: "Model", rows: int, slots: int,
+        kv_cache: str | CacheKind | None = None,
+    ) -> None:
         self.model = model
+        kind = model.kv_cache if kv_cache is None else kv_cache
         announce(model.mesh, "Session", rows=rows, slots=slots,
-                 config=model.config)
+                 config=model.config, kv_cache=kind)
         with model.on_mesh():
-            self.cache = init_cache(model.config, rows, slots)
+            self.cache = init_cache(model.config, rows, slots, kind)
 
     def prefill(
         self, rows: Rows, inputs: Any = None
@@ -125,11 +129,10 @@ class Session:
         return logits
 
     def check_slots(self, new: Any) -> None:
-        """ValueError where a row has no slots for its `new` tokens."""
-        length = self.cache.length
-        if length.is_fully_addressable:     # of this process alone
-            longest = (np.asarray(length) + new).max(initial=0)
-            check_room(self.cache, int(longest))
+        """ValueError where a row has no room for its `new` tokens."""
+        if self.cache.length.is_fully_addressable:  # by this process
+            for part in self.cache.places:
+                part.check(new)
 
 
 # %% book/chapters/08c_generate.md, cell 8
@@ -419,6 +422,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     mesh: Any = None
     exchange: str = "sum"                   # of tokens, on a mesh
+    kv_cache: str | CacheKind = "float"     # how keys and values lie
     in_memory: ClassVar[bool] = True        # or are weights on disk
 
     def __repr__(self) -> str:

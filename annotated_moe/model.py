@@ -1,4 +1,4 @@
-# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20b_flash.md, book/chapters/22_balance.md by `make sync`; edit the chapters.
+# Generated from book/chapters/07b_layer.md, book/chapters/08_model.md, book/chapters/20b_flash.md, book/chapters/22_balance.md, book/chapters/29b_pages.md by `make sync`; edit the chapters.
 """The decoder: a layer, the stack of them, the table at both ends, and
 the programs that read a prompt and add a token.
 """
@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from annotated_moe.cache import PAD_POSITION, KVCache
+from annotated_moe.cache import (
+    PAD_POSITION,
+    CacheKind,
+    KVCache,
+    cache_kind,
+    share,
+)
 from annotated_moe.config import (
     LayerSpec,
     ModelConfig,
@@ -342,6 +348,10 @@ class Cache:
         longer = (replace(c, length=length) for c in self.places)
         return Cache(tuple(longer))
 
+    def reserve(self, new: Int32[Array, "..."]) -> "Cache":
+        """With room for `new` more tokens a row."""
+        return Cache(tuple(c.reserve(new) for c in self.places))
+
     def insert(
         self, row: int | Int[Array, ""], other: "Cache"
     ) -> "Cache":
@@ -433,11 +443,12 @@ def forward(
     b, t = tokens.shape
     start = jnp.zeros(b, jnp.int32) if cache is None else cache.length
     positions, real = positions_of(start, t, lengths)
+    new = jnp.asarray(t if lengths is None else lengths, jnp.int32)
+    cache = None if cache is None else cache.reserve(new)
     h = embed(params["in_out_embed"]["embeddings"], tokens, config)
     h = h if inputs is None else config.merge(h, inputs)
     h, cache = decoder(params, h, positions, real, config, cache)
     if cache is not None:
-        new = jnp.asarray(t if lengths is None else lengths, jnp.int32)
         cache = cache.with_length(start + new)
     return h, cache
 
@@ -453,7 +464,7 @@ def all_logits(
     return unembed(params, h, config)
 
 
-# %% book/chapters/08_model.md, cell 28
+# %% book/chapters/08_model.md, cell 29
 def constrain_cache(cache: Cache) -> Cache:
     """Keep the cache's layout on a mesh from step to step."""
     def held(part: KVCache) -> KVCache:
@@ -462,18 +473,27 @@ def constrain_cache(cache: Cache) -> Cache:
     return Cache(tuple(map(held, cache.places)))
 
 
-@partial(jax.jit, static_argnames=("config", "batch", "slots"))
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache in `config.dtype` for `slots` tokens a row."""
+@partial(
+    jax.jit, static_argnames=("config", "batch", "slots", "kv_cache")
+)
+def init_cache(
+    config: ModelConfig, batch: int, slots: int,
+    kv_cache: str | CacheKind = "float",
+) -> Cache:
+    """An empty cache in `config.dtype` for `slots` tokens a row.
+
+    `kv_cache`: how they are kept, one of `CACHE_KINDS`, or its name.
+    """
+    kind = cache_kind(kv_cache)
     return constrain_cache(Cache(tuple(
-        place.spec.attention.empty_cache(
+        kind.keep(place.spec.attention.empty_cache(
             len(place.layers), batch, slots, config.dtype
-        )
+        ))
         for place in all_places(config)
     )))
 
 
-# %% book/chapters/08_model.md, cell 29
+# %% book/chapters/08_model.md, cell 30
 def check_room(cache: Cache, tokens: int) -> None:
     """ValueError where a cache has fewer slots than `tokens`."""
     for part in cache.places:
@@ -505,7 +525,7 @@ def prefill(
     return unembed(params, last, config)[:, 0], constrain_cache(grown)
 
 
-# %% book/chapters/08_model.md, cell 30
+# %% book/chapters/08_model.md, cell 31
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode_step(
     params: Params,
@@ -642,3 +662,15 @@ def update_routers(
         rule = UPDATES[flat_specs(config)[module, name].update or ""]
         new[module][name] = rule(params[module][name], news, rate)
     return new
+
+
+# %% book/chapters/29b_pages.md, cell 18
+def share_prefix(cache: Cache, row: int, source: int, n: int) -> Cache:
+    """Row `row` becomes the first `n` tokens of row `source`.
+
+    As each place's cache can: on the same pages, or as a copy.
+    ValueError if there are fewer, or no such row.
+    """
+    return Cache(tuple(
+        share(part, row, source, n) for part in cache.places
+    ))

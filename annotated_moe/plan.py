@@ -32,6 +32,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from annotated_moe.cache import CACHE_KINDS, CacheKind
 from annotated_moe.checkpoints import (
     groups_for,
     indivisible,
@@ -275,10 +276,11 @@ def device_bytes(tree: Any) -> int:
 
 # %% book/chapters/13_plan.md, cell 31
 def abstract_cache(
-    config: ModelConfig, mesh: AnyMesh, batch: int, context: int
+    config: ModelConfig, mesh: AnyMesh, batch: int, context: int,
+    kv_cache: str | CacheKind = "float",
 ) -> Cache:
     """The cache of `init_cache`, not made: shapes and shardings."""
-    make = partial(init_cache, config, batch, context)
+    make = partial(init_cache, config, batch, context, kv_cache)
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     with jax.sharding.use_abstract_mesh(abstract):
         cache = jax.eval_shape(make)
@@ -400,6 +402,7 @@ class Plan:
     needs: dict[str, float]                 # read in a step, by kind
     flops: float
     unread: float = 0.0                     # of weights, in any step
+    kv_cache: str = "float"                 # how the cache is kept
     compiler: str = ""                      # "CPU" or a TPU slice
     compile_seconds: float = 0.0
     arguments: int = 0                      # as that compiler counts
@@ -512,7 +515,7 @@ MOST_DEVICES = 512
 
 def fewest_devices(
     config: ModelConfig, params: Params, hardware: str, batch: int,
-    context: int,
+    context: int, kv_cache: str = "float",
 ) -> int:
     """The smallest power of two of devices that hold the model.
 
@@ -523,7 +526,9 @@ def fewest_devices(
         mesh = abstract_mesh(**usual_mesh(devices, config))
         with suppress(ValueError):          # it does not divide
             size = device_bytes(on_mesh(params, config, mesh))
-            cache = abstract_cache(config, mesh, batch, context)
+            cache = abstract_cache(
+                config, mesh, batch, context, kv_cache
+            )
             size += cache_bytes(cache)
             if size <= 0.95 * machine.memory or not machine.link:
                 return devices
@@ -571,18 +576,19 @@ REPORTS.append(report_memory)
 def make_plan(
     name: str, config: ModelConfig, params: Params, mesh: AnyMesh,
     hardware: str, batch: int = 1, context: int | None = None,
-    compiler: str = "",
+    compiler: str = "", kv_cache: str = "float",
 ) -> Plan:
     """What decoding with these weights on this mesh takes.
 
     `params` need no numbers: `abstract_params`. `context`: tokens a
-    row, None for the model's. With a `compiler`, "CPU" or a TPU slice,
+    row, None for the model's; `kv_cache`: one of `cache.CACHE_KINDS`.
+    With a `compiler`, "CPU" or a TPU slice,
     a step is compiled for the devices of `mesh`, and its program read.
     ValueError when the mesh does not divide a weight.
     """
     context = config.context if context is None else context
     placed = on_mesh(params, config, mesh)
-    cache = abstract_cache(config, mesh, batch, context)
+    cache = abstract_cache(config, mesh, batch, context, kv_cache)
     total, active = parameter_counts(config)
     plan = Plan(
         name, hardware, dict(mesh.shape), batch, context, total, active,
@@ -590,6 +596,7 @@ def make_plan(
         needs=step_needs(placed, cache, config, batch),
         flops=step_flops(config, batch, context) / mesh.size,
         unread=unread_bytes(placed, config, batch), compiler=compiler,
+        kv_cache=kv_cache,
     )
     if not compiler:
         return plan
@@ -629,7 +636,7 @@ def memory_lines(plan: Plan) -> list[tuple[str, str]]:
         extra += "" if temporaries_known(plan) else ", not counted"
     return [
         ("weights", amount(plan.weights)),
-        ("cache", amount(plan.cache)),
+        ("cache", f"{amount(plan.cache)}, {plan.kv_cache}"),
         ("temporaries", extra),
         ("together", f"{amount(held(plan))} of {have}: {answer}"),
     ]
@@ -1037,14 +1044,15 @@ def plan_of(args: argparse.Namespace) -> Plan:
     else:
         if wanted is None:
             wanted = fewest_devices(
-                config, params, hardware, args.batch, context
+                config, params, hardware, args.batch, context,
+                args.kv_cache,
             )
         simulate(wanted)
         devices = jax.devices()[:wanted]
     mesh = mesh_of(devices, **(sizes or usual_mesh(wanted, config)))
     plan = make_plan(
         args.model, config, params, mesh, hardware, args.batch, context,
-        args.topology or "CPU",
+        args.topology or "CPU", args.kv_cache,
     )
     placed = on_mesh(params, config, mesh)
     sent = plan_exchanges(config, placed, mesh, plan)
@@ -1074,6 +1082,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add("--topology", help="a TPU slice, v5p:2x2x2: ask its compiler")
     add("--batch", type=int, default=1, help="rows at once [1]")
     add("--context", type=int, help="tokens a row [the model's]")
+    add("--kv-cache", choices=list(CACHE_KINDS), default="float",
+        help="how keys and values are kept [float]")
     add("--json", action="store_true", help="for programs")
 
 

@@ -940,6 +940,23 @@ def own_lengths(cache: Cache | None) -> dict[int, Any]:
 
 
 # %% book/chapters/11_streaming.md, cell 62
+@partial(jax.jit, donate_argnames="kept")
+def reserve_in_place(
+    kept: KVCache, new: Int32[Array, "..."]
+) -> KVCache:
+    longer = laid_out(kept.reserve(new))
+    assert longer is not None
+    return longer
+
+
+def make_room(cache: Cache, new: Any) -> Cache:
+    """With room for `new` more tokens a row; the old one is gone."""
+    wanted = jnp.atleast_1d(jnp.asarray(new, jnp.int32))
+    kept = own_lengths(cache).values()
+    return Cache(tuple(reserve_in_place(c, wanted) for c in kept))
+
+
+# %% book/chapters/11_streaming.md, cell 63
 def stream_decoder(
     store: WeightStore,
     h: Float32[Array, "B T D"],
@@ -967,11 +984,11 @@ def stream_decoder(
     return h, Cache(tuple(kept[i] for i in range(len(places))))
 
 
-# %% book/chapters/11_streaming.md, cell 63
+# %% book/chapters/11_streaming.md, cell 64
 MOST_TOKENS = 4096                              # a run of all rows
 
 
-# %% book/chapters/11_streaming.md, cell 64
+# %% book/chapters/11_streaming.md, cell 65
 def keep_last(
     last: Float32[Array, "B D"],
     h: Float32[Array, "B T D"],
@@ -983,7 +1000,7 @@ def keep_last(
     return jnp.where(inside[:, None], picked, last)
 
 
-# %% book/chapters/11_streaming.md, cell 65
+# %% book/chapters/11_streaming.md, cell 66
 def stream_all_logits(
     store: WeightStore, tokens: Any, lengths: Any, inputs: Any = None
 ) -> Any:
@@ -1003,7 +1020,7 @@ def stream_all_logits(
     return jnp.concatenate(parts)
 
 
-# %% book/chapters/11_streaming.md, cell 66
+# %% book/chapters/11_streaming.md, cell 67
 def stream_prefill(
     store: WeightStore, tokens: Any, lengths: Any, cache: Cache,
     inputs: Any = None,
@@ -1018,6 +1035,7 @@ def stream_prefill(
     before, lengths = np.array(cache.length), np.asarray(lengths)
     h = stream_embed(store, np.asarray(tokens), inputs)
     positions, real = positions_of(jnp.asarray(before), t, lengths)
+    cache = make_room(cache, lengths)
     last = jnp.zeros((b, h.shape[-1]))
     run = max(1, MOST_TOKENS // b)
     for i in range(0, int(lengths.max()), run):
@@ -1033,7 +1051,7 @@ def stream_prefill(
     return stream_unembed(store, last), cache
 
 
-# %% book/chapters/11_streaming.md, cell 67
+# %% book/chapters/11_streaming.md, cell 68
 def stream_decode_step(
     store: WeightStore, tokens: Any, cache: Cache, active: Any = None
 ) -> Any:
@@ -1043,6 +1061,7 @@ def stream_decode_step(
     if active is not None:
         lengths = np.asarray(active).astype(np.int32)
     positions, real = positions_of(start, 1, lengths)
+    cache = make_room(cache, 1 if lengths is None else lengths)
     h = stream_embed(store, np.asarray(tokens)[:, None])
     h, grown = stream_decoder(
         store, h, positions, real, cache
@@ -1053,7 +1072,7 @@ def stream_decode_step(
     return logits, grown.with_length(length)
 
 
-# %% book/chapters/11_streaming.md, cell 68
+# %% book/chapters/11_streaming.md, cell 69
 @dataclass(frozen=True, eq=False, repr=False)
 class StreamedModel(Model):
     """A model that runs from its files; `params` are arrays in them.
@@ -1089,7 +1108,7 @@ class StreamedModel(Model):
         return stream_decode_step(self.store, tokens, cache, active)
 
 
-# %% book/chapters/11_streaming.md, cell 69
+# %% book/chapters/11_streaming.md, cell 70
 STREAMED_CLASSES: dict[type, Callable[..., StreamedModel]] = {
     ModelConfig: StreamedModel
 }
@@ -1108,7 +1127,7 @@ def load_from_disk(
     return kind(config, params, tokenizer, mesh)
 
 
-# %% book/chapters/11_streaming.md, cell 85
+# %% book/chapters/11_streaming.md, cell 86
 # VT100: make a line below, save the cursor, go there, clear; go back.
 BELOW, BACK = "\x1bD\x1b[A\x1b7\x1bD\r\x1b[K", "\x1b8"
 
@@ -1130,7 +1149,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-# %% book/chapters/11_streaming.md, cell 86
+# %% book/chapters/11_streaming.md, cell 87
 SECONDS, SECONDS_IN_LOG = 0.1, 5.0          # between two statuses
 
 

@@ -18,7 +18,7 @@ PRESETS: dict[str, ModelConfig] = {"grok-1": grok_config()}
 PRESETS |= LLAMAS
 
 
-# %% book/chapters/16_mixtral.md, cell 85
+# %% book/chapters/16_mixtral.md, cell 86
 PRESETS |= MIXTRALS | QWENS | OLMOES
 
 

@@ -27,13 +27,13 @@ from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% book/chapters/16_mixtral.md, cell 68
+# %% book/chapters/16_mixtral.md, cell 69
 def window_of(spec: AttentionSpec) -> int | None:
     """The size of a window, or None."""
     return spec.mask.size if isinstance(spec.mask, Window) else None
 
 
-# %% book/chapters/16_mixtral.md, cell 69
+# %% book/chapters/16_mixtral.md, cell 70
 class MistralFamily(LlamaFamily):
     """Llama with a window, the same in all layers."""
 
@@ -82,7 +82,7 @@ class MistralFamily(LlamaFamily):
 FAMILIES["MistralForCausalLM"] = MistralFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 71
+# %% book/chapters/16_mixtral.md, cell 72
 def expert_names(
     router: str, expert: str, theirs: tuple[str, str, str]
 ) -> tuple[WeightName, ...]:
@@ -99,7 +99,7 @@ MIXTRAL_EXPERTS = expert_names(
 )
 
 
-# %% book/chapters/16_mixtral.md, cell 72
+# %% book/chapters/16_mixtral.md, cell 73
 def experts_of(layer: LayerSpec) -> MoESpec:
     """A layer's experts; ValueError where it has none."""
     if not isinstance(layer.feed_forward, MoESpec):
@@ -141,7 +141,7 @@ class MixtralFamily(MistralFamily):
 FAMILIES["MixtralForCausalLM"] = MixtralFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 81
+# %% book/chapters/16_mixtral.md, cell 82
 def mixtral_config(
     layers: int, q_heads: int, kv_heads: int, d_ff: int,
     head_size: int = 128,

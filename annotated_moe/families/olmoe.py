@@ -22,7 +22,7 @@ from annotated_moe.moe import MoESpec
 from annotated_moe.rope import Rope
 
 
-# %% book/chapters/16_mixtral.md, cell 76
+# %% book/chapters/16_mixtral.md, cell 77
 class OlmoeFamily(QwenFamily):
     """Experts in every layer."""
 
@@ -73,7 +73,7 @@ class OlmoeFamily(QwenFamily):
 FAMILIES["OlmoeForCausalLM"] = OlmoeFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 84
+# %% book/chapters/16_mixtral.md, cell 85
 def olmoe_config(
     layers: int = 16, heads: int = 16, d_model: int = 2048,
     d_ff: int = 1024, num_experts: int = 64, top_k: int = 8,

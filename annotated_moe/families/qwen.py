@@ -19,7 +19,7 @@ from annotated_moe.formats.hub import FAMILIES, Fields, WeightName
 from annotated_moe.moe import FeedForwardSpec, MoESpec
 from annotated_moe.rope import Rope
 
-# %% book/chapters/16_mixtral.md, cell 73
+# %% book/chapters/16_mixtral.md, cell 74
 QK_NORMS = tuple(
     WeightName(f"self_attn.{a}_norm.weight",
                f"multi_head_attention/{b}_norm/scale")
@@ -46,7 +46,7 @@ def write_router(experts: MoESpec) -> dict[str, Any]:
     }
 
 
-# %% book/chapters/16_mixtral.md, cell 74
+# %% book/chapters/16_mixtral.md, cell 75
 def read_sparse(fields: Fields) -> list[bool]:
     """For each layer, whether it has experts."""
     n = fields.size("num_hidden_layers")
@@ -61,7 +61,7 @@ def read_sparse(fields: Fields) -> list[bool]:
     return [i not in bare and (i + 1) % step == 0 for i in range(n)]
 
 
-# %% book/chapters/16_mixtral.md, cell 75
+# %% book/chapters/16_mixtral.md, cell 76
 class QwenFamily(LlamaFamily):
     """Qwen3-MoE: dense layers may stand among sparse ones."""
 
@@ -134,7 +134,7 @@ class QwenFamily(LlamaFamily):
 FAMILIES["Qwen3MoeForCausalLM"] = QwenFamily()
 
 
-# %% book/chapters/16_mixtral.md, cell 83
+# %% book/chapters/16_mixtral.md, cell 84
 def qwen_config(
     layers: int, q_heads: int, kv_heads: int, d_model: int, d_ff: int,
     *,

@@ -13,7 +13,7 @@ from annotated_moe.serving.requests import (
     Result,
 )
 
-# %% book/chapters/30_serving.md, cell 22
+# %% book/chapters/30_serving.md, cell 48
 __all__ = ["Engine", "Event", "Handle", "QueueFull", "Request",
            "Result", "Stats"]
 

@@ -1,5 +1,13 @@
 # Generated from book/chapters/30_serving.md by `make sync`; edit the chapter.
-"""A batch is a bus.
+"""A batch is as slow as its slowest row. Eight people ask; seven get
+their few words, and then sit in a step that computes nothing for them
+until the eighth has its page, while a ninth waits outside. The release
+of Grok-1 was built around the cure, a batch whose rows come and go, and
+stopped short of it. This chapter finishes it. By its end you will have
+an engine that reads a new prompt into a row while the others write,
+keeps settings, seed and text of each row apart, starts a prompt where
+an earlier one left off, drops whoever has gone, and gives every
+request, token for token, what it would have had alone.
 """
 
 import threading
@@ -22,7 +30,7 @@ from annotated_moe.generate import (
     stop_set,
 )
 from annotated_moe.lens import expert_layers
-from annotated_moe.model import init_cache
+from annotated_moe.model import Cache, init_cache
 from annotated_moe.sampling import NO_TOKEN, Sampling
 from annotated_moe.serving.requests import (
     Event,
@@ -36,7 +44,7 @@ from annotated_moe.serving.rows import (
     can_copy,
     choose_rows,
     copy_row,
-    empty_row,
+    place_logits,
     place_row,
     record,
     recording,
@@ -44,7 +52,7 @@ from annotated_moe.serving.rows import (
 )
 
 
-# %% book/chapters/30_serving.md, cell 18
+# %% book/chapters/30_serving.md, cell 26
 @dataclass(eq=False)
 class Job:
     """A request that has a row: what it has read and written."""
@@ -56,14 +64,429 @@ class Job:
     seed: int
     read: int = 0                           # tokens of the prompt
     tokens: list[int] = field(default_factory=list)
-    experts: dict[int, Any] | None = None   # of the last step
+    experts: np.ndarray | None = None       # [L, A], of the last step
+    logits: Any = None                      # [1, V], of its prompt
 
     @property
     def request(self) -> Request:
         return self.handle.request
 
 
-# %% book/chapters/30_serving.md, cell 19
+# %% book/chapters/30_serving.md, cell 27
+def step(engine: "Engine") -> list[Event]:
+    """A unit of work: a token a row, and a chunk of prompts.
+
+    Not from two threads at once. Its events are in the handles, too.
+    """
+    engine.events = []
+    engine.end_cancelled()
+    with engine.model.on_mesh():
+        joined = engine.fill()
+        jobs = engine.steer(engine.decode() + engine.join(joined))
+        if jobs:
+            engine.hand_out(jobs, engine.choose(jobs))
+    return engine.events
+
+
+# %% book/chapters/30_serving.md, cell 28
+def decode(engine: "Engine") -> list[Job]:
+    """One more token into each row that writes; whose they are."""
+    jobs = [j for j in engine.jobs if j is not None and j.tokens]
+    if not jobs:
+        return []
+    tokens = np.zeros(engine.slots, np.int32)
+    active = np.zeros(engine.slots, bool)
+    for job in jobs:
+        tokens[job.row], active[job.row] = job.tokens[-1], True
+        engine.held[job.row].append(job.tokens[-1])
+    engine.counts.steps += 1
+    engine.counts.row_steps += len(jobs)
+    run, c = engine.model.decode_step, engine.model.config
+    if not any(job.request.experts for job in jobs):
+        engine.logits, engine.cache = run(tokens, engine.cache, active)
+        return jobs
+    kept = record(engine.cache, c, engine.active_experts)
+    with recording():
+        engine.logits, kept = run(tokens, kept, active)
+    engine.cache, experts = unrecord(kept, c)
+    for job in jobs:
+        job.experts = experts[:, job.row]
+    return jobs
+
+
+# %% book/chapters/30_serving.md, cell 29
+def fill(engine: "Engine") -> list[Job]:
+    """Read prompts, up to the bound; who has now read all of one."""
+    joined, left = list[Job](), engine.prefill_chunk
+    while (job := engine.filling or engine.admit()) is not None:
+        prompt, most = job.handle.prompt, engine.prefill_chunk
+        part = prompt[job.read : job.read + most]
+        width = bucket(len(part), most)
+        if width > left:
+            break
+        left -= width
+        engine.counts.chunks += 1
+        engine.counts.chunk_tokens += width
+        last = job.read + len(part) == len(prompt)
+        job.logits = engine.read_chunk(job, part, width, last)
+        job.read += len(part)
+        if last:
+            engine.cache = place_row(
+                engine.cache, np.int32(job.row), engine.side)
+            engine.held[job.row] = list(prompt)
+            engine.filling = None
+            joined.append(job)
+    return joined
+
+
+# %% book/chapters/30_serving.md, cell 30
+def read_chunk(
+    engine: "Engine", job: Job, part: list[int], width: int, last: bool
+) -> Any:
+    """The side row reads a part of a prompt: logits [1, V]."""
+    run, c = engine.model.prefill, engine.model.config
+    tokens = pad_rows([part], width, c.pad_id)
+    count = np.array([len(part)], np.int32)
+    if not (last and job.request.experts):
+        logits, engine.side = run(tokens, count, engine.side)
+        return logits
+    kept = record(engine.side, c, engine.active_experts)
+    with recording():
+        logits, kept = run(tokens, count, kept)
+    engine.side, experts = unrecord(kept, c)
+    job.experts = experts[:, 0]
+    return logits
+
+
+# %% book/chapters/30_serving.md, cell 31
+def join(engine: "Engine", jobs: list[Job]) -> list[Job]:
+    """Put the logits of prompts among those of the batch."""
+    for job in jobs:
+        engine.logits = place_logits(
+            engine.logits, np.int32(job.row), job.logits)
+        job.logits = None
+    return jobs
+
+
+# %% book/chapters/30_serving.md, cell 32
+LEAST_PREFIX = 16                           # tokens worth a copy
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids two lists begin with alike."""
+    most = min(len(a), len(b))
+    return next((i for i in range(most) if a[i] != b[i]), most)
+
+
+def find_prefix(
+    engine: "Engine", prompt: list[int]
+) -> tuple[int, int]:
+    """The row that holds most of a prompt's beginning; how much."""
+    if not engine.keep:
+        return 0, 0
+    # The last token is read again: its logits are needed.
+    alike = [common_prefix(prompt[:-1], ids) for ids in engine.held]
+    source = int(np.argmax(alike))
+    most = alike[source]
+    return source, most if most >= LEAST_PREFIX else 0
+
+
+# %% book/chapters/30_serving.md, cell 33
+def take_row(engine: "Engine", source: int, reused: int) -> int:
+    """A free row; `source`, of which `reused` tokens are, last."""
+    free = engine.free
+    if reused and source in free:
+        free.remove(source)
+        if reused == len(engine.held[source]):
+            return source                   # a conversation goes on
+        free.append(source)
+    return free.popleft()
+
+
+# %% book/chapters/30_serving.md, cell 34
+def admit(engine: "Engine") -> Job | None:
+    """Give the request that waits longest a row, if one is free."""
+    with engine.changed:
+        if not (engine.waiting and engine.free):
+            return None
+        handle = engine.waiting.popleft()
+    request, prompt = handle.request, handle.prompt
+    source, reused = engine.find_prefix(prompt)
+    row = engine.take_row(source, reused)
+    seed = request.seed
+    if seed is None:
+        seed = int(engine.random.integers(2**32))
+    job = Job(
+        handle, row, RowText(engine.model.tokenizer, request.stop),
+        stop_set(engine.model, request.stop_ids), seed, reused,
+    )
+    engine.jobs[row] = engine.filling = job
+    handle.times["started"] = time.perf_counter()
+    engine.side = engine.new_cache(1) if not reused else copy_row(
+        engine.cache, np.int32(source), np.int32(reused))
+    engine.held[row] = []
+    engine.counts.prompt_tokens += len(prompt)
+    engine.counts.prefix_hits += reused > 0
+    engine.counts.prefix_tokens += reused
+    return job
+
+
+# %% book/chapters/30_serving.md, cell 35
+def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
+    """bool [V]: the ids that may come next; ValueError if none may."""
+    mask = np.asarray(constraint.mask(), bool)
+    if mask.shape != (vocab_size,) or not mask.any():
+        raise ValueError(
+            f"mask() gave {mask.shape} with {mask.sum()} ids allowed: "
+            f"it must be bool [{vocab_size}] and allow one"
+        )
+    return mask
+
+
+# %% book/chapters/30_serving.md, cell 36
+def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
+    """Write what shifts the logits of jobs; which of them go on."""
+    going = []
+    for job in jobs:
+        bias, rule = job.request.logit_bias, job.request.constraint
+        try:
+            if bias or rule is not None:
+                own = engine.shift_of(job.row)
+                own[:] = 0
+                own[list(bias)] = list(bias.values())
+            if rule is not None:
+                own[~allowed_ids(rule, len(own))] = -np.inf
+            going.append(job)
+        except Exception as error:          # in somebody's constraint
+            engine.end(job, "error", f"the constraint: {error}")
+    return going
+
+
+# %% book/chapters/30_serving.md, cell 37
+def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
+    """Steps and settings of all rows; those without a job: greedy."""
+    steps = np.zeros(rows, np.int32)
+    settings = Sampling(
+        np.zeros(rows, np.uint32), np.zeros(rows, np.float32),
+        np.zeros(rows, np.int32), np.ones(rows, np.float32),
+    )
+    for job in jobs:
+        request, row = job.request, job.row
+        steps[row], settings.seed[row] = len(job.tokens), job.seed
+        settings.temperature[row] = request.temperature
+        settings.top_k[row] = request.top_k or 0
+        settings.top_p[row] = request.top_p
+    return steps, settings
+
+
+def choose_tokens(engine: "Engine", jobs: list[Job]) -> Choice:
+    """The next token of each job's row, on the host."""
+    steps, settings = settings_of(jobs, engine.slots)
+    warm = settings.temperature > 0
+    cuts = (settings.top_k > 0) | (settings.top_p < 1)
+    how = "cut" if (warm & cuts).any() else "drawn"
+    asked = [job.request for job in jobs]
+    shifted = any(r.logit_bias or r.constraint for r in asked)
+    choice = choose_rows(
+        engine.logits, steps, settings,
+        engine.shift if shifted else None,
+        how=how if warm.any() else "greedy",
+        ranked=any(r.logprobs is not None for r in asked),
+    )
+    found: Choice = jax.device_get(choice)
+    return found
+
+
+# %% book/chapters/30_serving.md, cell 38
+BROKEN = (
+    "logits are NaN or infinite; are the weights? "
+    "`annotated_moe.verify` holds them to their checksums"
+)
+
+
+def hand_out(
+    engine: "Engine", jobs: list[Job], choice: Choice
+) -> None:
+    """Each row's token: to its job, and to who asked for it."""
+    for job in jobs:
+        token = int(choice.tokens[job.row])
+        if token == NO_TOKEN:
+            engine.held[job.row] = []
+            engine.end(job, "error", BROKEN)
+        elif token in job.stop_ids:
+            engine.end(job, "stop")
+        else:
+            engine.give(job, token, choice)
+
+
+# %% book/chapters/30_serving.md, cell 39
+def give(
+    engine: "Engine", job: Job, token: int, choice: Choice
+) -> None:
+    """A token that is seen, and the end if it brings that."""
+    request, row, index = job.request, job.row, len(job.tokens)
+    job.tokens.append(token)
+    engine.counts.new_tokens += 1
+    text = job.text.push(token)
+    full = len(job.tokens) == request.max_new_tokens
+    reason = "length" if full else None
+    reason = "stop" if job.text.stopped else reason
+    try:
+        if (rule := request.constraint) is not None:
+            rule.accept(token)
+            reason = "stop" if rule.done else reason
+    except Exception as error:
+        return engine.end(job, "error", f"the constraint: {error}")
+    text += job.text.flush() if reason else ""
+    logprob, top = ranks(choice, row, request.logprobs)
+    event = Event(
+        job.handle, index, token, text, logprob, top,
+        job.experts if request.experts else None, reason,
+    )
+    return engine.finish(job, event) if reason else engine.tell(event)
+
+
+def ranks(choice: Choice, row: int, count: int | None) -> Any:
+    """A token's log-probability, and those of the likeliest."""
+    if count is None:
+        return None, ()
+    pairs = zip(choice.top_ids[row].tolist(),
+                choice.top_logprobs[row].tolist())
+    return float(choice.logprobs[row]), tuple(pairs)[:count]
+
+
+# %% book/chapters/30_serving.md, cell 40
+def end(
+    engine: "Engine", job: Job, reason: str, error: str | None = None
+) -> None:
+    """The end of a job that no token brings."""
+    engine.finish(job, Event(
+        job.handle, len(job.tokens), text=job.text.flush(),
+        finish_reason=reason, error=error,
+    ))
+
+
+def finish(engine: "Engine", job: Job, event: Event) -> None:
+    """Free a job's row, and tell."""
+    if engine.filling is job:
+        engine.filling = None
+    engine.jobs[job.row] = None
+    engine.free.append(job.row)
+    if engine.shift is not None:
+        engine.shift[job.row] = 0
+    engine.tell(event)
+
+
+def tell(engine: "Engine", event: Event) -> None:
+    """Give an event to whoever waits for it."""
+    if reason := event.finish_reason:
+        ended = engine.counts.ended
+        ended[reason] = ended.get(reason, 0) + 1
+    engine.events.append(event)
+    try:
+        event.handle.put(event)
+    except Exception:                       # its listener has gone
+        event.handle.cancel()
+
+
+# %% book/chapters/30_serving.md, cell 41
+def end_cancelled(engine: "Engine") -> None:
+    """End what was cancelled, in rows and in the queue."""
+    for job in engine.jobs:
+        if job is not None and job.handle.cancelled:
+            engine.end(job, "cancelled")
+    with engine.changed:
+        gone = [h for h in engine.waiting if h.cancelled]
+        for handle in gone:
+            engine.waiting.remove(handle)
+    for handle in gone:
+        engine.tell(Event(handle, 0, finish_reason="cancelled"))
+
+
+# %% book/chapters/30_serving.md, cell 43
+def submit(
+    engine: "Engine", request: Request,
+    on_event: Callable[[Event], None] | None = None,
+) -> Handle:
+    """Take a request; its handle gives what comes of it.
+
+    `on_event` is called with each event, in the engine's thread. From
+    any thread. TypeError or ValueError for a request that cannot be
+    run; QueueFull if too many wait, or the engine has ended.
+    """
+    handle = Handle(request, engine.fit(request), on_event)
+    with engine.changed:
+        if engine.ended:
+            raise QueueFull("the engine has ended")
+        if len(engine.waiting) >= engine.max_waiting:
+            engine.counts.refused += 1
+            raise QueueFull(
+                f"{len(engine.waiting)} requests wait for "
+                f"{engine.slots} rows: come back later"
+            )
+        engine.waiting.append(handle)
+        engine.counts.submitted += 1
+        engine.changed.notify()
+    return handle
+
+
+# %% book/chapters/30_serving.md, cell 44
+def fit(engine: "Engine", request: Request) -> list[int]:
+    """The ids of a prompt that fits; the request is checked."""
+    prompt = np.asarray(request.prompt).tolist()
+    if request.truncate:
+        most = engine.context - request.max_new_tokens + 1
+        prompt = prompt[-max(most, 1) :]
+    announce(
+        None, "submit", request=request, prompt=prompt,
+        context=engine.context, model=engine.model,
+        config=engine.model.config,
+    )
+    return prompt
+
+
+# %% book/chapters/30_serving.md, cell 45
+def run(engine: "Engine", stop: threading.Event) -> None:
+    """Step while there is work, until `stop` is set.
+
+    What still waits or runs then is cancelled. A step that fails ends
+    the requests that had rows; the engine goes on without them.
+    """
+    try:
+        while not stop.is_set():
+            with engine.changed:
+                if not engine.busy:
+                    engine.changed.wait(0.05)
+                    continue
+            try:
+                engine.step()
+            except Exception as error:
+                engine.fail(error)
+    finally:
+        engine.close()
+
+
+def fail(engine: "Engine", error: Exception) -> None:
+    """End all that runs, with the error; begin again with no rows."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    for job in engine.jobs:
+        if job is not None:
+            engine.end(job, "error", f"a step failed: {line}")
+    engine.start_over()
+
+
+def close(engine: "Engine") -> None:
+    """Take no more requests, and cancel those that are there."""
+    with engine.changed:
+        engine.ended = True
+        handles = [*engine.waiting]
+    for handle in handles + [j.handle for j in engine.jobs if j]:
+        handle.cancel()
+    engine.events = []
+    engine.end_cancelled()
+
+
+# %% book/chapters/30_serving.md, cell 46
 @dataclass
 class Stats:
     """Counts since the engine began; `waiting`, `running`: now."""
@@ -81,34 +504,10 @@ class Stats:
     steps: int = 0                          # that decoded
     row_steps: int = 0                      # rows of these
     chunks: int = 0                         # of prompts
+    chunk_tokens: int = 0                   # of these, with padding
 
 
-# %% book/chapters/30_serving.md, cell 20
-LEAST_PREFIX = 16                           # tokens worth a copy
-BROKEN = (
-    "logits are NaN or infinite; are the weights? "
-    "`annotated_moe.verify` holds them to their checksums"
-)
-
-
-def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
-    """bool [V]: the ids that may come next; ValueError if none may."""
-    mask = np.asarray(constraint.mask(), bool)
-    if mask.shape != (vocab_size,) or not mask.any():
-        raise ValueError(
-            f"mask() gave {mask.shape} with {mask.sum()} ids allowed: "
-            f"it must be bool [{vocab_size}] and allow one"
-        )
-    return mask
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many ids two lists begin with alike."""
-    most = min(len(a), len(b))
-    return next((i for i in range(most) if a[i] != b[i]), most)
-
-
-# %% book/chapters/30_serving.md, cell 21
+# %% book/chapters/30_serving.md, cell 47
 class Engine:
     """Many requests through one batch, whose rows come and go.
 
@@ -133,26 +532,44 @@ class Engine:
         self.model, self.slots = model, slots
         self.context = context or model.config.context
         self.prefill_chunk = min(prefill_chunk, self.context)
-        self.max_waiting = max_waiting
+        self.max_waiting, self.ended = max_waiting, False
         self.random = np.random.default_rng(seed)
-        self.waiting: deque[Handle] = deque()
         self.changed = threading.Condition()
+        self.waiting: deque[Handle] = deque()
+        self.events: list[Event] = []           # of this step
         self.counts = Stats(slots=slots)
         self.start_over()
         self.keep = keep and can_copy(self.cache)
 
     def start_over(self) -> None:
         """Empty rows."""
-        c, n = self.model.config, self.slots
+        n = self.slots
         self.jobs: list[Job | None] = [None] * n
         self.held: list[list[int]] = [[] for _ in range(n)]
         self.free = deque(range(n))             # the longest free first
-        self.filling: Job | None = None
-        self.shift = np.zeros((0, 0), np.float32)
+        self.filling: Job | None = None         # whose prompt is read
+        self.shift: np.ndarray | None = None    # of logits, [B, V]
+        self.cache = self.new_cache(n)
+        self.side: Any = None                   # where a prompt is read
+        self.logits = jnp.zeros((n, self.model.config.vocab_size))
+
+    def new_cache(self, rows: int) -> Cache:
         with self.model.on_mesh():
-            self.cache = init_cache(c, n, self.context)
-            self.side = init_cache(c, 1, self.context)
-            self.logits = jnp.zeros((n, c.vocab_size), jnp.float32)
+            return init_cache(self.model.config, rows, self.context)
+
+    def shift_of(self, row: int) -> np.ndarray:
+        """What is added to a row's logits, to be written to."""
+        if self.shift is None:
+            self.shift = np.zeros(self.logits.shape, np.float32)
+        own: np.ndarray = self.shift[row]
+        return own
+
+    @cached_property
+    def active_experts(self) -> int:
+        """A: how many experts a layer chooses for a token."""
+        config = self.model.config
+        spec: Any = config.layer(expert_layers(config)[0])
+        return int(spec.feed_forward.top_k)
 
     @property
     def busy(self) -> bool:
@@ -162,350 +579,16 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """The counts, as they are now."""
-        running = sum(job is not None for job in self.jobs)
         with self.changed:
             return replace(
                 self.counts, ended=dict(self.counts.ended),
-                waiting=len(self.waiting), running=running,
+                waiting=len(self.waiting),
+                running=sum(job is not None for job in self.jobs),
             )
 
-    def submit(
-        self, request: Request,
-        on_event: Callable[[Event], None] | None = None,
-    ) -> Handle:
-        """Take a request; its handle gives what comes of it.
-
-        `on_event` is called with each event, in the engine's thread.
-        From any thread. TypeError or ValueError for a request that
-        cannot be run; QueueFull if too many wait.
-        """
-        handle = Handle(request, self.fit(request), on_event)
-        with self.changed:
-            if len(self.waiting) >= self.max_waiting:
-                self.counts.refused += 1
-                raise QueueFull(
-                    f"{len(self.waiting)} requests wait for "
-                    f"{self.slots} rows: come back later"
-                )
-            self.waiting.append(handle)
-            self.counts.submitted += 1
-            self.changed.notify()
-        return handle
-
-    def fit(self, request: Request) -> list[int]:
-        """The prompt's ids, of a request that was checked."""
-        prompt = np.asarray(request.prompt).tolist()
-        if request.truncate:
-            most = self.context - request.max_new_tokens + 1
-            prompt = prompt[-max(most, 1) :]
-        announce(
-            None, "submit", request=request, prompt=prompt,
-            context=self.context, model=self.model,
-            config=self.model.config,
-        )
-        return prompt
-
-    def step(self) -> list[Event]:
-        """A unit of work: a token a row, a chunk of prompts.
-
-        Not from two threads at once. The events are also in the
-        handles.
-        """
-        self.events: list[Event] = []
-        self.end_cancelled()
-        with self.model.on_mesh():
-            rows = self.decode() + self.fill()
-            rows = self.steer(rows)
-            if rows:
-                self.hand_out(rows, self.choose(rows))
-        return self.events
-
-    def end_cancelled(self) -> None:
-        for job in self.jobs:
-            if job is not None and job.handle.cancelled:
-                self.end(job, "cancelled")
-        with self.changed:
-            gone = [h for h in self.waiting if h.cancelled]
-            for handle in gone:
-                self.waiting.remove(handle)
-        for handle in gone:
-            self.tell(Event(handle, 0, finish_reason="cancelled"))
-
-    def decode(self) -> list[int]:
-        """One more token into each row that has one; which rows."""
-        jobs = [j for j in self.jobs if j is not None and j.tokens]
-        if not jobs:
-            return []
-        tokens = np.zeros(self.slots, np.int32)
-        active = np.zeros(self.slots, bool)
-        for job in jobs:
-            tokens[job.row], active[job.row] = job.tokens[-1], True
-            self.held[job.row].append(job.tokens[-1])
-        run, c = self.model.decode_step, self.model.config
-        if not any(job.request.experts for job in jobs):
-            self.logits, self.cache = run(tokens, self.cache, active)
-        else:
-            kept = record(self.cache, c, self.active_experts)
-            with recording():
-                self.logits, kept = run(tokens, kept, active)
-            self.cache, experts = unrecord(kept, c)
-            for job in jobs:
-                job.experts = {
-                    layer: e[job.row] for layer, e in experts.items()}
-        self.counts.steps += 1
-        self.counts.row_steps += len(jobs)
-        return [job.row for job in jobs]
-
-    def fill(self) -> list[int]:
-        """Read prompts, up to a chunk; which rows have now read all."""
-        joined, left = list[int](), self.prefill_chunk
-        while (job := self.filling or self.admit()) is not None:
-            prompt = job.handle.prompt
-            part = prompt[job.read : job.read + self.prefill_chunk]
-            width = bucket(len(part), self.prefill_chunk)
-            if width > left:
-                break
-            left -= width
-            last = job.read + len(part) == len(prompt)
-            logits = self.prefill(part, width, job, last)
-            job.read += len(part)
-            self.counts.chunks += 1
-            if last:
-                self.cache, self.logits = place_row(
-                    self.cache, self.logits, np.int32(job.row),
-                    self.side, logits,
-                )
-                self.held[job.row] = list(prompt)
-                self.filling = None
-                joined.append(job.row)
-        return joined
-
-    def prefill(
-        self, part: list[int], width: int, job: Job, last: bool
-    ) -> Any:
-        """The side row reads a part of a prompt: its last logits."""
-        run, c = self.model.prefill, self.model.config
-        tokens = pad_rows([part], width, c.pad_id)
-        count = np.array([len(part)], np.int32)
-        if not (last and job.request.experts):
-            logits, self.side = run(tokens, count, self.side)
-            return logits
-        kept = record(self.side, c, self.active_experts)
-        with recording():
-            logits, kept = run(tokens, count, kept)
-        self.side, experts = unrecord(kept, c)
-        job.experts = {layer: e[0] for layer, e in experts.items()}
-        return logits
-
-    @cached_property
-    def active_experts(self) -> int:
-        """A: how many experts a layer chooses for a token."""
-        config = self.model.config
-        spec: Any = config.layer(expert_layers(config)[0])
-        return int(spec.feed_forward.top_k)
-
-    def admit(self) -> Job | None:
-        """Give the request that waits longest a row, if one is free."""
-        with self.changed:
-            if not (self.waiting and self.free):
-                return None
-            handle = self.waiting.popleft()
-        request, prompt = handle.request, handle.prompt
-        handle.times["started"] = time.perf_counter()
-        source, reused = self.find_prefix(prompt)
-        row = self.free[0]
-        if source in self.free and reused == len(self.held[source]):
-            row = source                    # it is continued
-        self.free.remove(row)
-        if reused:
-            self.side = copy_row(
-                self.cache, np.int32(source), np.int32(reused))
-            self.counts.prefix_hits += 1
-            self.counts.prefix_tokens += reused
-        else:
-            self.side = empty_row(self.side)
-        self.held[row] = []
-        self.counts.prompt_tokens += len(prompt)
-        seed = request.seed
-        if seed is None:
-            seed = int(self.random.integers(2**32))
-        text = RowText(self.model.tokenizer, request.stop)
-        stop = stop_set(self.model, request.stop_ids)
-        job = Job(handle, row, text, stop, seed, reused)
-        self.jobs[row] = self.filling = job
-        return job
-
-    def find_prefix(self, prompt: list[int]) -> tuple[int, int]:
-        """The row that holds most of a prompt's beginning; how much."""
-        if not self.keep:
-            return 0, 0
-        # The last token is read again: its logits are needed.
-        alike = [common_prefix(prompt[:-1], ids) for ids in self.held]
-        source = int(np.argmax(alike))
-        most = alike[source]
-        return source, most if most >= LEAST_PREFIX else 0
-
-    def steer(self, rows: list[int]) -> list[int]:
-        """Write what shifts the logits of rows; which rows go on."""
-        going = []
-        for row in rows:
-            job = self.jobs[row]
-            assert job is not None
-            bias, rule = job.request.logit_bias, job.request.constraint
-            if not bias and rule is None:
-                going.append(row)
-                continue
-            if not self.shift.size:
-                self.shift = np.zeros(self.logits.shape, np.float32)
-            own = self.shift[row]
-            own[:] = 0
-            own[list(bias)] = list(bias.values())
-            try:
-                if rule is not None:
-                    own[~allowed_ids(rule, len(own))] = -np.inf
-            except Exception as error:
-                self.end(job, "error", f"the constraint: {error}")
-                continue
-            going.append(row)
-        return going
-
-    def choose(self, rows: list[int]) -> Choice:
-        """The next token of each of these rows, on the host."""
-        steps = np.zeros(self.slots, np.int32)
-        settings = Sampling(
-            np.zeros(self.slots, np.uint32),
-            np.zeros(self.slots, np.float32),
-            np.zeros(self.slots, np.int32),
-            np.ones(self.slots, np.float32),
-        )
-        requests, shifted = [], False
-        for row in rows:
-            job = self.jobs[row]
-            assert job is not None
-            request = job.request
-            requests.append(request)
-            steps[row] = len(job.tokens)
-            settings.seed[row] = job.seed
-            settings.temperature[row] = request.temperature
-            settings.top_k[row] = request.top_k or 0
-            settings.top_p[row] = request.top_p
-            shifted |= bool(request.logit_bias)
-            shifted |= request.constraint is not None
-        choice = choose_rows(
-            self.logits, steps, settings,
-            self.shift if shifted else None,
-            drawn=bool(settings.temperature.any()),
-            ranked=any(r.logprobs is not None for r in requests),
-        )
-        return jax.device_get(choice)
-
-    def hand_out(self, rows: list[int], choice: Choice) -> None:
-        """Each row's token: to its job, and to who asked for it."""
-        for row in rows:
-            job = self.jobs[row]
-            assert job is not None
-            token = int(choice.tokens[row])
-            if token == NO_TOKEN:
-                self.end(job, "error", BROKEN)
-            elif token in job.stop_ids:
-                self.end(job, "stop")
-            else:
-                self.give(job, token, choice)
-
-    def give(self, job: Job, token: int, choice: Choice) -> None:
-        """A token that is seen, and the end if it brings that."""
-        request, row, index = job.request, job.row, len(job.tokens)
-        job.tokens.append(token)
-        self.counts.new_tokens += 1
-        text, reason = job.text.push(token), None
-        try:
-            if rule := request.constraint:
-                rule.accept(token)
-                reason = "stop" if rule.done else None
-        except Exception as error:
-            self.end(job, "error", f"the constraint: {error}")
-            return
-        if job.text.stopped:
-            reason = "stop"
-        elif len(job.tokens) == request.max_new_tokens:
-            reason = reason or "length"
-        if reason:
-            text += job.text.flush()
-        logprob, top = None, ()
-        if request.logprobs is not None:
-            logprob = float(choice.logprobs[row])
-            pairs = zip(choice.top_ids[row].tolist(),
-                        choice.top_logprobs[row].tolist())
-            top = tuple(pairs)[: request.logprobs]
-        event = Event(
-            job.handle, index, token, text, logprob, top,
-            self.experts_of(job), reason,
-        )
-        self.finish(job, event) if reason else self.tell(event)
-
-    def experts_of(self, job: Job) -> np.ndarray | None:
-        """int [L, A]: those of the step that was just made."""
-        if not job.request.experts or job.experts is None:
-            return None
-        layers = self.model.config.num_layers
-        found = np.full((layers, self.active_experts), -1, np.int32)
-        for layer, chosen in job.experts.items():
-            found[layer] = chosen
-        return found
-
-    def end(
-        self, job: Job, reason: str, error: str | None = None
-    ) -> None:
-        """The end of a job that no token brings."""
-        text, index = job.text.flush(), len(job.tokens)
-        self.finish(job, Event(
-            job.handle, index, text=text, finish_reason=reason,
-            error=error,
-        ))
-
-    def finish(self, job: Job, event: Event) -> None:
-        """Free a job's row, and tell."""
-        if self.filling is job:
-            self.filling = None
-        self.jobs[job.row] = None
-        self.free.append(job.row)
-        self.tell(event)
-
-    def tell(self, event: Event) -> None:
-        """Give an event to whoever waits for it."""
-        if reason := event.finish_reason:
-            ended = self.counts.ended
-            ended[reason] = ended.get(reason, 0) + 1
-        self.events.append(event)
-        try:
-            event.handle.put(event)
-        except Exception:                   # its listener is gone
-            event.handle.cancel()
-
-    def run(self, stop: threading.Event) -> None:
-        """Step while there is work, until `stop` is set.
-
-        What still waits or runs then is cancelled. A step that fails
-        ends the requests that had rows, and the engine goes on.
-        """
-        while not stop.is_set():
-            if not self.busy:
-                with self.changed:
-                    self.changed.wait(0.05)
-                continue
-            try:
-                self.step()
-            except Exception as error:
-                self.fail(error)
-        for handle in [*self.waiting, *(j.handle for j in self.jobs if j)]:
-            handle.cancel()
-        self.events = []
-        self.end_cancelled()
-
-    def fail(self, error: Exception) -> None:
-        """End all that runs, with the error, and begin with no rows."""
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        for job in self.jobs:
-            if job is not None:
-                self.end(job, "error", f"a step failed: {line}")
-        self.start_over()
+    submit, step, run, close = submit, step, run, close
+    fit, fail, end_cancelled = fit, fail, end_cancelled
+    decode, fill, read_chunk, join = decode, fill, read_chunk, join
+    find_prefix, take_row, admit = find_prefix, take_row, admit
+    steer, choose, hand_out = steer, choose_tokens, hand_out
+    give, end, finish, tell = give, end, finish, tell

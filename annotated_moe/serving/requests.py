@@ -2,6 +2,7 @@
 """What is asked of an engine, and what it answers.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import (
@@ -19,7 +20,7 @@ import numpy as np
 from annotated_moe.tokenizer import Tokenizer
 
 
-# %% book/chapters/30_serving.md, cell 4
+# %% book/chapters/30_serving.md, cell 9
 @dataclass(frozen=True)
 class Request:
     """What is asked: ids, and how to go on from them.
@@ -49,7 +50,7 @@ class Request:
     constraint: Any = None
 
 
-# %% book/chapters/30_serving.md, cell 5
+# %% book/chapters/30_serving.md, cell 10
 @dataclass(frozen=True, eq=False)
 class Event:
     """A token of a request, or its end, or both.
@@ -78,7 +79,7 @@ class Event:
         return self.handle.request
 
 
-# %% book/chapters/30_serving.md, cell 6
+# %% book/chapters/30_serving.md, cell 11
 @dataclass(frozen=True, eq=False)
 class Result:
     """All that came of a request."""
@@ -90,13 +91,13 @@ class Result:
     events: list[Event]
 
 
-# %% book/chapters/30_serving.md, cell 7
+# %% book/chapters/30_serving.md, cell 12
 class Handle:
     """A request on its way; any thread may use it.
 
     Iterate over it for its events as they come. `prompt` are the ids
-    that are read, `times` when it was submitted, given a row, and when
-    its first token and its end came, by `time.perf_counter`.
+    that are read; `times` when it was "submitted", "started" in a row,
+    "first" gave a token and "ended", by `time.perf_counter`.
     """
 
     def __init__(
@@ -131,12 +132,16 @@ class Handle:
         if self.on_event is not None:
             self.on_event(event)
 
+    def event(self, index: int) -> Event:
+        """Event `index`, as soon as it is there."""
+        with self.more:
+            self.more.wait_for(lambda: len(self.events) > index)
+            return self.events[index]
+
     def __iter__(self) -> Iterator[Event]:
-        for i in range(2**62):
-            with self.more:
-                self.more.wait_for(lambda: len(self.events) > i)
-            yield self.events[i]
-            if self.events[i].finish_reason is not None:
+        for index in itertools.count():
+            yield (event := self.event(index))
+            if event.finish_reason is not None:
                 return
 
     def result(self, timeout: float | None = None) -> Result:
@@ -147,18 +152,12 @@ class Handle:
                     f"no end after {timeout} s: does the engine run?")
         events = self.events
         tokens = [e.token for e in events if e.token is not None]
-        text = "".join(e.text for e in events)
-        last = events[-1]
-        reason = last.finish_reason or ""
-        return Result(tokens, text, reason, last.error, events)
+        text, last = "".join(e.text for e in events), events[-1]
+        return Result(tokens, text, str(last.finish_reason), last.error,
+                      events)
 
 
-# %% book/chapters/30_serving.md, cell 8
-class QueueFull(RuntimeError):
-    """As many requests wait as may; come back later."""
-
-
-# %% book/chapters/30_serving.md, cell 9
+# %% book/chapters/30_serving.md, cell 23
 class RowText:
     """A row's tokens as text, up to a stop string and without it."""
 
@@ -190,3 +189,8 @@ class RowText:
         certain = len(text) - max(begun, default=0)
         self.held = text[certain:]
         return text[:certain]
+
+
+# %% book/chapters/30_serving.md, cell 42
+class QueueFull(RuntimeError):
+    """As many requests wait as may; come back later."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, UInt32
 
 from annotated_moe.cache import KVCache
@@ -19,7 +20,7 @@ from annotated_moe.model import Cache, DecoderLayer, constrain_cache
 from annotated_moe.moe import Router
 from annotated_moe.sampling import Sampling, choose, unless_broken
 
-# %% book/chapters/30_serving.md, cell 10
+# %% book/chapters/30_serving.md, cell 13
 TOP = 8                                     # logprobs a token
 
 
@@ -32,21 +33,14 @@ class Choice(NamedTuple):
     top_logprobs: Any = None                # float32 [B, TOP]
 
 
-# %% book/chapters/30_serving.md, cell 11
-@partial(jax.jit, static_argnames=("drawn", "ranked"))
-def choose_rows(
-    logits: Float32[Array, "B V"],
-    steps: Int32[Any, " B"],
-    settings: Sampling,
-    shift: Float32[Any, "B V"] | None = None,
-    drawn: bool = True,
-    ranked: bool = False,
-) -> Choice:
+# %% book/chapters/30_serving.md, cell 14
+def draw(
+    logits: Float32[Array, "B V"], steps: Int32[Any, " B"],
+    settings: Sampling, cut: bool,
+) -> Int32[Array, " B"]:
     """Token `steps[b]` of each row b, as `sample` would choose it.
 
-    `shift` is added to the logits first. `drawn` False: every row is
-    greedy. `ranked`: log-probabilities, too, of the logits as they
-    came.
+    `cut` False: no row has a top_k or top_p.
     """
     def noise(
         seed: UInt32[Array, ""], step: Int32[Array, ""]
@@ -54,14 +48,37 @@ def choose_rows(
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.random.gumbel(key, logits.shape[-1:])
 
+    random = jax.vmap(noise)(settings.seed, steps)          # [B, V]
+    heat = jnp.asarray(settings.temperature)
+    if cut:
+        return choose(
+            logits, random, heat, settings.top_k, settings.top_p)
+    best = logits.max(axis=-1, keepdims=True)
+    warm = (logits - best) / jnp.where(heat > 0, heat, 1)[:, None]
+    drawn = jnp.argmax(warm + random, axis=-1)
+    return jnp.where(heat > 0, drawn, jnp.argmax(logits, axis=-1))
+
+
+# %% book/chapters/30_serving.md, cell 15
+@partial(jax.jit, static_argnames=("how", "ranked"))
+def choose_rows(
+    logits: Float32[Array, "B V"],
+    steps: Int32[Any, " B"],
+    settings: Sampling,
+    shift: Float32[Any, "B V"] | None = None,
+    how: str = "cut",
+    ranked: bool = False,
+) -> Choice:
+    """A token a row, of logits to which `shift` is added first.
+
+    `how`: "greedy", "drawn", or "cut" if a row has top_k or top_p.
+    `ranked`: log-probabilities, too, of the logits as they came.
+    """
     moved = logits if shift is None else logits + shift
-    tokens = jnp.argmax(moved, axis=-1)
-    if drawn:
-        random = jax.vmap(noise)(settings.seed, steps)      # [B, V]
-        tokens = choose(
-            moved, random, settings.temperature, settings.top_k,
-            settings.top_p,
-        )
+    if how == "greedy":
+        tokens = jnp.argmax(moved, axis=-1)
+    else:
+        tokens = draw(moved, steps, settings, how == "cut")
     tokens = unless_broken(logits, tokens)
     if not ranked:
         return Choice(tokens)
@@ -71,18 +88,22 @@ def choose_rows(
     return Choice(tokens, own[:, 0], ids, top)
 
 
-# %% book/chapters/30_serving.md, cell 12
-@partial(jax.jit, donate_argnames=("cache", "logits"))
-def place_row(
-    cache: Cache, logits: Float32[Array, "B V"], row: Int[Any, ""],
-    one: Cache, last: Float32[Array, "1 V"],
-) -> tuple[Cache, Float32[Array, "B V"]]:
-    """A prompt that was read apart, and its last logits, in `row`."""
-    cache = cache.evict(row).insert(row, one)
-    return constrain_cache(cache), logits.at[row].set(last[0])
+# %% book/chapters/30_serving.md, cell 17
+@partial(jax.jit, donate_argnames="cache")
+def place_row(cache: Cache, row: Int[Any, ""], one: Cache) -> Cache:
+    """The cache, in whose `row` is now what was read apart."""
+    return constrain_cache(cache.evict(row).insert(row, one))
 
 
-# %% book/chapters/30_serving.md, cell 13
+@partial(jax.jit, donate_argnames="logits")
+def place_logits(
+    logits: Float32[Array, "B V"], row: Int[Any, ""],
+    last: Float32[Array, "1 V"],
+) -> Float32[Array, "B V"]:
+    return logits.at[row].set(last[0])
+
+
+# %% book/chapters/30_serving.md, cell 18
 def batch_axes(part: KVCache) -> Any:
     """Where a cache's arrays count batch rows; -1: they do not."""
     def find(axes: tuple[str | None, ...]) -> int:
@@ -93,10 +114,7 @@ def batch_axes(part: KVCache) -> Any:
 
 
 def can_copy(cache: Cache) -> bool:
-    """Whether a row's first tokens can be taken out of a cache.
-
-    Not out of a ring, which has forgotten them.
-    """
+    """Whether a row's first tokens can be taken out of a cache."""
     return all(
         part.room is not None
         and all(at >= 0 for at in jax.tree.leaves(batch_axes(part)))
@@ -104,13 +122,7 @@ def can_copy(cache: Cache) -> bool:
     )
 
 
-# %% book/chapters/30_serving.md, cell 14
-@partial(jax.jit, donate_argnames="one")
-def empty_row(one: Cache) -> Cache:
-    """A cache of one row, without what it holds."""
-    return constrain_cache(one.evict(0))
-
-
+# %% book/chapters/30_serving.md, cell 19
 @jax.jit
 def copy_row(
     cache: Cache, row: Int[Any, ""], length: Int[Any, ""]
@@ -127,14 +139,14 @@ def copy_row(
     return constrain_cache(one.with_length(length))
 
 
-# %% book/chapters/30_serving.md, cell 15
+# %% book/chapters/30_serving.md, cell 20
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recording(KVCache):
     """A cache that also keeps each layer's experts, [L, B, A].
 
-    Of the last token that each row has read. It has the `inner`
-    cache's keys and values.
+    Of the last token that each row has read. Keys and values are in
+    the `inner` cache.
     """
 
     inner: KVCache
@@ -157,13 +169,13 @@ class Recording(KVCache):
         )
 
 
-# %% book/chapters/30_serving.md, cell 16
+# %% book/chapters/30_serving.md, cell 21
 def record(cache: Cache, config: ModelConfig, active: int) -> Cache:
     """The same cache, ready to keep `active` experts a token."""
     found = []
     for part, place in zip(cache.places, all_places(config)):
-        shape = len(place.layers), len(part.length), active
-        none = jnp.full(shape, -1, jnp.int32)
+        shape = len(place.layers), part.length.shape[0], active
+        none = np.full(shape, -1, np.int32)
         inner = replace(part, length=None)
         found.append(Recording(None, None, part.length, inner, none))
     return Cache(tuple(found))
@@ -171,20 +183,21 @@ def record(cache: Cache, config: ModelConfig, active: int) -> Cache:
 
 def unrecord(
     cache: Cache, config: ModelConfig
-) -> tuple[Cache, dict[int, Any]]:
-    """The cache that was inside, and layer -> experts [B, A]."""
-    inner, experts = [], {}
+) -> tuple[Cache, np.ndarray]:
+    """The cache that was inside, and the experts, int32 [L, B, A]."""
+    inner, experts = [], dict[int, np.ndarray]()
     for part, place in zip(cache.places, all_places(config)):
         assert isinstance(part, Recording)
         inner.append(replace(part.inner, length=part.length))
-        experts |= dict(zip(place.layers, part.experts))
-    return Cache(tuple(inner)), experts
+        experts |= dict(zip(place.layers, np.asarray(part.experts)))
+    layers = [experts[layer] for layer in sorted(experts)]
+    return Cache(tuple(inner)), np.stack(layers)
 
 
-# %% book/chapters/30_serving.md, cell 17
+# %% book/chapters/30_serving.md, cell 22
 def recording() -> contextlib.AbstractContextManager[Any]:
     """While it lasts, layers write their experts into a `Recording`."""
-    heard: list[Any] = []
+    heard: list[Any] = []                               # [B*T, A] each
 
     def layer(
         call: Any, h: Any, positions: Any, real: Any, kept: Any,
@@ -195,9 +208,9 @@ def recording() -> contextlib.AbstractContextManager[Any]:
         h, inner, losses = call(
             h, positions, real, inner, index, *rest)
         kept = replace(kept, inner=replace(inner, length=None))
-        for experts in heard:                               # [B*T, A]
+        for experts in heard:
             last = jnp.maximum(real.sum(axis=1) - 1, 0)     # [B]
-            of_row = experts.reshape(*real.shape, -1)
+            of_row = experts.reshape(*real.shape, -1)   # [B, T, A]
             chosen = jnp.take_along_axis(
                 of_row, last[:, None, None], axis=1)[:, 0]
             chosen = kept.experts.at[index].set(chosen)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int, Int32, UInt32
 from annotated_moe.cache import KVCache
 from annotated_moe.config import ModelConfig, all_places
 from annotated_moe.model import Cache, DecoderLayer, constrain_cache
-from annotated_moe.moe import Router
+from annotated_moe.moe import Route, Router
 from annotated_moe.sampling import Sampling, choose, unless_broken
 
 # %% book/chapters/30_serving.md, cell 13
@@ -218,11 +218,12 @@ def recording() -> contextlib.AbstractContextManager[Any]:
         return h, kept, losses
 
     def wire(call: Any, args: Any, options: Any, context: Any) -> Any:
-        module, named = context.module, context.method_name
-        if named == "__call__" and isinstance(module, DecoderLayer):
+        if isinstance(context.module, DecoderLayer) and any(
+            isinstance(kept, Recording) for kept in args[3:4]
+        ) and context.method_name == "__call__":
             return layer(call, *args, **options)
         out = call(*args, **options)
-        if named == "__call__" and isinstance(module, Router):
+        if isinstance(context.module, Router) and isinstance(out, Route):
             heard.append(out.experts)
         return out
 

@@ -1,0 +1,240 @@
+# Generated from book/chapters/30_serving.md by `make sync`; edit the chapter.
+"""A batch is as slow as its slowest row. Eight people ask; seven get
+their few words, and then sit in a step that computes nothing for them
+until the eighth has its page, while a ninth waits outside. The release
+of Grok-1 was built around the cure, a batch whose rows come and go, and
+stopped short of it. By the end of this chapter you will have what such
+a batch is made of, programs that choose a token for rows of different
+age, put a new prompt among rows that write, copy the beginning of one
+row into another and say which experts a row was given, and a loop of
+thirty lines in which every request gets, token for token, what it would
+have had alone. The next chapter makes an engine of it.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int, Int32, UInt32
+
+from annotated_moe.cache import KVCache
+from annotated_moe.config import ModelConfig, all_places
+from annotated_moe.model import Cache, DecoderLayer, constrain_cache
+from annotated_moe.moe import Route, Router
+from annotated_moe.sampling import Sampling, choose, unless_broken
+
+# %% book/chapters/30_serving.md, cell 6
+TOP = 8                                     # logprobs a token
+
+
+class Choice(NamedTuple):
+    """A token a row, and if asked what the model thought of it."""
+
+    tokens: Any                             # int32 [B]
+    logprobs: Any = None                    # float32 [B]
+    top_ids: Any = None                     # int32 [B, TOP]
+    top_logprobs: Any = None                # float32 [B, TOP]
+
+
+# %% book/chapters/30_serving.md, cell 7
+def draw(
+    logits: Float32[Array, "B V"], steps: Int32[Any, " B"],
+    settings: Sampling, cut: bool,
+) -> Int32[Array, " B"]:
+    """Token `steps[b]` of each row b, as `sample` would choose it.
+
+    `cut` False: no row has a top_k or top_p.
+    """
+    def noise(
+        seed: UInt32[Array, ""], step: Int32[Array, ""]
+    ) -> Float32[Array, " V"]:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return jax.random.gumbel(key, logits.shape[-1:])
+
+    random = jax.vmap(noise)(settings.seed, steps)          # [B, V]
+    heat = jnp.asarray(settings.temperature)
+    if cut:
+        return choose(
+            logits, random, heat, settings.top_k, settings.top_p)
+    best = logits.max(axis=-1, keepdims=True)
+    warm = (logits - best) / jnp.where(heat > 0, heat, 1)[:, None]
+    drawn = jnp.argmax(warm + random, axis=-1)
+    return jnp.where(heat > 0, drawn, jnp.argmax(logits, axis=-1))
+
+
+# %% book/chapters/30_serving.md, cell 8
+@partial(jax.jit, static_argnames=("how", "ranked"))
+def choose_rows(
+    logits: Float32[Array, "B V"],
+    steps: Int32[Any, " B"],
+    settings: Sampling,
+    shift: Float32[Any, "B V"] | None = None,
+    how: str = "cut",
+    ranked: bool = False,
+) -> Choice:
+    """A token a row, of logits to which `shift` is added first.
+
+    `how`: "greedy", "drawn", or "cut" if a row has top_k or top_p.
+    `ranked`: log-probabilities, too, of the logits as they came.
+    """
+    moved = logits if shift is None else logits + shift
+    if how == "greedy":
+        tokens = jnp.argmax(moved, axis=-1)
+    else:
+        tokens = draw(moved, steps, settings, how == "cut")
+    tokens = unless_broken(logits, tokens)
+    if not ranked:
+        return Choice(tokens)
+    logs = jax.nn.log_softmax(logits)
+    own = jnp.take_along_axis(logs, jnp.maximum(tokens, 0)[:, None], 1)
+    top, ids = jax.lax.top_k(logs, min(TOP, logs.shape[-1]))
+    return Choice(tokens, own[:, 0], ids, top)
+
+
+# %% book/chapters/30_serving.md, cell 10
+@partial(jax.jit, donate_argnames="cache")
+def place_row(cache: Cache, row: Int[Any, ""], one: Cache) -> Cache:
+    """The cache, in whose `row` is now what was read apart."""
+    return constrain_cache(cache.evict(row).insert(row, one))
+
+
+@partial(jax.jit, donate_argnames="logits")
+def place_logits(
+    logits: Float32[Array, "B V"], row: Int[Any, ""],
+    last: Float32[Array, "1 V"],
+) -> Float32[Array, "B V"]:
+    """The logits, in whose `row` are now those of a prompt's end."""
+    return logits.at[row].set(last[0])
+
+
+# %% book/chapters/30_serving.md, cell 16
+def batch_axes(part: KVCache) -> Any:
+    """Where a cache's arrays count batch rows; -1: they do not."""
+    def find(axes: tuple[str | None, ...]) -> int:
+        return axes.index("batch") if "batch" in axes else -1
+
+    return jax.tree.map(
+        find, part.axes, is_leaf=lambda x: type(x) is tuple)
+
+
+def can_copy(cache: Cache) -> bool:
+    """Whether a row's first tokens can be taken out of a cache."""
+    return all(
+        part.room is not None
+        and all(at >= 0 for at in jax.tree.leaves(batch_axes(part)))
+        for part in cache.places
+    )
+
+
+# %% book/chapters/30_serving.md, cell 17
+@jax.jit
+def copy_row(
+    cache: Cache, row: Int[Any, ""], length: Int[Any, ""]
+) -> Cache:
+    """A cache of one row: the first `length` tokens of `row`."""
+    def cut(x: Array, at: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, row, 1, at)
+
+    one = Cache(tuple(
+        jax.tree.map(cut, part, batch_axes(part))
+        for part in cache.places
+    ))
+    length = jnp.asarray(length, jnp.int32)[None]
+    return constrain_cache(one.with_length(length))
+
+
+# %% book/chapters/30_serving.md, cell 19
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recording(KVCache):
+    """A cache that also keeps each layer's experts, [L, B, A].
+
+    Of the last token that each row has read. Keys and values are in
+    the `inner` cache.
+    """
+
+    inner: KVCache
+    experts: Any
+
+    @property
+    def slots(self) -> int:
+        return self.inner.slots
+
+    @property
+    def room(self) -> int | None:
+        return self.inner.room
+
+    @property
+    def axes(self) -> "Recording":
+        return replace(
+            self, length=("batch",),
+            inner=replace(self.inner.axes, length=None),
+            experts=("layers", "batch", None),
+        )
+
+
+# %% book/chapters/30_serving.md, cell 20
+def record(cache: Cache, config: ModelConfig, active: int) -> Cache:
+    """The same cache, ready to keep `active` experts a token."""
+    found = []
+    for part, place in zip(cache.places, all_places(config)):
+        shape = len(place.layers), part.length.shape[0], active
+        none = np.full(shape, -1, np.int32)
+        inner = replace(part, length=None)
+        found.append(Recording(None, None, part.length, inner, none))
+    return Cache(tuple(found))
+
+
+def unrecord(
+    cache: Cache, config: ModelConfig
+) -> tuple[Cache, np.ndarray]:
+    """The cache that was inside, and the experts, int32 [L, B, A]."""
+    inner, experts = [], dict[int, np.ndarray]()
+    for part, place in zip(cache.places, all_places(config)):
+        assert isinstance(part, Recording)
+        inner.append(replace(part.inner, length=part.length))
+        experts |= dict(zip(place.layers, np.asarray(part.experts)))
+    layers = [experts[layer] for layer in sorted(experts)]
+    return Cache(tuple(inner)), np.stack(layers)
+
+
+# %% book/chapters/30_serving.md, cell 21
+def recording() -> contextlib.AbstractContextManager[Any]:
+    """While it lasts, layers write their experts into a `Recording`."""
+    heard: list[Any] = []                               # [B*T, A] each
+
+    def layer(
+        call: Any, h: Any, positions: Any, real: Any, kept: Any,
+        index: Any, *rest: Any,
+    ) -> Any:
+        heard.clear()
+        inner = replace(kept.inner, length=kept.length)
+        h, inner, losses = call(
+            h, positions, real, inner, index, *rest)
+        kept = replace(kept, inner=replace(inner, length=None))
+        for experts in heard:
+            last = jnp.maximum(real.sum(axis=1) - 1, 0)     # [B]
+            of_row = experts.reshape(*real.shape, -1)   # [B, T, A]
+            chosen = jnp.take_along_axis(
+                of_row, last[:, None, None], axis=1)[:, 0]
+            chosen = kept.experts.at[index].set(chosen)
+            kept = replace(kept, experts=chosen)
+        return h, kept, losses
+
+    def wire(call: Any, args: Any, options: Any, context: Any) -> Any:
+        module, cache = context.module, [*args[3:4]]
+        if isinstance(module, DecoderLayer) and any(
+            isinstance(kept, Recording) for kept in cache
+        ) and context.method_name == "__call__":
+            return layer(call, *args, **options)
+        out = call(*args, **options)
+        if isinstance(module, Router) and isinstance(out, Route):
+            heard.append(out.experts)
+        return out
+
+    return hk.intercept_methods(wire)

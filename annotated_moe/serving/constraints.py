@@ -1,5 +1,10 @@
-# Generated from book/chapters/31_server.md by `make sync`; edit the chapter.
-"""A grammar that a text must keep to, by `llguidance`.
+# Generated from book/chapters/31b_grammar.md by `make sync`; edit the chapter.
+"""Programs that talk to models want answers that they can read: a table
+of JSON with these columns, one word of three, a date. One can ask for
+it, and mostly get it. By the end of this chapter nothing else can come
+out. Before each token, everything is forbidden that no continuation
+could repair, so that a model which knows nothing writes perfect JSON,
+and `response_format` does what OpenAI says it does.
 """
 
 import json
@@ -13,35 +18,39 @@ from annotated_moe.generate import Model
 from annotated_moe.tokenizer import Tokenizer, needed
 
 
-# %% book/chapters/31_server.md, cell 52
-def added_text(tokenizer: Tokenizer) -> Callable[[int], bytes]:
-    """What an id adds to a text."""
-    decode = tokenizer.backend.decode
+# %% book/chapters/31b_grammar.md, cell 5
+@lru_cache(maxsize=4)
+def piece_reader(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """What gives the bytes of an id; none of one that is no text."""
+    backend: Any = tokenizer.backend
+    raw, hidden = getattr(backend, "raw", None), set[int]()
+    if raw is None and not hasattr(backend, "byte_of"):
+        hidden |= backend.hidden
+        return lambda i: b"" if i in hidden else backend.pieces[i]
     anchor = tokenizer.encode("a")
-    before = len(decode(anchor, False))
+    before = len(backend.decode(anchor, False))
 
-    def add(i: int) -> bytes:
-        return decode([*anchor, i], False)[before:].encode()
+    def read(i: int) -> bytes:
+        if raw is not None and i in raw:    # such as <0x41>
+            return bytes([int(backend.pieces[i][3:5], 16)])
+        if raw is None and (byte := backend.byte_of(i)):
+            return byte
+        return backend.decode([*anchor, i], False)[before:].encode()
 
-    return add
+    return read
+
+
+def spelled(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of an id."""
+    return piece_reader(tokenizer)(token)
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of every id; none for ids that are not text."""
-    backend: Any = tokenizer.backend
-    if not hasattr(backend, "byte_of") and not hasattr(backend, "raw"):
-        return [b"" if i in backend.hidden else piece
-                for i, piece in enumerate(backend.pieces)]
-    add, found = added_text(tokenizer), []
-    raw = getattr(backend, "raw", ())
-    for i in range(backend.size):
-        byte = (bytes([int(backend.pieces[i][3:5], 16)]) if i in raw
-                else getattr(backend, "byte_of", lambda i: b"")(i))
-        found.append(byte or add(i))
-    return found
+    """The bytes of every id."""
+    return [*map(piece_reader(tokenizer), range(tokenizer.vocab_size))]
 
 
-# %% book/chapters/31_server.md, cell 55
+# %% book/chapters/31b_grammar.md, cell 8
 class Vocabulary:
     """A tokenizer, in the form that `llguidance` asks for."""
 
@@ -75,7 +84,7 @@ class Vocabulary:
         return ids
 
 
-# %% book/chapters/31_server.md, cell 56
+# %% book/chapters/31b_grammar.md, cell 9
 class Grammar:
     """A constraint: what `llguidance` allows next."""
 
@@ -105,7 +114,7 @@ def first_line(text: str) -> str:
     return " ".join(text.split())[:160]
 
 
-# %% book/chapters/31_server.md, cell 57
+# %% book/chapters/31b_grammar.md, cell 10
 @lru_cache(maxsize=4)
 def open_vocabulary(tokenizer: Tokenizer, end: int) -> Any:
     """The library's view of a tokenizer; made once."""

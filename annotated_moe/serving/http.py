@@ -1,11 +1,11 @@
-# Generated from book/chapters/31_server.md by `make sync`; edit the chapter.
+# Generated from book/chapters/31_server.md, book/chapters/98_server_details.md by `make sync`; edit the chapters.
 """The engine of the last chapter answers whoever holds a Python object.
 The rest of the world has a socket, and speaks a protocol that OpenAI
 wrote down and that hundreds of programs have learned. By the end of
 this chapter `annotated-moe serve` speaks it: text goes out as it is
 written, a client that hangs up frees its row within a step, a crowd is
-told when to come back, an answer keeps to a grammar when it has to, and
-the official client of OpenAI does not notice with whom it talks.
+told when to come back, and the official client of OpenAI does not
+notice with whom it talks.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ import starlette.requests as web
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -46,7 +45,7 @@ from annotated_moe.serving.requests import (
 )
 
 
-# %% book/chapters/31_server.md, cell 10
+# %% book/chapters/31_server.md, cell 9
 class Ticket:
     """A request on its way, as a client's coroutine sees it.
 
@@ -73,8 +72,8 @@ class Ticket:
         """Nobody listens any more."""
         self.timer.cancel()
         self.handle.cancel()
-        for note in ENDED:
-            note(self.service, self.handle)
+        for listen in self.service.listeners:
+            listen(self.handle)
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """All events, as many at a time as have come."""
@@ -87,24 +86,25 @@ class Ticket:
                 return
 
 
-# %% book/chapters/31_server.md, cell 11
+# %% book/chapters/31_server.md, cell 10
 class Service:
     """An engine in a thread, for an event loop to ask.
 
     `name` is what clients call the model. A request may take `seconds`
-    and `max_tokens`, and its body `max_bytes`. `key`: who does not
-    show it is refused.
+    and `max_tokens`, and its body `max_bytes`. Each of `listeners` is
+    told of a request when it is over, as far as it came.
     """
 
     def __init__(
         self, engine: Engine, name: str = "annotated-moe",
-        key: str = "", seconds: float = 600.0,
-        max_tokens: int | None = None, max_bytes: int = 2**20,
+        seconds: float = 600.0, max_tokens: int | None = None,
+        max_bytes: int = 2**20,
     ) -> None:
-        self.engine, self.name, self.key = engine, name, key
+        self.engine, self.name = engine, name
         self.seconds, self.max_bytes = seconds, max_bytes
         self.max_tokens = max_tokens or engine.context
         self.usual = 1.0                    # seconds a request takes
+        self.listeners: list[Callable[[Handle], None]] = [self.note]
         self.stopping = threading.Event()
         self.thread = threading.Thread(
             target=engine.run, args=[self.stopping], daemon=True)
@@ -134,11 +134,7 @@ class Service:
         return min(max(math.ceil(turns * self.usual), 1), 60)
 
 
-# Told of each request when it is over, as far as it came.
-ENDED: list[Callable[[Service, Handle], None]] = [Service.note]
-
-
-# %% book/chapters/31_server.md, cell 28
+# %% book/chapters/31_server.md, cell 25
 def line_of(data: dict[str, Any]) -> bytes:
     """A server-sent event."""
     return b"data: " + dump(data) + b"\n\n"
@@ -158,15 +154,17 @@ async def lines_of(
         if wrong := failed(ticket, events[-1]):
             yield line_of(wrong.body)
             return
-        choice = choice_of(wish, events, True)
-        yield line_of(answer_of(wish, [choice], True) | wants)
+        one_by_one = wish.options.get("experts")
+        for some in [[e] for e in events] if one_by_one else [events]:
+            choice = choice_of(wish, some, True)
+            yield line_of(answer_of(wish, [choice], True) | wants)
     if wish.usage:
         usage = {"usage": usage_of(wish, count)}
         yield line_of(answer_of(wish, [], True) | usage)
     yield b"data: [DONE]\n\n"
 
 
-# %% book/chapters/31_server.md, cell 29
+# %% book/chapters/31_server.md, cell 26
 def failed(ticket: Ticket, end: Event) -> Refusal | None:
     """Why a request did not end well, if it ended, and did not."""
     if end.finish_reason == "error":
@@ -181,7 +179,7 @@ def failed(ticket: Ticket, end: Event) -> Refusal | None:
     return Refusal("the server is going down", status=503)
 
 
-# %% book/chapters/31_server.md, cell 30
+# %% book/chapters/31_server.md, cell 27
 @contextlib.asynccontextmanager
 async def while_there(
     receive: Any, ticket: Ticket
@@ -201,7 +199,7 @@ async def while_there(
         ticket.close()
 
 
-# %% book/chapters/31_server.md, cell 31
+# %% book/chapters/31_server.md, cell 28
 class Streamed:
     """An answer in lines; an ASGI application, as answers are."""
 
@@ -221,7 +219,7 @@ class Streamed:
             await send({"type": "http.response.body", "body": b""})
 
 
-# %% book/chapters/31_server.md, cell 32
+# %% book/chapters/31_server.md, cell 29
 def as_json(
     data: Any, status: int = 200,
     headers: Mapping[str, str] | None = None,
@@ -244,7 +242,7 @@ async def whole(
     return as_json(answer | {"usage": usage_of(wish, count)})
 
 
-# %% book/chapters/31_server.md, cell 33
+# %% book/chapters/31_server.md, cell 30
 BODY_SECONDS = 30
 
 
@@ -278,7 +276,7 @@ def no_number(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-# %% book/chapters/31_server.md, cell 34
+# %% book/chapters/31_server.md, cell 31
 async def answer(kind: str, http: web.Request) -> Any:
     """What a POST of a completion or a chat gets."""
     service: Service = http.app.state.service
@@ -292,7 +290,7 @@ async def answer(kind: str, http: web.Request) -> Any:
     return await whole(service, wish, ticket, http.receive)
 
 
-# %% book/chapters/31_server.md, cell 35
+# %% book/chapters/31_server.md, cell 32
 def take(service: Service, wish: Wish) -> Ticket:
     """Its place in the line, or Refusal."""
     if not service.thread.is_alive():
@@ -308,7 +306,7 @@ def take(service: Service, wish: Wish) -> Ticket:
     return ticket
 
 
-# %% book/chapters/31_server.md, cell 36
+# %% book/chapters/31_server.md, cell 33
 async def health(http: web.Request) -> Response:
     """Whether requests would be answered."""
     service: Service = http.app.state.service
@@ -318,7 +316,57 @@ async def health(http: web.Request) -> Response:
     return as_json(said, 200 if good else 503)
 
 
-# %% book/chapters/31_server.md, cell 37
+# %% book/chapters/31_server.md, cell 34
+ROUTES: list[Route] = [
+    Route("/v1/completions", partial(answer, "completions"),
+          methods=["POST"]),
+    Route("/v1/chat/completions", partial(answer, "chat"),
+          methods=["POST"]),
+    Route("/health", health),
+]
+
+
+# %% book/chapters/31_server.md, cell 35
+def refusal(error: Refusal) -> Response:
+    """OpenAI's form of an error."""
+    after = error.retry_after
+    headers = {} if after is None else {"retry-after": str(after)}
+    return as_json(error.body, error.status, headers)
+
+
+async def refuse(http: web.Request, error: Exception) -> Response:
+    """The answer to a request that went wrong."""
+    if isinstance(error, Refusal):
+        return refusal(error)
+    if isinstance(error, HTTPException):
+        what = f"{http.method} {http.url.path:.60}"
+        return refusal(Refusal(f"{what}: {error.detail.lower()}",
+                               status=error.status_code))
+    return refusal(Refusal("the server failed; its log says how",
+                           status=500))
+
+
+# %% book/chapters/31_server.md, cell 36
+def make_app(
+    service: Service, more: Sequence[Route] = ()
+) -> Starlette:
+    """The application; its engine runs while it does."""
+    @contextlib.asynccontextmanager
+    async def running(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await run_in_threadpool(service.stop)
+
+    app = Starlette(
+        routes=[*ROUTES, *more], lifespan=running,
+        exception_handlers={Refusal: refuse, HTTPException: refuse,
+                            Exception: refuse},
+    )
+    app.state.service = service
+    return app
+
+
+# %% book/chapters/98_server_details.md, cell 15
 def about(service: Service) -> dict[str, Any]:
     """The model, in OpenAI's words and in some of ours."""
     config, tokenizer = service.model.config, service.model.tokenizer
@@ -349,46 +397,5 @@ async def models(http: web.Request) -> Response:
     return as_json(found)
 
 
-# %% book/chapters/31_server.md, cell 38
-ROUTES: list[Route] = [
-    Route("/v1/completions", partial(answer, "completions"),
-          methods=["POST"]),
-    Route("/v1/chat/completions", partial(answer, "chat"),
-          methods=["POST"]),
-    Route("/v1/models", models),
-    Route("/v1/models/{name:path}", models),
-    Route("/health", health),
-]
-MIDDLEWARE: list[Middleware] = []
-
-
-# %% book/chapters/31_server.md, cell 39
-async def refuse(http: web.Request, error: Exception) -> Response:
-    """OpenAI's form of an error."""
-    if isinstance(error, HTTPException):
-        what = f"{http.method} {http.url.path:.60}"
-        text = f"{what}: {error.detail.lower()}"
-        error = Refusal(text, status=error.status_code)
-    if not isinstance(error, Refusal):
-        error = Refusal("the server failed; its log says how", status=500)
-    after = error.retry_after
-    headers = {} if after is None else {"retry-after": str(after)}
-    return as_json(error.body, error.status, headers)
-
-
-# %% book/chapters/31_server.md, cell 40
-def make_app(service: Service) -> Starlette:
-    """The application; its engine runs while it does."""
-    @contextlib.asynccontextmanager
-    async def running(app: Starlette) -> AsyncIterator[None]:
-        service.start()
-        yield
-        await run_in_threadpool(service.stop)
-
-    app = Starlette(
-        routes=ROUTES, lifespan=running, middleware=MIDDLEWARE,
-        exception_handlers={Refusal: refuse, HTTPException: refuse,
-                            Exception: refuse},
-    )
-    app.state.service = service
-    return app
+ROUTES += [Route("/v1/models", models),
+           Route("/v1/models/{name:path}", models)]

@@ -97,7 +97,7 @@ class Service:
 
     def __init__(
         self, engine: Engine, name: str = "annotated-moe",
-        seconds: float = 600.0, max_tokens: int | None = None,
+        seconds: float | int = 600, max_tokens: int | None = None,
         max_bytes: int = 2**20,
     ) -> None:
         self.engine, self.name = engine, name

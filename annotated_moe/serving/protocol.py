@@ -85,7 +85,8 @@ def accepts(name: str, *kinds: str) -> Callable[[Reader], Reader]:
 
 # %% book/chapters/31_server.md, cell 14
 def number(
-    low: float, high: float, option: str, whole: bool = False,
+    low: float | int, high: float | int, option: str,
+    whole: bool = False,
 ) -> Reader:
     """What reads a number from low to high into an option."""
     def read(wish: Wish, name: str, value: Any) -> None:

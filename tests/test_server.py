@@ -52,7 +52,7 @@ def model():
     tokenizer.companions["chat_template.jinja"] = TEMPLATE.encode()
     config = grok_config(
         vocab_size=tokenizer.vocab_size, context=128, d_model=32, d_ff=48,
-        num_layers=2, q_heads=2, kv_heads=1, head_size=16, eos_ids=(2,),
+        num_layers=2, q_heads=2, kv_heads=1, head_size=16, eos_ids=(2,), dtype="float32",
     )
     return am.Model(config, init_params(jax.random.key(0), config), tokenizer)
 

@@ -1,4 +1,4 @@
-# Generated from book/chapters/30_serving.md, book/chapters/97_serving_details.md by `make sync`; edit the chapters.
+# Generated from book/chapters/30b_engine.md, book/chapters/97_serving_details.md by `make sync`; edit the chapters.
 """Serving: many requests, one batch whose rows come and go.
 """
 
@@ -13,7 +13,7 @@ from annotated_moe.serving.requests import (
     Result,
 )
 
-# %% book/chapters/30_serving.md, cell 48
+# %% book/chapters/30b_engine.md, cell 34
 __all__ = ["Engine", "Event", "Handle", "QueueFull", "Request",
            "Result", "Stats"]
 

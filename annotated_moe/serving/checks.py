@@ -17,12 +17,12 @@ from annotated_moe.serving.rows import TOP
 
 
 # %% book/chapters/97_serving_details.md, cell 4
-def check_count(name: str, value: Any, least: int, most: float) -> None:
+def check_count(name: str, value: Any, least: int, most: int) -> None:
     """ValueError unless `value` is a whole number of that range."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(
             f"{name} must be a whole number from {least} to "
-            f"{most:g}: {value!r}"
+            f"{most}: {value!r}"
         )
 
 

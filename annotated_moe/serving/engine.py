@@ -1,13 +1,14 @@
-# Generated from book/chapters/30_serving.md by `make sync`; edit the chapter.
-"""A batch is as slow as its slowest row. Eight people ask; seven get
-their few words, and then sit in a step that computes nothing for them
-until the eighth has its page, while a ninth waits outside. The release
-of Grok-1 was built around the cure, a batch whose rows come and go, and
-stopped short of it. This chapter finishes it. By its end you will have
-an engine that reads a new prompt into a row while the others write,
-keeps settings, seed and text of each row apart, starts a prompt where
-an earlier one left off, drops whoever has gone, and gives every
-request, token for token, what it would have had alone.
+# Generated from book/chapters/30b_engine.md by `make sync`; edit the chapter.
+"""A loop that knows all its requests in advance is no server. Requests
+come when they like, from other threads; one brings a prompt so long
+that seven others stand still while it is read; one wants its text to
+end before a word that the model spells in three tokens; one is gone,
+and its row writes on for nobody; and one meets a damaged weight, and
+must not take the others with it. By the end of this chapter you will
+have an engine that holds against all of these: a queue with a bound,
+prompts in chunks, a text a row, biases, constraints, log-probabilities
+and experts for whoever asks, and still each request gets what it would
+get alone.
 """
 
 import threading
@@ -52,7 +53,7 @@ from annotated_moe.serving.rows import (
 )
 
 
-# %% book/chapters/30_serving.md, cell 26
+# %% book/chapters/30b_engine.md, cell 12
 @dataclass(eq=False)
 class Job:
     """A request that has a row: what it has read and written."""
@@ -72,7 +73,7 @@ class Job:
         return self.handle.request
 
 
-# %% book/chapters/30_serving.md, cell 27
+# %% book/chapters/30b_engine.md, cell 13
 def step(engine: "Engine") -> list[Event]:
     """A unit of work: a token a row, and a chunk of prompts.
 
@@ -88,7 +89,7 @@ def step(engine: "Engine") -> list[Event]:
     return engine.events
 
 
-# %% book/chapters/30_serving.md, cell 28
+# %% book/chapters/30b_engine.md, cell 14
 def decode(engine: "Engine") -> list[Job]:
     """One more token into each row that writes; whose they are."""
     jobs = [j for j in engine.jobs if j is not None and j.tokens]
@@ -114,7 +115,7 @@ def decode(engine: "Engine") -> list[Job]:
     return jobs
 
 
-# %% book/chapters/30_serving.md, cell 29
+# %% book/chapters/30b_engine.md, cell 15
 def fill(engine: "Engine") -> list[Job]:
     """Read prompts, up to the bound; who has now read all of one."""
     joined, left = list[Job](), engine.prefill_chunk
@@ -139,7 +140,7 @@ def fill(engine: "Engine") -> list[Job]:
     return joined
 
 
-# %% book/chapters/30_serving.md, cell 30
+# %% book/chapters/30b_engine.md, cell 16
 def read_chunk(
     engine: "Engine", job: Job, part: list[int], width: int, last: bool
 ) -> Any:
@@ -158,7 +159,7 @@ def read_chunk(
     return logits
 
 
-# %% book/chapters/30_serving.md, cell 31
+# %% book/chapters/30b_engine.md, cell 17
 def join(engine: "Engine", jobs: list[Job]) -> list[Job]:
     """Put the logits of prompts among those of the batch."""
     for job in jobs:
@@ -168,7 +169,7 @@ def join(engine: "Engine", jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-# %% book/chapters/30_serving.md, cell 32
+# %% book/chapters/30b_engine.md, cell 18
 LEAST_PREFIX = 16                           # tokens worth a copy
 
 
@@ -191,7 +192,7 @@ def find_prefix(
     return source, most if most >= LEAST_PREFIX else 0
 
 
-# %% book/chapters/30_serving.md, cell 33
+# %% book/chapters/30b_engine.md, cell 19
 def take_row(engine: "Engine", source: int, reused: int) -> int:
     """A free row; `source`, of which `reused` tokens are, last."""
     free = engine.free
@@ -203,7 +204,7 @@ def take_row(engine: "Engine", source: int, reused: int) -> int:
     return free.popleft()
 
 
-# %% book/chapters/30_serving.md, cell 34
+# %% book/chapters/30b_engine.md, cell 20
 def admit(engine: "Engine") -> Job | None:
     """Give the request that waits longest a row, if one is free."""
     with engine.changed:
@@ -231,7 +232,7 @@ def admit(engine: "Engine") -> Job | None:
     return job
 
 
-# %% book/chapters/30_serving.md, cell 35
+# %% book/chapters/30b_engine.md, cell 21
 def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     """bool [V]: the ids that may come next; ValueError if none may."""
     mask = np.asarray(constraint.mask(), bool)
@@ -243,7 +244,7 @@ def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     return mask
 
 
-# %% book/chapters/30_serving.md, cell 36
+# %% book/chapters/30b_engine.md, cell 22
 def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     """Write what shifts the logits of jobs; which of them go on."""
     going = []
@@ -262,7 +263,7 @@ def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     return going
 
 
-# %% book/chapters/30_serving.md, cell 37
+# %% book/chapters/30b_engine.md, cell 23
 def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     """Steps and settings of all rows; those without a job: greedy."""
     steps = np.zeros(rows, np.int32)
@@ -297,7 +298,7 @@ def choose_tokens(engine: "Engine", jobs: list[Job]) -> Choice:
     return found
 
 
-# %% book/chapters/30_serving.md, cell 38
+# %% book/chapters/30b_engine.md, cell 24
 BROKEN = (
     "logits are NaN or infinite; are the weights? "
     "`annotated_moe.verify` holds them to their checksums"
@@ -319,7 +320,7 @@ def hand_out(
             engine.give(job, token, choice)
 
 
-# %% book/chapters/30_serving.md, cell 39
+# %% book/chapters/30b_engine.md, cell 25
 def give(
     engine: "Engine", job: Job, token: int, choice: Choice
 ) -> None:
@@ -355,7 +356,7 @@ def ranks(choice: Choice, row: int, count: int | None) -> Any:
     return float(choice.logprobs[row]), tuple(pairs)[:count]
 
 
-# %% book/chapters/30_serving.md, cell 40
+# %% book/chapters/30b_engine.md, cell 26
 def end(
     engine: "Engine", job: Job, reason: str, error: str | None = None
 ) -> None:
@@ -389,7 +390,7 @@ def tell(engine: "Engine", event: Event) -> None:
         event.handle.cancel()
 
 
-# %% book/chapters/30_serving.md, cell 41
+# %% book/chapters/30b_engine.md, cell 27
 def end_cancelled(engine: "Engine") -> None:
     """End what was cancelled, in rows and in the queue."""
     for job in engine.jobs:
@@ -403,7 +404,7 @@ def end_cancelled(engine: "Engine") -> None:
         engine.tell(Event(handle, 0, finish_reason="cancelled"))
 
 
-# %% book/chapters/30_serving.md, cell 43
+# %% book/chapters/30b_engine.md, cell 29
 def submit(
     engine: "Engine", request: Request,
     on_event: Callable[[Event], None] | None = None,
@@ -430,7 +431,7 @@ def submit(
     return handle
 
 
-# %% book/chapters/30_serving.md, cell 44
+# %% book/chapters/30b_engine.md, cell 30
 def fit(engine: "Engine", request: Request) -> list[int]:
     """The ids of a prompt that fits; the request is checked."""
     prompt = np.asarray(request.prompt).tolist()
@@ -445,7 +446,7 @@ def fit(engine: "Engine", request: Request) -> list[int]:
     return prompt
 
 
-# %% book/chapters/30_serving.md, cell 45
+# %% book/chapters/30b_engine.md, cell 31
 def run(engine: "Engine", stop: threading.Event) -> None:
     """Step while there is work, until `stop` is set.
 
@@ -486,7 +487,7 @@ def close(engine: "Engine") -> None:
     engine.end_cancelled()
 
 
-# %% book/chapters/30_serving.md, cell 46
+# %% book/chapters/30b_engine.md, cell 32
 @dataclass
 class Stats:
     """Counts since the engine began; `waiting`, `running`: now."""
@@ -507,7 +508,7 @@ class Stats:
     chunk_tokens: int = 0                   # of these, with padding
 
 
-# %% book/chapters/30_serving.md, cell 47
+# %% book/chapters/30b_engine.md, cell 33
 class Engine:
     """Many requests through one batch, whose rows come and go.
 

@@ -1,4 +1,4 @@
-# Generated from book/chapters/30_serving.md by `make sync`; edit the chapter.
+# Generated from book/chapters/30b_engine.md by `make sync`; edit the chapter.
 """What is asked of an engine, and what it answers.
 """
 
@@ -20,7 +20,42 @@ import numpy as np
 from annotated_moe.tokenizer import Tokenizer
 
 
-# %% book/chapters/30_serving.md, cell 9
+# %% book/chapters/30b_engine.md, cell 5
+class RowText:
+    """A row's tokens as text, up to a stop string and without it."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, stop: Sequence[str]
+    ) -> None:
+        self.stream = None if tokenizer is None else tokenizer.stream()
+        self.stop, self.held, self.stopped = stop, "", False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        if self.stream is None or self.stopped:
+            return ""
+        return self.sift(self.stream.push(token))
+
+    def flush(self) -> str:
+        """The rest."""
+        if self.stream is None or self.stopped:
+            return ""
+        return self.sift(self.stream.flush()) + self.held
+
+    def sift(self, new: str) -> str:
+        text = self.held + new
+        found = [at for s in self.stop if (at := text.find(s)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        begun = [n for s in self.stop for n in range(1, len(s))
+                 if text.endswith(s[:n])]
+        certain = len(text) - max(begun, default=0)
+        self.held = text[certain:]
+        return text[:certain]
+
+
+# %% book/chapters/30b_engine.md, cell 8
 @dataclass(frozen=True)
 class Request:
     """What is asked: ids, and how to go on from them.
@@ -50,7 +85,7 @@ class Request:
     constraint: Any = None
 
 
-# %% book/chapters/30_serving.md, cell 10
+# %% book/chapters/30b_engine.md, cell 9
 @dataclass(frozen=True, eq=False)
 class Event:
     """A token of a request, or its end, or both.
@@ -79,7 +114,7 @@ class Event:
         return self.handle.request
 
 
-# %% book/chapters/30_serving.md, cell 11
+# %% book/chapters/30b_engine.md, cell 10
 @dataclass(frozen=True, eq=False)
 class Result:
     """All that came of a request."""
@@ -91,7 +126,7 @@ class Result:
     events: list[Event]
 
 
-# %% book/chapters/30_serving.md, cell 12
+# %% book/chapters/30b_engine.md, cell 11
 class Handle:
     """A request on its way; any thread may use it.
 
@@ -157,40 +192,6 @@ class Handle:
                       events)
 
 
-# %% book/chapters/30_serving.md, cell 23
-class RowText:
-    """A row's tokens as text, up to a stop string and without it."""
-
-    def __init__(
-        self, tokenizer: Tokenizer | None, stop: Sequence[str]
-    ) -> None:
-        self.stream = None if tokenizer is None else tokenizer.stream()
-        self.stop, self.held, self.stopped = stop, "", False
-
-    def push(self, token: int) -> str:
-        """The text that is certain now."""
-        return self.sift(self.stream.push(token)) if self.stream else ""
-
-    def flush(self) -> str:
-        """The rest."""
-        if self.stream is None or self.stopped:
-            return ""
-        text = self.sift(self.stream.flush())
-        return text + self.held
-
-    def sift(self, new: str) -> str:
-        text = self.held + new
-        found = [at for s in self.stop if (at := text.find(s)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        begun = [n for s in self.stop for n in range(1, len(s))
-                 if text.endswith(s[:n])]
-        certain = len(text) - max(begun, default=0)
-        self.held = text[certain:]
-        return text[:certain]
-
-
-# %% book/chapters/30_serving.md, cell 42
+# %% book/chapters/30b_engine.md, cell 28
 class QueueFull(RuntimeError):
     """As many requests wait as may; come back later."""

@@ -1,6 +1,14 @@
 # Generated from book/chapters/30_serving.md by `make sync`; edit the chapter.
-"""The programs of an engine: a token for each row, a row of a cache
-copied, and the experts of a step.
+"""A batch is as slow as its slowest row. Eight people ask; seven get
+their few words, and then sit in a step that computes nothing for them
+until the eighth has its page, while a ninth waits outside. The release
+of Grok-1 was built around the cure, a batch whose rows come and go, and
+stopped short of it. By the end of this chapter you will have what such
+a batch is made of, programs that choose a token for rows of different
+age, put a new prompt among rows that write, copy the beginning of one
+row into another and say which experts a row was given, and a loop of
+thirty lines in which every request gets, token for token, what it would
+have had alone. The next chapter makes an engine of it.
 """
 
 import contextlib
@@ -17,10 +25,10 @@ from jaxtyping import Array, Float32, Int, Int32, UInt32
 from annotated_moe.cache import KVCache
 from annotated_moe.config import ModelConfig, all_places
 from annotated_moe.model import Cache, DecoderLayer, constrain_cache
-from annotated_moe.moe import Router
+from annotated_moe.moe import Route, Router
 from annotated_moe.sampling import Sampling, choose, unless_broken
 
-# %% book/chapters/30_serving.md, cell 13
+# %% book/chapters/30_serving.md, cell 6
 TOP = 8                                     # logprobs a token
 
 
@@ -33,7 +41,7 @@ class Choice(NamedTuple):
     top_logprobs: Any = None                # float32 [B, TOP]
 
 
-# %% book/chapters/30_serving.md, cell 14
+# %% book/chapters/30_serving.md, cell 7
 def draw(
     logits: Float32[Array, "B V"], steps: Int32[Any, " B"],
     settings: Sampling, cut: bool,
@@ -59,7 +67,7 @@ def draw(
     return jnp.where(heat > 0, drawn, jnp.argmax(logits, axis=-1))
 
 
-# %% book/chapters/30_serving.md, cell 15
+# %% book/chapters/30_serving.md, cell 8
 @partial(jax.jit, static_argnames=("how", "ranked"))
 def choose_rows(
     logits: Float32[Array, "B V"],
@@ -88,7 +96,7 @@ def choose_rows(
     return Choice(tokens, own[:, 0], ids, top)
 
 
-# %% book/chapters/30_serving.md, cell 17
+# %% book/chapters/30_serving.md, cell 10
 @partial(jax.jit, donate_argnames="cache")
 def place_row(cache: Cache, row: Int[Any, ""], one: Cache) -> Cache:
     """The cache, in whose `row` is now what was read apart."""
@@ -103,7 +111,7 @@ def place_logits(
     return logits.at[row].set(last[0])
 
 
-# %% book/chapters/30_serving.md, cell 18
+# %% book/chapters/30_serving.md, cell 16
 def batch_axes(part: KVCache) -> Any:
     """Where a cache's arrays count batch rows; -1: they do not."""
     def find(axes: tuple[str | None, ...]) -> int:
@@ -122,7 +130,7 @@ def can_copy(cache: Cache) -> bool:
     )
 
 
-# %% book/chapters/30_serving.md, cell 19
+# %% book/chapters/30_serving.md, cell 17
 @jax.jit
 def copy_row(
     cache: Cache, row: Int[Any, ""], length: Int[Any, ""]
@@ -139,7 +147,7 @@ def copy_row(
     return constrain_cache(one.with_length(length))
 
 
-# %% book/chapters/30_serving.md, cell 20
+# %% book/chapters/30_serving.md, cell 19
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recording(KVCache):
@@ -169,7 +177,7 @@ class Recording(KVCache):
         )
 
 
-# %% book/chapters/30_serving.md, cell 21
+# %% book/chapters/30_serving.md, cell 20
 def record(cache: Cache, config: ModelConfig, active: int) -> Cache:
     """The same cache, ready to keep `active` experts a token."""
     found = []
@@ -194,7 +202,7 @@ def unrecord(
     return Cache(tuple(inner)), np.stack(layers)
 
 
-# %% book/chapters/30_serving.md, cell 22
+# %% book/chapters/30_serving.md, cell 21
 def recording() -> contextlib.AbstractContextManager[Any]:
     """While it lasts, layers write their experts into a `Recording`."""
     heard: list[Any] = []                               # [B*T, A] each
@@ -218,11 +226,13 @@ def recording() -> contextlib.AbstractContextManager[Any]:
         return h, kept, losses
 
     def wire(call: Any, args: Any, options: Any, context: Any) -> Any:
-        module, named = context.module, context.method_name
-        if named == "__call__" and isinstance(module, DecoderLayer):
+        module, cache = context.module, [*args[3:4]]
+        if isinstance(module, DecoderLayer) and any(
+            isinstance(kept, Recording) for kept in cache
+        ) and context.method_name == "__call__":
             return layer(call, *args, **options)
         out = call(*args, **options)
-        if named == "__call__" and isinstance(module, Router):
+        if isinstance(module, Router) and isinstance(out, Route):
             heard.append(out.experts)
         return out
 

@@ -1,0 +1,331 @@
+"""The engine: each request as if it were alone, whoever else is there."""
+
+import threading
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import annotated_moe as am
+from annotated_moe import model as model_module
+from annotated_moe.attention import Window
+from annotated_moe.families.grok import grok_config
+from annotated_moe.lens import tap
+from annotated_moe.model import init_params
+from annotated_moe.serving import Engine, QueueFull, Request
+from annotated_moe.serving import rows as rows_module
+from annotated_moe.serving.requests import RowText
+
+TINY = grok_config(
+    vocab_size=64, context=64, d_model=32, d_ff=48, num_layers=2, q_heads=4,
+    kv_heads=2, head_size=8, num_experts=4, embedding_multiplier=8.0, dtype="float32",
+)  # fmt: skip
+
+
+def with_layers(config, **changes):
+    """The configuration with other attention in each layer."""
+    (segment,) = config.layers
+    (layer,) = segment.pattern
+    layer = replace(layer, attention=replace(layer.attention, **changes))
+    return replace(config, layers=(replace(segment, pattern=(layer,)),))
+
+
+def make(config=TINY, mesh=None):
+    params = jax.jit(lambda key: init_params(key, config))(jax.random.key(3))
+    return am.Model(config, params, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make()
+
+
+def some_requests(count, seed=0, longest=30):
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        prompt = rng.integers(3, 64, rng.integers(1, longest)).tolist()
+        warm = rng.random() < 0.6
+        found.append(Request(
+            prompt, int(rng.integers(1, 34)), 0.9 if warm else 0.0,
+            float(rng.choice([1.0, 0.8])), [None, 5][rng.integers(2)],
+            int(rng.integers(2**32)), [[], [7, 9]][rng.integers(2)],
+            experts=bool(rng.random() < 0.1), logprobs=[None, 3][rng.random() < 0.1],
+        ))  # fmt: skip
+    return found
+
+
+def alone(model, request):
+    """What `generate_ids` makes of the prompt, in a batch of its own."""
+    (new,) = model.generate_ids(
+        [request.prompt], request.max_new_tokens, request.temperature, request.top_p,
+        request.top_k, request.seed, request.stop_ids,
+    )  # fmt: skip
+    return new
+
+
+def finish(engine, steps=3000):
+    while engine.busy:
+        engine.step()
+        steps -= 1
+        assert steps, "the engine does not come to an end"
+
+
+def serve(engine, requests):
+    handles = [engine.submit(request) for request in requests]
+    finish(engine)
+    return [handle.result(0.0) for handle in handles]
+
+
+def programs():
+    """How many programs there are, of each kind that an engine runs."""
+    m, r = model_module, rows_module
+    kinds = m.prefill, m.decode_step, r.choose_rows, r.place_row, r.place_logits
+    return np.array([kind._cache_size() for kind in (*kinds, r.copy_row)])
+
+
+def test_forty_requests_get_what_they_get_alone(tiny):
+    requests, before = some_requests(40), programs()
+    engine = Engine(tiny, slots=8, prefill_chunk=16, max_waiting=40)
+    results = serve(engine, requests)
+    made = programs() - before
+    for request, result in zip(requests, results):
+        assert result.tokens == alone(tiny, request)
+        stopped = len(result.tokens) < request.max_new_tokens
+        assert result.finish_reason == ("stop" if stopped else "length")
+        assert [e.index for e in result.events if e.token is not None] == [
+            *range(len(result.tokens))]
+    # Widths 16 alone, and with experts; steps with and without; ways to choose.
+    assert (made <= [2, 2, 6, 1, 1, 1]).all(), made
+    counts = engine.stats
+    assert counts.ended["length"] + counts.ended["stop"] == 40
+    assert counts.new_tokens == sum(len(r.tokens) for r in results)
+    assert counts.row_steps > 0.7 * 8 * counts.steps
+
+
+def test_a_prompt_begins_where_another_was(tiny):
+    rng = np.random.default_rng(1)
+    head = rng.integers(3, 64, 20).tolist()
+    first = Request(head, 8, stop_ids=())
+    engine = Engine(tiny, slots=3)
+    (said,) = serve(engine, [first])
+    talk = Request([*head, *said.tokens, 5, 6], 9, 1.0, seed=4)
+    other, short = Request([*head, 9], 6), Request(head[:12], 6)
+    for request, reused in ((talk, 27), (other, 20), (short, 0), (talk, 29)):
+        before = engine.stats.prefix_tokens
+        (result,) = serve(engine, [request])
+        assert result.tokens == alone(tiny, request)
+        assert engine.stats.prefix_tokens - before == reused
+    # One that still writes is a beginning, too.
+    engine.submit(Request(head, 30, stop_ids=()))
+    engine.step()
+    (result,) = serve(engine, [other])
+    assert result.tokens == alone(tiny, other)
+    assert engine.stats.prefix_hits == 5
+
+
+def test_rings_are_read_whole():
+    model = make(with_layers(TINY, mask=Window(16)))
+    engine = Engine(model, slots=2, prefill_chunk=16)
+    requests = some_requests(6, seed=2)
+    for result, request in zip(serve(engine, requests * 2), requests * 2):
+        assert result.tokens == alone(model, request)
+    assert engine.stats.prefix_hits == 0
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 1), (2, 2, 1)], ids=str)
+def test_a_mesh_says_what_one_device_says(tiny, axes):
+    mesh = am.make_mesh(*axes)
+    spread = make(mesh=mesh)
+    requests = some_requests(8, seed=3)
+    engine = Engine(spread, slots=4, prefill_chunk=32)
+    for result, request in zip(serve(engine, requests), requests):
+        assert result.tokens == alone(tiny, request)
+
+
+def test_who_cancels_leaves_within_a_step_and_the_others_stay(tiny):
+    rng = np.random.default_rng(5)
+    requests = [replace(r, max_new_tokens=30, stop_ids=()) for r in some_requests(24, 5)]
+    engine = Engine(tiny, slots=4, prefill_chunk=16)
+    handles = [engine.submit(request) for request in requests]
+    gone = set()
+    while engine.busy:
+        engine.step()
+        if rng.random() < 0.2:
+            i = int(rng.integers(len(handles)))
+            if not handles[i].done:
+                gone.add(i)
+                handles[i].cancel()
+                engine.step()
+                assert handles[i].result(0.0).finish_reason == "cancelled"
+    for i, (handle, request) in enumerate(zip(handles, requests)):
+        result, wanted = handle.result(0.0), alone(tiny, request)
+        assert result.tokens == wanted[: len(result.tokens)]
+        assert (len(result.tokens) < 30) == (i in gone)
+    assert 3 < len(gone) < 20 and engine.stats.ended["cancelled"] == len(gone)
+    assert engine.stats.running == engine.stats.waiting == 0
+
+
+def test_a_broken_row_breaks_no_other():
+    config = replace(TINY, tied=False)
+    whole = make(config)
+    params = {name: dict(leaves) for name, leaves in whole.params.items()}
+    table = params["in_out_embed"]["embeddings"]
+    params["in_out_embed"]["embeddings"] = table.at[63].set(jnp.nan)
+    broken = am.Model(config, params)
+    good = [replace(r, prompt=[t % 60 for t in r.prompt], stop_ids=(), logit_bias={63: -1e9})
+            for r in some_requests(8, seed=6)]
+    late = Request([5, 6, 7], 20, logit_bias={63: 1e9}, stop_ids=())
+    bad = Request([3] * 18 + [63] * 4, 5)
+    engine = Engine(broken, slots=3, max_waiting=40)
+    results = serve(engine, [*good[:4], bad, late, bad, *good[4:]])
+    for i in (4, 6):
+        assert results[i].finish_reason == "error" and results[i].tokens == []
+        assert "NaN" in results[i].error
+    assert results[5].finish_reason == "error" and results[5].tokens == [63]
+    others = [*results[:4], *results[7:]]
+    fine = Engine(whole, slots=1, max_waiting=40)
+    assert [r.tokens for r in others] == [r.tokens for r in serve(fine, good)]
+
+
+def test_every_token_comes_with_its_experts_and_its_logarithms(tiny):
+    asked = Request([5, 9, 33, 8], 6, 1.0, seed=1, experts=True, logprobs=4, stop_ids=())
+    plain = replace(asked, experts=False, logprobs=None, seed=2, prompt=[4, 4])
+    first, second = serve(Engine(tiny, slots=2), [asked, plain])
+    row = np.array([[*asked.prompt, *first.tokens]])
+    taps = tap(tiny, row)
+    logs = np.asarray(jax.nn.log_softmax(tiny.logits(row)[0]))
+    for event in first.events:
+        at = len(asked.prompt) - 1 + event.index
+        assert (event.experts == taps.experts[:, at]).all()
+        assert event.logprob == pytest.approx(logs[at, event.token], abs=1e-4)
+        ids, values = zip(*event.top_logprobs)
+        assert [*ids] == np.argsort(-logs[at])[:4].tolist()
+        np.testing.assert_allclose(values, logs[at][[*ids]], atol=1e-4)
+    assert all(e.experts is None and e.logprob is None for e in second.events)
+
+
+class Steps:
+    """A constraint: ids that grow, up to 60."""
+
+    def __init__(self):
+        self.last, self.done = 2, False
+
+    def mask(self):
+        return np.arange(64) > self.last
+
+    def accept(self, token):
+        assert token > self.last
+        self.last, self.done = token, token >= 60
+
+
+def test_bias_and_constraint_shift_their_own_row_alone(tiny):
+    plain, forced = Request([5, 6], 9, 1.0, stop_ids=()), {11: 1e6}
+    growing = Request([7, 8], 60, 1.0, constraint=Steps(), stop_ids=())
+    biased = Request([7, 8], 4, logit_bias=forced)
+    empty = Steps()
+    empty.last = 64
+    nothing = replace(growing, constraint=empty)
+    engine = Engine(tiny, slots=4)
+    results = serve(engine, [plain, growing, biased, nothing, plain, plain])
+    for i in (0, 4, 5):
+        assert results[i].tokens == alone(tiny, plain)
+    grown = results[1].tokens
+    assert grown == sorted(set(grown)) and grown[-1] >= 60
+    assert results[1].finish_reason == "stop"
+    assert results[2].tokens == [11] * 4
+    assert results[3].finish_reason == "error" and "0 ids allowed" in results[3].error
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(tiny):
+    engine = Engine(tiny, slots=3, prefill_chunk=16)
+    writer = engine.submit(Request([5, 6], 40, stop_ids=()))
+    engine.step()
+    long, short = (engine.submit(Request([9] * n, 4, stop_ids=())) for n in (60, 3))
+    written = len(writer.events)
+    while not long.events:
+        before = engine.stats.chunk_tokens
+        engine.step()
+        written += 1
+        assert len(writer.events) == written and not short.events
+        assert engine.stats.chunk_tokens - before <= 16
+    finish(engine)
+    assert written == 1 + 4 and short.times["first"] > long.times["first"]
+
+
+class Letters:
+    """A tokenizer whose ids are characters."""
+
+    def stream(self):
+        self.push, self.flush = chr, str
+        return self
+
+
+def test_text_ends_before_the_first_stop_string(any_types):
+    rng = np.random.default_rng(7)
+    for _ in range(300):
+        text = "".join(rng.choice([*"ab"], 12))
+        stops = ["".join(rng.choice([*"ab"], rng.integers(1, 6))) for _ in range(2)]
+        row, said = RowText(Letters(), stops), ""
+        for c in text:
+            said += row.push(ord(c))
+            if row.stopped:
+                break
+        said += row.flush()
+        ends = [text.find(s) + len(s) for s in stops if s in text]
+        shown = text[: min(ends, default=None)] if ends else text
+        assert said == min((shown.split(s)[0] for s in stops), key=len)
+
+
+def test_threads_submit_read_and_are_turned_away(tiny, monkeypatch):
+    engine, stop = Engine(tiny, slots=2, max_waiting=3), threading.Event()
+    requests = some_requests(12, seed=8)
+    with pytest.raises(QueueFull, match="3 requests wait for 2 rows"):
+        for request in requests:
+            engine.submit(request)
+    assert engine.stats.refused == 1 and engine.stats.waiting == 3
+    thread = threading.Thread(target=engine.run, args=(stop,))
+    thread.start()
+    found = {}
+
+    def client(i):
+        while i not in found:
+            try:
+                found[i] = [e.token for e in engine.submit(requests[i])]
+            except QueueFull:
+                time.sleep(0.01)
+
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(12)]
+    for c in clients:
+        c.start()
+    for c in clients:
+        c.join(120)
+    for i, request in enumerate(requests):
+        assert [t for t in found[i] if t is not None] == alone(tiny, request)
+    real = engine.choose
+    monkeypatch.setattr(engine, "choose", lambda jobs: 1 / 0)
+    result = engine.submit(requests[0]).result(60.0)
+    assert result.finish_reason == "error" and "division by zero" in result.error
+    monkeypatch.setattr(engine, "choose", real)
+    assert engine.submit(requests[0]).result(60.0).tokens == alone(tiny, requests[0])
+    last = engine.submit(Request([5], 60, stop_ids=()))
+    stop.set()
+    thread.join(60)
+    assert last.result(0.0).finish_reason in ("cancelled", "length")
+    with pytest.raises(QueueFull, match="has ended"):
+        engine.submit(requests[0])
+
+
+def test_what_does_not_fit_is_refused_or_cut(tiny):
+    engine = Engine(tiny, slots=1, context=32)
+    with pytest.raises(ValueError, match="need 33 slots, a row has 32"):
+        engine.submit(Request([5] * 30, 4))
+    prompt = list(range(3, 40))
+    (result,) = serve(engine, [Request(prompt, 4, truncate=True)])
+    assert result.tokens == alone(tiny, Request(prompt[-29:], 4))
+    for wrong in ({"context": 65}, {"slots": 0}, {"max_waiting": 0}, {"prefill_chunk": 8}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Engine(tiny, **wrong)

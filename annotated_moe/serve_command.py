@@ -127,6 +127,7 @@ def run_serve(args: argparse.Namespace) -> None:
             timeout_graceful_shutdown=int(args.timeout) + 1,
             limit_concurrency=4 * (args.slots + args.max_waiting) + 256,
         ))
+        at.listen(1024)                     # who calls now will wait
         greet(args.host, at.getsockname()[1], key)
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, lambda *_: None)

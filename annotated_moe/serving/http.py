@@ -66,7 +66,9 @@ class Ticket:
 
     def expire(self) -> None:
         self.late = True
-        self.handle.cancel()
+        self.handle.cancel()                # and do not wait for it
+        self.queue.put_nowait(Event(
+            self.handle, 0, finish_reason="cancelled"))
 
     def close(self) -> None:
         """Nobody listens any more."""

@@ -97,7 +97,7 @@ def number(
                 f"must be {kind} from {low:g} to {high:g}, "
                 f"not {value!r:.60}"
             )
-        wish.options[option] = value
+        wish.options[option] = value if whole else float(value)
 
     return read
 

@@ -148,7 +148,8 @@ def test_a_mesh_says_what_one_device_says(tiny, axes):
 
 def test_who_cancels_leaves_within_a_step_and_the_others_stay(tiny):
     rng = np.random.default_rng(5)
-    requests = [replace(r, max_new_tokens=30, stop_ids=()) for r in some_requests(24, 5)]
+    requests = [
+        replace(r, max_new_tokens=30, stop_ids=()) for r in some_requests(24, 5)]
     engine = Engine(tiny, slots=4, prefill_chunk=16)
     handles = [engine.submit(request) for request in requests]
     gone = set()
@@ -176,7 +177,8 @@ def test_a_broken_row_breaks_no_other():
     table = params["in_out_embed"]["embeddings"]
     params["in_out_embed"]["embeddings"] = table.at[63].set(jnp.nan)
     broken = am.Model(config, params)
-    good = [replace(r, prompt=[t % 60 for t in r.prompt], stop_ids=(), logit_bias={63: -1e9})
+    never = {"stop_ids": (), "logit_bias": {63: -1e9}}
+    good = [replace(r, prompt=[t % 60 for t in r.prompt], **never)
             for r in some_requests(8, seed=6)]
     late = Request([5, 6, 7], 20, logit_bias={63: 1e9}, stop_ids=())
     bad = Request([3] * 18 + [63] * 4, 5)
@@ -192,7 +194,8 @@ def test_a_broken_row_breaks_no_other():
 
 
 def test_every_token_comes_with_its_experts_and_its_logarithms(tiny):
-    asked = Request([5, 9, 33, 8], 6, 1.0, seed=1, experts=True, logprobs=4, stop_ids=())
+    asked = Request(
+        [5, 9, 33, 8], 6, 1.0, seed=1, experts=True, logprobs=4, stop_ids=())
     plain = replace(asked, experts=False, logprobs=None, seed=2, prompt=[4, 4])
     first, second = serve(Engine(tiny, slots=2), [asked, plain])
     row = np.array([[*asked.prompt, *first.tokens]])
@@ -326,6 +329,7 @@ def test_what_does_not_fit_is_refused_or_cut(tiny):
     prompt = list(range(3, 40))
     (result,) = serve(engine, [Request(prompt, 4, truncate=True)])
     assert result.tokens == alone(tiny, Request(prompt[-29:], 4))
-    for wrong in ({"context": 65}, {"slots": 0}, {"max_waiting": 0}, {"prefill_chunk": 8}):
+    wrongs = {"context": 65}, {"slots": 0}, {"max_waiting": 0}, {"prefill_chunk": 8}
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Engine(tiny, **wrong)

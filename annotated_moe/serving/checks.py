@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from annotated_moe.generate import announce, stop_set
+from annotated_moe.generate import announce
 from annotated_moe.lens import expert_layers
 from annotated_moe.serving.requests import Request
 from annotated_moe.serving.rows import TOP
@@ -109,7 +109,6 @@ def check_submit(inputs: dict[str, Any]) -> None:
         temperature=request.temperature, top_p=request.top_p,
         top_k=request.top_k, seed=request.seed or 0, config=config,
     )
-    stop_set(model, request.stop_ids)
     check_stop(request.stop, model)
     check_bias(request.logit_bias, config.vocab_size)
     if request.logprobs is not None:

@@ -61,7 +61,6 @@ class Job:
     handle: Handle
     row: int
     text: RowText
-    stop_ids: set[int]
     seed: int
     read: int = 0                           # tokens of the prompt
     tokens: list[int] = field(default_factory=list)
@@ -179,6 +178,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i in range(most) if a[i] != b[i]), most)
 
 
+# %% book/chapters/30b_engine.md, cell 19
 def find_prefix(
     engine: "Engine", prompt: list[int]
 ) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def find_prefix(
     return source, most if most >= LEAST_PREFIX else 0
 
 
-# %% book/chapters/30b_engine.md, cell 19
+# %% book/chapters/30b_engine.md, cell 20
 def take_row(engine: "Engine", source: int, reused: int) -> int:
     """A free row; `source`, of which `reused` tokens are, last."""
     free = engine.free
@@ -204,7 +204,7 @@ def take_row(engine: "Engine", source: int, reused: int) -> int:
     return free.popleft()
 
 
-# %% book/chapters/30b_engine.md, cell 20
+# %% book/chapters/30b_engine.md, cell 21
 def admit(engine: "Engine") -> Job | None:
     """Give the request that waits longest a row, if one is free."""
     with engine.changed:
@@ -219,7 +219,7 @@ def admit(engine: "Engine") -> Job | None:
         seed = int(engine.random.integers(2**32))
     job = Job(
         handle, row, RowText(engine.model.tokenizer, request.stop),
-        stop_set(engine.model, request.stop_ids), seed, reused,
+        seed, reused,
     )
     engine.jobs[row] = engine.filling = job
     handle.times["started"] = time.perf_counter()
@@ -232,7 +232,7 @@ def admit(engine: "Engine") -> Job | None:
     return job
 
 
-# %% book/chapters/30b_engine.md, cell 21
+# %% book/chapters/30b_engine.md, cell 22
 def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     """bool [V]: the ids that may come next; ValueError if none may."""
     mask = np.asarray(constraint.mask(), bool)
@@ -244,7 +244,7 @@ def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     return mask
 
 
-# %% book/chapters/30b_engine.md, cell 22
+# %% book/chapters/30b_engine.md, cell 23
 def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     """Write what shifts the logits of jobs; which of them go on."""
     going = []
@@ -263,7 +263,7 @@ def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     return going
 
 
-# %% book/chapters/30b_engine.md, cell 23
+# %% book/chapters/30b_engine.md, cell 24
 def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     """Steps and settings of all rows; those without a job: greedy."""
     steps = np.zeros(rows, np.int32)
@@ -280,6 +280,7 @@ def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     return steps, settings
 
 
+# %% book/chapters/30b_engine.md, cell 25
 def choose_tokens(engine: "Engine", jobs: list[Job]) -> Choice:
     """The next token of each job's row, on the host."""
     steps, settings = settings_of(jobs, engine.slots)
@@ -287,7 +288,8 @@ def choose_tokens(engine: "Engine", jobs: list[Job]) -> Choice:
     cuts = (settings.top_k > 0) | (settings.top_p < 1)
     how = "cut" if (warm & cuts).any() else "drawn"
     asked = [job.request for job in jobs]
-    shifted = any(r.logit_bias or r.constraint for r in asked)
+    shifted = any(
+        r.logit_bias or r.constraint is not None for r in asked)
     choice = choose_rows(
         engine.logits, steps, settings,
         engine.shift if shifted else None,
@@ -298,7 +300,7 @@ def choose_tokens(engine: "Engine", jobs: list[Job]) -> Choice:
     return found
 
 
-# %% book/chapters/30b_engine.md, cell 24
+# %% book/chapters/30b_engine.md, cell 26
 BROKEN = (
     "logits are NaN or infinite; are the weights? "
     "`annotated_moe.verify` holds them to their checksums"
@@ -314,13 +316,13 @@ def hand_out(
         if token == NO_TOKEN:
             engine.held[job.row] = []
             engine.end(job, "error", BROKEN)
-        elif token in job.stop_ids:
+        elif token in job.handle.stop_ids:
             engine.end(job, "stop")
         else:
             engine.give(job, token, choice)
 
 
-# %% book/chapters/30b_engine.md, cell 25
+# %% book/chapters/30b_engine.md, cell 27
 def give(
     engine: "Engine", job: Job, token: int, choice: Choice
 ) -> None:
@@ -347,6 +349,7 @@ def give(
     return engine.finish(job, event) if reason else engine.tell(event)
 
 
+# %% book/chapters/30b_engine.md, cell 28
 def ranks(choice: Choice, row: int, count: int | None) -> Any:
     """A token's log-probability, and those of the likeliest."""
     if count is None:
@@ -356,7 +359,7 @@ def ranks(choice: Choice, row: int, count: int | None) -> Any:
     return float(choice.logprobs[row]), tuple(pairs)[:count]
 
 
-# %% book/chapters/30b_engine.md, cell 26
+# %% book/chapters/30b_engine.md, cell 29
 def end(
     engine: "Engine", job: Job, reason: str, error: str | None = None
 ) -> None:
@@ -367,6 +370,7 @@ def end(
     ))
 
 
+# %% book/chapters/30b_engine.md, cell 30
 def finish(engine: "Engine", job: Job, event: Event) -> None:
     """Free a job's row, and tell."""
     if engine.filling is job:
@@ -378,6 +382,7 @@ def finish(engine: "Engine", job: Job, event: Event) -> None:
     engine.tell(event)
 
 
+# %% book/chapters/30b_engine.md, cell 31
 def tell(engine: "Engine", event: Event) -> None:
     """Give an event to whoever waits for it."""
     if reason := event.finish_reason:
@@ -390,7 +395,7 @@ def tell(engine: "Engine", event: Event) -> None:
         event.handle.cancel()
 
 
-# %% book/chapters/30b_engine.md, cell 27
+# %% book/chapters/30b_engine.md, cell 32
 def end_cancelled(engine: "Engine") -> None:
     """End what was cancelled, in rows and in the queue."""
     for job in engine.jobs:
@@ -404,7 +409,7 @@ def end_cancelled(engine: "Engine") -> None:
         engine.tell(Event(handle, 0, finish_reason="cancelled"))
 
 
-# %% book/chapters/30b_engine.md, cell 29
+# %% book/chapters/30b_engine.md, cell 34
 def submit(
     engine: "Engine", request: Request,
     on_event: Callable[[Event], None] | None = None,
@@ -415,7 +420,8 @@ def submit(
     any thread. TypeError or ValueError for a request that cannot be
     run; QueueFull if too many wait, or the engine has ended.
     """
-    handle = Handle(request, engine.fit(request), on_event)
+    stop_ids = stop_set(engine.model, request.stop_ids)
+    handle = Handle(request, engine.fit(request), stop_ids, on_event)
     with engine.changed:
         if engine.ended:
             raise QueueFull("the engine has ended")
@@ -431,7 +437,7 @@ def submit(
     return handle
 
 
-# %% book/chapters/30b_engine.md, cell 30
+# %% book/chapters/30b_engine.md, cell 35
 def fit(engine: "Engine", request: Request) -> list[int]:
     """The ids of a prompt that fits; the request is checked."""
     prompt = np.asarray(request.prompt).tolist()
@@ -446,7 +452,7 @@ def fit(engine: "Engine", request: Request) -> list[int]:
     return prompt
 
 
-# %% book/chapters/30b_engine.md, cell 31
+# %% book/chapters/30b_engine.md, cell 36
 def run(engine: "Engine", stop: threading.Event) -> None:
     """Step while there is work, until `stop` is set.
 
@@ -467,6 +473,7 @@ def run(engine: "Engine", stop: threading.Event) -> None:
         engine.close()
 
 
+# %% book/chapters/30b_engine.md, cell 37
 def fail(engine: "Engine", error: Exception) -> None:
     """End all that runs, with the error; begin again with no rows."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -476,6 +483,7 @@ def fail(engine: "Engine", error: Exception) -> None:
     engine.start_over()
 
 
+# %% book/chapters/30b_engine.md, cell 38
 def close(engine: "Engine") -> None:
     """Take no more requests, and cancel those that are there."""
     with engine.changed:
@@ -487,7 +495,7 @@ def close(engine: "Engine") -> None:
     engine.end_cancelled()
 
 
-# %% book/chapters/30b_engine.md, cell 32
+# %% book/chapters/30b_engine.md, cell 39
 @dataclass
 class Stats:
     """Counts since the engine began; `waiting`, `running`: now."""
@@ -508,7 +516,7 @@ class Stats:
     chunk_tokens: int = 0                   # of these, with padding
 
 
-# %% book/chapters/30b_engine.md, cell 33
+# %% book/chapters/30b_engine.md, cell 40
 class Engine:
     """Many requests through one batch, whose rows come and go.
 

@@ -136,11 +136,11 @@ class Handle:
     """
 
     def __init__(
-        self, request: Request, prompt: list[int],
+        self, request: Request, prompt: list[int], stop_ids: set[int],
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.request, self.prompt = request, prompt
-        self.on_event = on_event
+        self.stop_ids, self.on_event = stop_ids, on_event
         self.events: list[Event] = []
         self.times = {"submitted": time.perf_counter()}
         self.cancelled = False
@@ -192,6 +192,6 @@ class Handle:
                       events)
 
 
-# %% book/chapters/30b_engine.md, cell 28
+# %% book/chapters/30b_engine.md, cell 33
 class QueueFull(RuntimeError):
     """As many requests wait as may; come back later."""

@@ -108,6 +108,7 @@ def place_logits(
     logits: Float32[Array, "B V"], row: Int[Any, ""],
     last: Float32[Array, "1 V"],
 ) -> Float32[Array, "B V"]:
+    """The logits, in whose `row` are now those of a prompt's end."""
     return logits.at[row].set(last[0])
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from annotated_moe import hosts
 from annotated_moe.cache import CACHE_KINDS
 from annotated_moe.chat import chat_ids
+from annotated_moe.chat_command import add_chat
 from annotated_moe.checkpoints import (
     load,
     open_checkpoint,
@@ -39,6 +40,7 @@ from annotated_moe.formats.writing import Part
 from annotated_moe.generate import Model
 from annotated_moe.parallel import EXCHANGES, make_mesh
 from annotated_moe.plan import add_plan, parameter_counts, parse_mesh
+from annotated_moe.serve_command import add_serve
 from annotated_moe.specs import to_json
 from annotated_moe.streaming import StreamedModel, with_progress
 from annotated_moe.tokenizer import split_at
@@ -424,3 +426,5 @@ def add_quantize(commands: Any) -> None:
 COMMANDS["quantize"] = add_quantize
 COMMANDS["plan"] = add_plan
 COMMANDS["train"] = add_train
+COMMANDS["serve"] = add_serve
+COMMANDS["chat"] = add_chat

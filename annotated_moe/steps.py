@@ -397,6 +397,17 @@ def check_step(
 
 
 # %% book/chapters/28_steps.md, cell 31
+def only_if(
+    condition: Bool[Array, ""], change: Callable[[Any], Any], state: Any
+) -> Any:
+    """`change(state)` if `condition`, else `state`; in place."""
+    def once(carry: Any) -> Any:
+        return change(carry[0]), jnp.zeros((), bool)
+
+    return jax.lax.while_loop(
+        lambda carry: carry[1], once, (state, condition))[0]
+
+
 Find = Callable[[Array, Array, int], tuple[Array, Array]]
 
 
@@ -429,9 +440,8 @@ def run_guesses(
                 stop, most, config, sampled,
             )
 
-        state = jax.lax.cond(
-            some, partial(check, speculate), partial(check, 0), state)
-        return state, i + 1
+        state = only_if(some, partial(check, speculate), state)
+        return only_if(~some, partial(check, 0), state), i + 1
 
     state, _ = jax.lax.while_loop(wanted, step, (state, jnp.int32(0)))
     return state, (state.text, state.made, state.going)

@@ -109,6 +109,7 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
         "top_p": (float, "nucleus: the share of probability to keep"),
         "top_k": (int, "keep the k likeliest tokens; all unless given"),
         "seed": (int, "same seed, same text"),
+        "speculate": (int, "guess so many tokens a step; same text"),
     }
     for name, (kind, text) in about.items():
         default = usual[name].default
@@ -248,6 +249,7 @@ def run_generate(args: argparse.Namespace) -> None:
         prompt, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, top_p=args.top_p,
         top_k=args.top_k, seed=args.seed, stop_ids=stop, images=tiles,
+        speculate=args.speculate,
     )
     say(f"{status}\nCompiling, which takes some seconds ...\n")
     if isinstance(model, StreamedModel):

@@ -150,9 +150,16 @@ def check_tokens_made(tokens: list[int], step: int) -> list[int]:
 # %% book/chapters/08c_generate.md, cell 9
 def token_steps(
     model: "Model", rows: Rows, settings: Sampling, count: int,
-    tiles: Any = None,
+    tiles: Any = None, stop: Collection[int] = (),
+    streams: bool = True, speculate: int = 0,
 ) -> Iterator[list[int]]:
-    """The next token of every row, `count` times."""
+    """The next token of every row, `count` times.
+
+    What stops a row, and whether each token is wanted at once, does
+    not matter to this loop. ValueError if it should speculate.
+    """
+    if speculate:
+        raise ValueError("this model never guesses: leave out speculate")
     if not rows or not count:
         return
     c, longest = model.config, max(map(len, rows))
@@ -171,6 +178,10 @@ def token_steps(
 
 
 # %% book/chapters/08c_generate.md, cell 10
+LOOPS: list[Callable[..., Iterator[list[int]]]] = [token_steps]
+
+
+# %% book/chapters/08c_generate.md, cell 11
 def collect(
     steps: Iterable[list[int]], rows: int, stop_ids: Collection[int]
 ) -> Rows:
@@ -186,7 +197,7 @@ def collect(
     return new
 
 
-# %% book/chapters/08c_generate.md, cell 11
+# %% book/chapters/08c_generate.md, cell 12
 def stream_text(
     ids: Iterable[int], tokenizer: Tokenizer
 ) -> Iterator[str]:
@@ -197,7 +208,7 @@ def stream_text(
     yield text.flush()
 
 
-# %% book/chapters/08c_generate.md, cell 12
+# %% book/chapters/08c_generate.md, cell 13
 def logits(
     model: "Model", tokens: Any, lengths: Any = None, mask: Any = None,
     images: Any = None,
@@ -230,7 +241,7 @@ def logits(
     return jnp.where(mask[..., None], y, 0)
 
 
-# %% book/chapters/08c_generate.md, cell 13
+# %% book/chapters/08c_generate.md, cell 14
 def stop_set(
     model: "Model", stop_ids: Iterable[int] | None
 ) -> set[int]:
@@ -245,19 +256,21 @@ def stop_set(
         ) from None
 
 
-# %% book/chapters/08c_generate.md, cell 14
+# %% book/chapters/08c_generate.md, cell 15
 def generate_ids(
     model: "Model", prompts: Iterable[Any], max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
     top_k: Integers | None = None, seed: Integers = 0,
     stop_ids: Iterable[int] | None = None, images: Any = None,
+    speculate: int = 0,
 ) -> Rows:
     """New ids for each list of ids; a stop id ends a row, unseen.
 
     Each option is one number, or one a prompt; a single seed counts
     up. `stop_ids` are the configuration's unless given. `images`: for
     models that see, each prompt's tiles [I, C, Y, X], or None.
-    TypeError or ValueError for what cannot be run.
+    `speculate`: guess so many tokens a step, for loops that can; the
+    ids are the same. TypeError or ValueError for what cannot be run.
     """
     stop = stop_set(model, stop_ids)
     rows = [np.asarray(row).tolist() for row in prompts]
@@ -265,21 +278,25 @@ def generate_ids(
         model.mesh, "generate_ids", prompts=rows,
         max_new_tokens=max_new_tokens, temperature=temperature,
         top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop,
-        images=images, config=model.config,
+        images=images, speculate=speculate, config=model.config,
     )
     settings = settings_per_row(
         len(rows), temperature, top_p, top_k, seed
     )
-    steps = token_steps(model, rows, settings, max_new_tokens, images)
+    steps = LOOPS[-1](
+        model, rows, settings, max_new_tokens, images, stop,
+        streams=False, speculate=speculate,
+    )
     return collect(steps, len(rows), stop)
 
 
-# %% book/chapters/08c_generate.md, cell 15
+# %% book/chapters/08c_generate.md, cell 16
 def stream_ids(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
     top_k: int | None = None, seed: int = 0,
     stop_ids: Iterable[int] | None = None, images: Any = None,
+    speculate: int = 0,
 ) -> Iterator[int]:
     """The new ids of one list of ids, each as it comes."""
     stop = stop_set(model, stop_ids)
@@ -288,16 +305,19 @@ def stream_ids(
         model.mesh, "stream_ids", prompts=rows,
         max_new_tokens=max_new_tokens, temperature=temperature,
         top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop,
-        images=images, config=model.config,
+        images=images, speculate=speculate, config=model.config,
     )
     settings = settings_per_row(1, temperature, top_p, top_k, seed)
     tiles = None if images is None else [images]
-    steps = token_steps(model, rows, settings, max_new_tokens, tiles)
+    steps = LOOPS[-1](
+        model, rows, settings, max_new_tokens, tiles, stop,
+        streams=True, speculate=speculate,
+    )
     ids = (token for (token,) in steps)
     return takewhile(lambda token: token not in stop, ids)
 
 
-# %% book/chapters/08c_generate.md, cell 16
+# %% book/chapters/08c_generate.md, cell 17
 def read_prompt(
     model: "Model", prompt: Any, images: Any = None,
     add_bos: bool | None = None,
@@ -324,7 +344,7 @@ def no_inputs(
     return None
 
 
-# %% book/chapters/08c_generate.md, cell 17
+# %% book/chapters/08c_generate.md, cell 18
 def read_prompts(
     model: "Model", prompts: Sequence[Any], images: Any,
     add_bos: bool | None,
@@ -354,13 +374,13 @@ def read_prompts(
     return rows, tiles
 
 
-# %% book/chapters/08c_generate.md, cell 18
+# %% book/chapters/08c_generate.md, cell 19
 def generate(
     model: "Model", prompts: Any, max_new_tokens: int = 32,
     temperature: Numbers = 0.0, top_p: Numbers = 1.0,
     top_k: Integers | None = None, seed: Integers = 0,
     stop_ids: Iterable[int] | None = None, images: Any = None,
-    add_bos: bool | None = None,
+    add_bos: bool | None = None, speculate: int = 0,
 ) -> Any:
     """New text for a text, or a list of them for a list.
 
@@ -379,20 +399,20 @@ def generate(
     new = model.generate_ids(
         rows, max_new_tokens=max_new_tokens, temperature=temperature,
         top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop_ids,
-        images=some,
+        images=some, speculate=speculate,
     )
     tokenizer = model.require_tokenizer()
     texts = [tokenizer.decode(row) for row in new]
     return texts[0] if one else texts
 
 
-# %% book/chapters/08c_generate.md, cell 19
+# %% book/chapters/08c_generate.md, cell 20
 def stream(
     model: "Model", prompt: Any, max_new_tokens: int = 32,
     temperature: float = 0.0, top_p: float = 1.0,
     top_k: int | None = None, seed: int = 0,
     stop_ids: Iterable[int] | None = None, images: Any = None,
-    add_bos: bool | None = None,
+    add_bos: bool | None = None, speculate: int = 0,
 ) -> Iterator[str]:
     """The new text of one prompt, piece by piece as it comes.
 
@@ -403,12 +423,12 @@ def stream(
     ids = model.stream_ids(
         row, max_new_tokens=max_new_tokens, temperature=temperature,
         top_p=top_p, top_k=top_k, seed=seed, stop_ids=stop_ids,
-        images=tiles,
+        images=tiles, speculate=speculate,
     )
     return stream_text(ids, model.require_tokenizer())
 
 
-# %% book/chapters/08c_generate.md, cell 20
+# %% book/chapters/08c_generate.md, cell 21
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A configuration, its weights, and where and with what to run.
@@ -473,7 +493,7 @@ class Model:
     stream = stream
 
 
-# %% book/chapters/08c_generate.md, cell 21
+# %% book/chapters/08c_generate.md, cell 22
 MODEL_CLASSES: dict[type, type[Model]] = {ModelConfig: Model}
 
 
@@ -655,6 +675,9 @@ def check_request(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
     new, rows = inputs["max_new_tokens"], inputs["prompts"]
     if type(new) is not int or new < 0:
         raise ValueError(f"max_new_tokens must be 0 or more: {new!r}")
+    guesses = inputs.get("speculate", 0)
+    if type(guesses) is not int or guesses < 0:
+        raise ValueError(f"speculate must be 0 or more: {guesses!r}")
     for i, row in enumerate(rows):
         check_prompt(i, row, new, inputs["config"])
     check_settings(len(rows), inputs["temperature"], inputs["top_p"],

@@ -93,7 +93,8 @@ def test_defaults_are_those_of_the_library():
     args = cli.make_parser("generate").parse_args(["generate", "--prompt", "x"])
     for method in (am.Model.stream, am.Model.generate):
         usual = inspect.signature(method).parameters
-        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed"):
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed",
+                     "speculate"):  # fmt: skip
             assert getattr(args, name) == usual[name].default, name
 
 

@@ -527,7 +527,8 @@ def test_options_are_in_the_signatures_with_one_default():
         known = inspect.signature(getattr(Model, name)).parameters
         assert all(p.kind == p.POSITIONAL_OR_KEYWORD for p in known.values())
         assert list(known)[2:9] == OPTIONS
-        assert list(known)[9:] == ([] if name.endswith("ids") else ["add_bos"])
+        more = ["speculate"] if name.endswith("ids") else ["add_bos", "speculate"]
+        assert list(known)[9:] == more and known["speculate"].default == 0
         found.append([known[option].default for option in OPTIONS])
         with pytest.raises(TypeError, match="unexpected keyword .*'temprature'"):
             getattr(model(), name)([[1]], temprature=1.0)
@@ -613,6 +614,7 @@ def test_what_is_no_list_of_prompts(wrong, any_types):
         ("top_k", [[1]], {"top_k": 0}),
         ("seed must be one number", [[1], [2]], {"seed": [1, 2, 3]}),
         ("seed must be an integer", [[1]], {"seed": -1}),
+        ("speculate must be 0 or more", [[1]], {"speculate": -1}),
     ],
 )
 def test_requests_that_cannot_be_run(error, prompts, options):

@@ -221,7 +221,7 @@ def converse(
         except KeyboardInterrupt:
             note("\n/exit or Ctrl-D ends the program.")
         except (ValueError, OSError, TypeError) as error:
-            if talk.messages[-1:] and talk.messages[-1]["role"] == "user":
+            if talk.messages and talk.messages[-1]["role"] == "user":
                 talk.messages.pop()
             note(str(error))
 
@@ -285,9 +285,9 @@ def run_chat(args: argparse.Namespace) -> None:
     model = load(args.model, dtype=args.dtype)
     model.require_tokenizer()
     engine, stop = Engine(model, slots=1), threading.Event()
-    talk = Talk(model, engine, {
-        name: getattr(args, name) for name in SETTINGS}, [], args.system)
-    engine.submit(Request([1], **talk.options)).cancel()    # or no
+    options = {name: getattr(args, name) for name in SETTINGS}
+    engine.submit(Request([1], **options)).cancel()     # ValueError
+    talk = Talk(model, engine, options, [], args.system)
     thread = threading.Thread(
         target=engine.run, args=[stop], daemon=True)
     thread.start()

@@ -136,6 +136,7 @@ def run_serve(args: argparse.Namespace) -> None:
     tell("Finished what ran; goodbye.")
 
 
+# %% book/chapters/98_server_details.md, cell 26
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

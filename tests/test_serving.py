@@ -183,6 +183,7 @@ def test_a_broken_row_breaks_no_other():
     late = Request([5, 6, 7], 20, logit_bias={63: 1e9}, stop_ids=())
     bad = Request([3] * 18 + [63] * 4, 5)
     engine = Engine(broken, slots=3, max_waiting=40)
+    good[4] = replace(good[4], prompt=[3] * 18 + [5, 6])
     results = serve(engine, [*good[:4], bad, late, bad, *good[4:]])
     for i in (4, 6):
         assert results[i].finish_reason == "error" and results[i].tokens == []
@@ -232,15 +233,16 @@ def test_bias_and_constraint_shift_their_own_row_alone(tiny):
     empty = Steps()
     empty.last = 64
     nothing = replace(growing, constraint=empty)
-    engine = Engine(tiny, slots=4)
-    results = serve(engine, [plain, growing, biased, nothing, plain, plain])
-    for i in (0, 4, 5):
+    steady = Request([9], 40, logit_bias={12: 1.0}, stop_ids=())
+    asked = [plain, growing, biased, steady, nothing, plain, plain, plain]
+    results = serve(Engine(tiny, slots=4), asked)
+    for i in (0, 5, 6, 7):
         assert results[i].tokens == alone(tiny, plain)
     grown = results[1].tokens
     assert grown == sorted(set(grown)) and grown[-1] >= 60
     assert results[1].finish_reason == "stop"
     assert results[2].tokens == [11] * 4
-    assert results[3].finish_reason == "error" and "0 ids allowed" in results[3].error
+    assert results[4].finish_reason == "error" and "0 ids allowed" in results[4].error
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(tiny):

@@ -133,7 +133,6 @@ def fill(engine: "Engine") -> list[Job]:
         if last:
             engine.cache = place_row(
                 engine.cache, np.int32(job.row), engine.side)
-            engine.held[job.row] = list(prompt)
             engine.filling = None
             joined.append(job)
     return joined
@@ -313,6 +312,8 @@ def hand_out(
     """Each row's token: to its job, and to who asked for it."""
     for job in jobs:
         token = int(choice.tokens[job.row])
+        if not job.tokens:
+            engine.held[job.row] = list(job.handle.prompt)
         if token == NO_TOKEN:
             engine.held[job.row] = []
             engine.end(job, "error", BROKEN)

@@ -119,7 +119,7 @@ wheel-notebooks: env
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL)/venv/bin/pip install --quiet -c requirements.txt \
 		$(WHEEL)/*.whl ipykernel matplotlib jupytext nbmake pytest-xdist \
-		tokenizers tiktoken jinja2 pyflakes
+		tokenizers tiktoken jinja2 pyflakes starlette uvicorn llguidance
 	cp book/chapters/*.ipynb $(WHEEL)/empty
 	cd $(WHEEL)/empty && \
 		../venv/bin/pytest -n 2 --nbmake --nbmake-timeout=300 -c /dev/null .
@@ -137,7 +137,7 @@ test-newest:
 	rm -rf $(NEWEST) && mkdir -p $(NEWEST)/empty
 	$(PYTHON) -m venv $(NEWEST)/venv
 	$(NEWEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check \
-		--upgrade '.[book,test,tokenizers,images,train]'
+		--upgrade '.[book,test,tokenizers,images,train,serve]'
 	$(NEWEST)/venv/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version)"
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 		$(NEWEST)/venv/bin/pytest -n 2 --dist worksteal tests

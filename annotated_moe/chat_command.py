@@ -20,7 +20,7 @@ from annotated_moe.serving.requests import Handle, Request
 from annotated_moe.tokenizer import needed
 
 
-# %% book/chapters/98_server_details.md, cell 26
+# %% book/chapters/98_server_details.md, cell 27
 @dataclass
 class Talk:
     """What was said so far, and how to go on."""
@@ -70,7 +70,7 @@ class Talk:
         return False
 
 
-# %% book/chapters/98_server_details.md, cell 27
+# %% book/chapters/98_server_details.md, cell 28
 def printable(text: str) -> str:
     """Without characters that a terminal obeys."""
     return "".join([c if c.isprintable() or c in "\n\t" else "\ufffd"
@@ -106,7 +106,7 @@ def reply(talk: Talk, show: Callable[[str], None]) -> bool:
     return whole
 
 
-# %% book/chapters/98_server_details.md, cell 28
+# %% book/chapters/98_server_details.md, cell 29
 COMMANDS = {
     "/help": "this list",
     "/clear": "forget what was said",
@@ -140,7 +140,7 @@ def set_option(talk: Talk, words: list[str]) -> str:
     return f"{name} is {new}"
 
 
-# %% book/chapters/98_server_details.md, cell 29
+# %% book/chapters/98_server_details.md, cell 30
 def obey(talk: Talk, line: str) -> str | None:
     """What a command says; None if the model shall answer again.
 
@@ -178,7 +178,7 @@ def obey(talk: Talk, line: str) -> str | None:
     return "\n".join([*wrong, *said])
 
 
-# %% book/chapters/98_server_details.md, cell 30
+# %% book/chapters/98_server_details.md, cell 31
 def read_turn(ask: Callable[[str], str]) -> str:
     """A message of a line or of several; EOFError at the end."""
     line = ask("> ")
@@ -194,7 +194,7 @@ def read_turn(ask: Callable[[str], str]) -> str:
     return "\n".join(lines)
 
 
-# %% book/chapters/98_server_details.md, cell 31
+# %% book/chapters/98_server_details.md, cell 32
 def converse(
     talk: Talk, ask: Callable[[str], str],
     show: Callable[[str], None], note: Callable[[str], None],
@@ -221,12 +221,12 @@ def converse(
         except KeyboardInterrupt:
             note("\n/exit or Ctrl-D ends the program.")
         except (ValueError, OSError, TypeError) as error:
-            if talk.messages[-1:] and talk.messages[-1]["role"] == "user":
+            if talk.messages and talk.messages[-1]["role"] == "user":
                 talk.messages.pop()
             note(str(error))
 
 
-# %% book/chapters/98_server_details.md, cell 32
+# %% book/chapters/98_server_details.md, cell 33
 @contextlib.contextmanager
 def history() -> Iterator[None]:
     """Arrow keys bring back what was typed, today and before."""
@@ -266,7 +266,7 @@ def in_terminal(talk: Talk) -> None:
     out.print()
 
 
-# %% book/chapters/98_server_details.md, cell 33
+# %% book/chapters/98_server_details.md, cell 34
 def from_pipe(talk: Talk) -> None:
     """Lines of standard input are messages; replies come out."""
     def ask(_: str) -> str:
@@ -285,9 +285,9 @@ def run_chat(args: argparse.Namespace) -> None:
     model = load(args.model, dtype=args.dtype)
     model.require_tokenizer()
     engine, stop = Engine(model, slots=1), threading.Event()
-    talk = Talk(model, engine, {
-        name: getattr(args, name) for name in SETTINGS}, [], args.system)
-    engine.submit(Request([1], **talk.options)).cancel()    # or no
+    options = {name: getattr(args, name) for name in SETTINGS}
+    engine.submit(Request([1], **options)).cancel()     # ValueError
+    talk = Talk(model, engine, options, [], args.system)
     thread = threading.Thread(
         target=engine.run, args=[stop], daemon=True)
     thread.start()

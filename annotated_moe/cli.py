@@ -3,8 +3,8 @@
 --prompt "In the beginning"`. Text goes to standard output as it comes;
 everything else goes to standard error, and bad input is one line that
 says what to do. By the end of this page you will have that program:
-`generate`, `info`, `convert`, `quantize`, `plan` and train. It is
-plumbing, and none of it is needed to understand the model.
+`generate`, `info`, `convert`, `quantize`, `plan`, train, and serve and
+chat. It is plumbing, and none of it is needed to understand the model.
 """
 
 import argparse

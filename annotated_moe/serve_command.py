@@ -85,7 +85,7 @@ def model_of(args: argparse.Namespace) -> Model:
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:
-        pass                                # too late; they may be there
+        pass                                # they may be there
     return load(args.model, make_mesh(**sizes), args.dtype)
 
 
@@ -109,7 +109,8 @@ def run_serve(args: argparse.Namespace) -> None:
         if value is not None and not value > 0:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} ({about}) must be above 0")
-    key, at = os.environ.get(KEY, ""), take_address(args.host, args.port)
+    key = os.environ.get(KEY, "")
+    at = take_address(args.host, args.port)
     with at:
         engine = Engine(model_of(args), args.slots, args.context,
                         max_waiting=args.max_waiting)
@@ -135,6 +136,7 @@ def run_serve(args: argparse.Namespace) -> None:
     tell("Finished what ran; goodbye.")
 
 
+# %% book/chapters/98_server_details.md, cell 26
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

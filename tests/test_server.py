@@ -247,7 +247,7 @@ BAD = {
 }
 BAD_TEXT = {
     "prompt": ["", [], 7, {}, [1.5], [[1], [2]], ["a", "b"], [-1], [10**6], [True], [[]],
-               "half \ud800 of a pair", "long " * 200],
+               "half \ud800 of a pair", "long " * 300],
     "logprobs": [-1, 9, True, "2"], "echo": [True, 1], "best_of": [2], "suffix": ["x"],
 }
 BAD_CHAT = {

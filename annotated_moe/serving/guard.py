@@ -31,11 +31,15 @@ class Guard:
     names under which it may be called. Empty: anyone, anyhow.
     """
 
-    def __init__(self, app: Any, key: str, hosts: Iterable[str]) -> None:
+    def __init__(
+        self, app: Any, key: str, hosts: Iterable[str]
+    ) -> None:
         self.app, self.key = app, key.encode()
         self.hosts = frozenset(hosts)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(
+        self, scope: Any, receive: Any, send: Any
+    ) -> None:
         no = self.wrong(scope) if scope["type"] == "http" else None
         if no is None:
             await self.app(scope, receive, send)
@@ -109,7 +113,9 @@ class Meter:
             if name in times:
                 histogram.note(times[name] - times["submitted"])
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(
+        self, scope: Any, receive: Any, send: Any
+    ) -> None:
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"]

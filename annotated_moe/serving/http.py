@@ -45,7 +45,7 @@ from annotated_moe.serving.requests import (
 )
 
 
-# %% book/chapters/31_server.md, cell 9
+# %% book/chapters/31_server.md, cell 11
 class Ticket:
     """A request on its way, as a client's coroutine sees it.
 
@@ -88,7 +88,7 @@ class Ticket:
                 return
 
 
-# %% book/chapters/31_server.md, cell 10
+# %% book/chapters/31_server.md, cell 12
 class Service:
     """An engine in a thread, for an event loop to ask.
 
@@ -136,12 +136,13 @@ class Service:
         return min(max(math.ceil(turns * self.usual), 1), 60)
 
 
-# %% book/chapters/31_server.md, cell 25
+# %% book/chapters/31_server.md, cell 34
 def line_of(data: dict[str, Any]) -> bytes:
     """A server-sent event."""
     return b"data: " + dump(data) + b"\n\n"
 
 
+# %% book/chapters/31_server.md, cell 35
 async def lines_of(
     service: Service, wish: Wish, ticket: Ticket
 ) -> AsyncIterator[bytes]:
@@ -166,7 +167,7 @@ async def lines_of(
     yield b"data: [DONE]\n\n"
 
 
-# %% book/chapters/31_server.md, cell 26
+# %% book/chapters/31_server.md, cell 36
 def failed(ticket: Ticket, end: Event) -> Refusal | None:
     """Why a request did not end well, if it ended, and did not."""
     if end.finish_reason == "error":
@@ -181,7 +182,7 @@ def failed(ticket: Ticket, end: Event) -> Refusal | None:
     return Refusal("the server is going down", status=503)
 
 
-# %% book/chapters/31_server.md, cell 27
+# %% book/chapters/31_server.md, cell 37
 @contextlib.asynccontextmanager
 async def while_there(
     receive: Any, ticket: Ticket
@@ -201,14 +202,16 @@ async def while_there(
         ticket.close()
 
 
-# %% book/chapters/31_server.md, cell 28
+# %% book/chapters/31_server.md, cell 38
 class Streamed:
     """An answer in lines; an ASGI application, as answers are."""
 
     def __init__(self, lines: AsyncIterator[bytes], ticket: Ticket):
         self.lines, self.ticket = lines, ticket
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(
+        self, scope: Any, receive: Any, send: Any
+    ) -> None:
         headers = [(b"content-type", b"text/event-stream"),
                    (b"cache-control", b"no-store"),
                    (b"x-accel-buffering", b"no")]
@@ -221,7 +224,7 @@ class Streamed:
             await send({"type": "http.response.body", "body": b""})
 
 
-# %% book/chapters/31_server.md, cell 29
+# %% book/chapters/31_server.md, cell 39
 def as_json(
     data: Any, status: int = 200,
     headers: Mapping[str, str] | None = None,
@@ -229,6 +232,7 @@ def as_json(
     return Response(dump(data), status, headers, "application/json")
 
 
+# %% book/chapters/31_server.md, cell 40
 async def whole(
     service: Service, wish: Wish, ticket: Ticket, receive: Any
 ) -> Response:
@@ -244,7 +248,7 @@ async def whole(
     return as_json(answer | {"usage": usage_of(wish, count)})
 
 
-# %% book/chapters/31_server.md, cell 30
+# %% book/chapters/31_server.md, cell 41
 BODY_SECONDS = 30
 
 
@@ -274,11 +278,12 @@ async def read_json(http: web.Request, most: int) -> Any:
         raise Refusal(f"the body is no JSON: {why:.100}") from None
 
 
+# %% book/chapters/31_server.md, cell 42
 def no_number(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-# %% book/chapters/31_server.md, cell 31
+# %% book/chapters/31_server.md, cell 43
 async def answer(kind: str, http: web.Request) -> Any:
     """What a POST of a completion or a chat gets."""
     service: Service = http.app.state.service
@@ -292,7 +297,7 @@ async def answer(kind: str, http: web.Request) -> Any:
     return await whole(service, wish, ticket, http.receive)
 
 
-# %% book/chapters/31_server.md, cell 32
+# %% book/chapters/31_server.md, cell 44
 def take(service: Service, wish: Wish) -> Ticket:
     """Its place in the line, or Refusal."""
     if not service.thread.is_alive():
@@ -308,7 +313,7 @@ def take(service: Service, wish: Wish) -> Ticket:
     return ticket
 
 
-# %% book/chapters/31_server.md, cell 33
+# %% book/chapters/31_server.md, cell 45
 async def health(http: web.Request) -> Response:
     """Whether requests would be answered."""
     service: Service = http.app.state.service
@@ -318,7 +323,7 @@ async def health(http: web.Request) -> Response:
     return as_json(said, 200 if good else 503)
 
 
-# %% book/chapters/31_server.md, cell 34
+# %% book/chapters/31_server.md, cell 46
 ROUTES: list[Route] = [
     Route("/v1/completions", partial(answer, "completions"),
           methods=["POST"]),
@@ -328,7 +333,7 @@ ROUTES: list[Route] = [
 ]
 
 
-# %% book/chapters/31_server.md, cell 35
+# %% book/chapters/31_server.md, cell 47
 def refusal(error: Refusal) -> Response:
     """OpenAI's form of an error."""
     after = error.retry_after
@@ -336,6 +341,7 @@ def refusal(error: Refusal) -> Response:
     return as_json(error.body, error.status, headers)
 
 
+# %% book/chapters/31_server.md, cell 48
 async def refuse(http: web.Request, error: Exception) -> Response:
     """The answer to a request that went wrong."""
     if isinstance(error, Refusal):
@@ -348,7 +354,7 @@ async def refuse(http: web.Request, error: Exception) -> Response:
                            status=500))
 
 
-# %% book/chapters/31_server.md, cell 36
+# %% book/chapters/31_server.md, cell 49
 def make_app(
     service: Service, more: Sequence[Route] = ()
 ) -> Starlette:

@@ -16,7 +16,7 @@ from annotated_moe.serving.constraints import grammar_for, spelled
 from annotated_moe.serving.requests import Event, Request
 from annotated_moe.serving.rows import TOP
 
-# %% book/chapters/31_server.md, cell 11
+# %% book/chapters/31_server.md, cell 13
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -41,7 +41,7 @@ class Refusal(ValueError):
                           "param": self.param, "code": self.code}}
 
 
-# %% book/chapters/31_server.md, cell 12
+# %% book/chapters/31_server.md, cell 14
 @dataclass
 class Wish:
     """What a body asks for, of "completions" or of "chat"."""
@@ -68,7 +68,7 @@ class Wish:
         return Request(**self.options)
 
 
-# %% book/chapters/31_server.md, cell 13
+# %% book/chapters/31_server.md, cell 15
 Reader = Callable[[Wish, str, Any], None]
 FIELDS: dict[str, dict[str, Reader]] = {"completions": {}, "chat": {}}
 
@@ -83,7 +83,7 @@ def accepts(name: str, *kinds: str) -> Callable[[Reader], Reader]:
     return register
 
 
-# %% book/chapters/31_server.md, cell 14
+# %% book/chapters/31_server.md, cell 16
 def number(
     low: float | int, high: float | int, option: str,
     whole: bool = False,
@@ -102,11 +102,12 @@ def number(
     return read
 
 
+# %% book/chapters/31_server.md, cell 17
 accepts("temperature")(number(0, 2, "temperature"))
 accepts("top_p")(number(1e-6, 1, "top_p"))
 
 
-# %% book/chapters/31_server.md, cell 15
+# %% book/chapters/31_server.md, cell 18
 def truth(wish: Wish, name: str, value: Any) -> bool:
     """`value`, if it is true or false."""
     if type(value) is not bool:
@@ -114,6 +115,7 @@ def truth(wish: Wish, name: str, value: Any) -> bool:
     return value
 
 
+# %% book/chapters/31_server.md, cell 19
 @accepts("model")
 def read_model(wish: Wish, name: str, value: Any) -> None:
     if value != wish.name:
@@ -122,6 +124,7 @@ def read_model(wish: Wish, name: str, value: Any) -> None:
             f"{wish.name!r}", name, 404, "model_not_found")
 
 
+# %% book/chapters/31_server.md, cell 20
 @accepts("stream")
 def read_stream(wish: Wish, name: str, value: Any) -> None:
     wish.stream = truth(wish, name, value)
@@ -132,7 +135,7 @@ def read_experts(wish: Wish, name: str, value: Any) -> None:
     wish.options["experts"] = truth(wish, name, value)
 
 
-# %% book/chapters/31_server.md, cell 16
+# %% book/chapters/31_server.md, cell 21
 @accepts("prompt", "completions")
 def read_prompt(wish: Wish, name: str, value: Any) -> None:
     """One text, or the ids of one; a list of one of them will do."""
@@ -153,15 +156,16 @@ def read_prompt(wish: Wish, name: str, value: Any) -> None:
     wish.options["prompt"] = value
 
 
-# %% book/chapters/31_server.md, cell 17
+# %% book/chapters/31_server.md, cell 22
 def unknown(name: str, kind: str) -> Refusal:
     """What is said of a field that there is not."""
     close = difflib.get_close_matches(name, FIELDS[kind], 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return Refusal(
-        f"{name[:60]}: there is no such field{hint}", name[:60])
+        f"there is no field {name!r:.60}{hint}", name[:60])
 
 
+# %% book/chapters/31_server.md, cell 23
 def read_body(body: Any, wish: Wish) -> Wish:
     """The wish, complete; Refusal names the field that is wrong."""
     if not isinstance(body, dict):
@@ -182,7 +186,7 @@ def read_body(body: Any, wish: Wish) -> Wish:
     return complete(wish)
 
 
-# %% book/chapters/31_server.md, cell 18
+# %% book/chapters/31_server.md, cell 24
 accepts("max_tokens")(number(1, 2**31, "max_new_tokens", whole=True))
 accepts("max_completion_tokens", "chat")(
     number(1, 2**31, "max_new_tokens", whole=True))
@@ -211,10 +215,7 @@ def complete(wish: Wish) -> Wish:
     return wish
 
 
-# %% book/chapters/31_server.md, cell 21
-EXTRAS: list[Callable[[Wish, list[Event]], dict[str, Any]]] = []
-
-
+# %% book/chapters/31_server.md, cell 28
 def text_of(wish: Wish, events: list[Event]) -> str:
     """Their text, as it reads behind the prompt."""
     first = events[0] if events else None
@@ -228,6 +229,10 @@ def text_of(wish: Wish, events: list[Event]) -> str:
         text = wish.lead + text
     wish.lead = "" if text else wish.lead
     return text
+
+
+# %% book/chapters/31_server.md, cell 29
+EXTRAS: list[Callable[[Wish, list[Event]], dict[str, Any]]] = []
 
 
 def choice_of(
@@ -248,7 +253,7 @@ def choice_of(
     return made
 
 
-# %% book/chapters/31_server.md, cell 22
+# %% book/chapters/31_server.md, cell 30
 def show_experts(wish: Wish, events: list[Event]) -> dict[str, Any]:
     """Ids, and the experts of each layer in the step that made them."""
     if not wish.options.get("experts"):
@@ -264,7 +269,7 @@ def show_experts(wish: Wish, events: list[Event]) -> dict[str, Any]:
 EXTRAS.append(show_experts)
 
 
-# %% book/chapters/31_server.md, cell 23
+# %% book/chapters/31_server.md, cell 31
 def answer_of(
     wish: Wish, choices: list[dict[str, Any]], chunk: bool
 ) -> dict[str, Any]:
@@ -279,6 +284,7 @@ def answer_of(
     }
 
 
+# %% book/chapters/31_server.md, cell 32
 def usage_of(wish: Wish, count: int) -> dict[str, int]:
     """How many tokens were read, and written."""
     read = len(wish.options["prompt"])
@@ -286,7 +292,7 @@ def usage_of(wish: Wish, count: int) -> dict[str, int]:
             "total_tokens": read + count}
 
 
-# %% book/chapters/31_server.md, cell 24
+# %% book/chapters/31_server.md, cell 33
 def dump(data: Any) -> bytes:
     """JSON in UTF-8; half a character becomes a question mark."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
@@ -323,9 +329,9 @@ def ignore(wish: Wish, name: str, value: Any) -> None:
 def only(*values: Any) -> Reader:
     """What takes these values, which ask for nothing."""
     def read(wish: Wish, name: str, value: Any) -> None:
-        if not any(type(v) is type(value) and v == value or
-                   type(v) is int and type(value) is float and v == value
-                   for v in values):
+        kinds = (bool,) if type(value) is bool else (
+            int, float, str, list)
+        if not any(type(v) in kinds and v == value for v in values):
             raise ValueError(
                 f"this server can only do {values[0]!r}, "
                 f"not {value!r:.60}; leave it out")
@@ -488,7 +494,9 @@ def finite(value: float | None) -> float:
     return max(float(value or 0.0), -9999.0)
 
 
-def rated(wish: Wish, token: int, value: float | None) -> dict[str, Any]:
+def rated(
+    wish: Wish, token: int, value: float | None
+) -> dict[str, Any]:
     text, data = named(wish, token)
     return {"token": text, "logprob": finite(value),
             "bytes": list(data)}

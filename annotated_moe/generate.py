@@ -159,7 +159,7 @@ def token_steps(
     not matter to this loop. ValueError if it should speculate.
     """
     if speculate:
-        raise ValueError("this model never guesses: leave out speculate")
+        raise ValueError("it never guesses: leave out speculate")
     if not rows or not count:
         return
     c, longest = model.config, max(map(len, rows))

@@ -119,10 +119,10 @@ RUN = 8                         # steps that one start may hold
 def run_steps(
     params: Params, state: Writing, settings: Sampling, stop: Any,
     until: Any, config: ModelConfig, sampled: bool,
-) -> tuple[Writing, Int32[Array, "{RUN} B"]]:
+) -> tuple[Writing, Int32[Array, "_ B"]]:
     """Steps until `until` tokens are chosen, or all rows stopped.
 
-    And the tokens of each step; NOT_MADE, of those not taken.
+    And the tokens of RUN steps; NOT_MADE, of those not taken.
     """
     first = state.step
 

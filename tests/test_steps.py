@@ -21,6 +21,11 @@ CONFIG = grok_config(
     kv_heads=2, head_size=8, num_experts=4, embedding_multiplier=5.7,
     attn_multiplier=0.35, dtype="float32",
 )  # fmt: skip
+DENSE = grok_config(
+    vocab_size=32, context=8192, d_model=32, d_ff=48, num_layers=4, q_heads=4,
+    kv_heads=2, head_size=8, num_experts=1, embedding_multiplier=5.7,
+    attn_multiplier=0.35, dtype="float32",
+)  # fmt: skip
 RING = replace(
     mixtral_config(2, 4, 2, 48, 8, d_model=32, vocab_size=32, context=512,
                    num_experts=1, window=8),
@@ -102,13 +107,14 @@ def test_any_guess_leaves_the_same_text(config, guess):
 
 def test_few_programs():
     """Of prompts of 1 to 40 tokens and answers of 1 to 400."""
+    net = model(replace(DENSE, context=512))
     programs = [prefill, steps.run_steps, steps.with_slots, steps.first_tokens]
     for program in programs:
         program.clear_cache()
     one = settings_per_row(1, 0.0, 1.0, None, 0)
     for n in (1, 7, 16, 17, 30, 40):
         for new in (1, 2, 100, 200, 300, 400):
-            for _ in zip(range(2), loop(model(), [[3] * n], one, new)):
+            for _ in zip(range(2), loop(net, [[3] * n], one, new)):
                 pass
     found = [program._cache_size() for program in programs]
     assert found == [3, 2, 6, 1]    # widths 16, 32, 64; slots 256, 512
@@ -116,32 +122,38 @@ def test_few_programs():
 
 def test_a_start_ahead_takes_no_step_once_all_have_stopped():
     """What is read is a stop id; the start that was ahead did nothing."""
-    net, one = model(), settings_per_row(1, 0.0, 1.0, None, 0)
-    row = plain()[0]
-    stop = steps.stop_array({row[1]}, 32)
-    state = steps.begin(net, ROWS[:1], one, 30, None, stop)
-    run = partial(steps.run_steps, net.params, settings=one, stop=stop,
-                  config=net.config, sampled=False)
+    net, own = model(), settings_per_row(1, 0.9, 0.95, None, 4)
+    row = plain()[1][:8]
+    last = max(row, key=row.index)
+    taken = row.index(last)
+    assert 0 < taken < 7
+    stop = steps.stop_array({last}, 32)
+    state = steps.begin(net, ROWS[1:2], own, 30, None, stop)
+    run = partial(steps.run_steps, net.params, settings=own, stop=stop,
+                  config=net.config, sampled=True)
     state, made = run(state=state, until=np.int32(9))
-    assert made[0].tolist() == [row[1]] and (made[1:] == steps.NOT_MADE).all()
+    rest = [steps.NOT_MADE] * (8 - taken)
+    assert made[:, 0].tolist() == row[1 : taken + 1] + rest
     state, made = run(state=state, until=np.int32(17))
-    assert (made == steps.NOT_MADE).all() and int(state.step) == 2
-    assert state.cache.length.tolist() == [len(ROWS[0]) + 1]
+    assert (made == steps.NOT_MADE).all() and int(state.step) == taken + 1
+    assert state.cache.length.tolist() == [len(ROWS[1]) + taken]
 
 
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_logits_that_break_later_are_an_error_at_their_step(speculate):
     """A token whose embedding is NaN, met in the middle of a start."""
-    bad = plain()[0][4]
-    assert bad not in ROWS[0] + plain()[0][:4]
+    row = plain()[1]
+    bad = max(row[:13], key=row.index)
+    step = row.index(bad) + 1
+    assert step % steps.RUN > 1 and bad not in ROWS[1]
     table = model().params["in_out_embed"]["embeddings"]
     params = {**model().params, "lm_head": {"embeddings": table},
               "in_out_embed": {"embeddings": table.at[bad].set(jnp.nan)}}
     broken = Model(replace(CONFIG, tied=False), params)
-    one = settings_per_row(1, 0.0, 1.0, None, 0)
-    tokens = loop(broken, ROWS[:1], one, speculate=speculate, streams=False)
-    assert [next(tokens) for _ in range(5)] == [[t] for t in plain()[0][:5]]
-    with pytest.raises(ValueError, match="prompt 0: .* at new token 5"):
+    own = settings_per_row(1, 0.9, 0.95, None, 4)
+    tokens = loop(broken, ROWS[1:2], own, speculate=speculate, streams=False)
+    assert [next(tokens) for _ in range(step)] == [[t] for t in row[:step]]
+    with pytest.raises(ValueError, match=f"prompt 0: .* at new token {step}"):
         next(tokens)
 
 
@@ -160,7 +172,7 @@ def test_on_a_mesh_one_program_and_the_same_tokens():
 
 def test_the_cache_is_never_copied():
     """Scores aside, a step with guesses needs less memory than its cache."""
-    config = replace(CONFIG, context=8192)
+    config, params = DENSE, model(DENSE).params
     one, z = settings_per_row(1, 0.0, 1.0, None, 0), jnp.zeros(1, jnp.int32)
     cache = jax.eval_shape(lambda: init_cache(config, 1, 8192))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
@@ -169,9 +181,9 @@ def test_the_cache_is_never_copied():
     writing = steps.Writing(cache, z, z == 0, z[0])
     common, most = (one, steps.stop_array((), 32), np.int32(9)), np.int32(9)
     for job in (
-        steps.run_steps.lower(model().params, writing, *common, config, False),
+        steps.run_steps.lower(params, writing, *common, config, False),
         steps.run_guesses.lower(
-            model().params, guessing, *common, most, config, False, 4),
+            params, guessing, *common, most, config, False, 4),
     ):  # fmt: skip
         memory = job.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= size > memory.temp_size_in_bytes

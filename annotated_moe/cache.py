@@ -421,20 +421,14 @@ class PagedCache(KVCache):
 
         A page that is begun, and shared, is copied for its row.
         """
-        new = jnp.broadcast_to(new, self.length.shape)
-        run = here().split(
-            take_pages, (self.axes, ("batch",)), self.axes
+        new, axes = jnp.broadcast_to(new, self.length.shape), self.axes
+        return here().split(take_pages, (axes, ("batch",)), axes)(
+            self, new
         )
-        return run(self, new)
 
     def pages_of(self, rows: Int[Array, " R"]) -> Int32[Array, "R W"]:
         """The pages of these rows, counted through the whole pool."""
-        own = self.table.at[rows].get(
-            mode="fill", fill_value=NO_PAGE, wrap_negative_indices=False
-        )
-        part = jnp.asarray(self.part).at[rows].get(mode="clip")
-        first = part[:, None] * self.users.shape[1]
-        return jnp.where(own == NO_PAGE, NO_PAGE, own + first)
+        return count_through(self.table, self.users, rows)
 
     def places(
         self, rows: Int[Array, " R"], positions: Int[Array, "R T"]
@@ -454,9 +448,7 @@ class PagedCache(KVCache):
         v: Float[Array, "B T K V"],
         positions: Int32[Array, "B T"],
     ) -> Update:
-        """With these keys and values; and what a layer then looks at:
-        all slots of each row, gathered from the pool.
-        """
+        """So; and what a layer then looks at: all slots of each row."""
         rows = jnp.arange(len(self.table))
         at = self.places(rows, positions).reshape(1, -1)
         new = replace(
@@ -464,18 +456,16 @@ class PagedCache(KVCache):
             v=write_pool(self.v, layer, v, at),
         )
         pages = self.pages_of(rows)
-        keys, values = (
-            gather_pages(pool, layer, pages) for pool in (new.k, new.v)
-        )
+        keys = gather_pages(new.k, layer, pages)
+        values = gather_pages(new.v, layer, pages)
         shown = jnp.tile(jnp.arange(self.slots), (len(rows), 1))
         return new, keys, values, shown
 
     def first_row(self) -> tuple[Heads, Heads]:
         every = jnp.arange(self.k.shape[0])[:, None]        # [L, 1]
         pages = self.pages_of(jnp.arange(1))                # [1, W]
-        k, v = (gather_pages(pool, every, pages)
-                for pool in (self.k, self.v))
-        return k, v
+        k = gather_pages(self.k, every, pages)
+        return k, gather_pages(self.v, every, pages)
 
     def insert(
         self, row: int | Int[Array, ""], other: KVCache
@@ -485,22 +475,7 @@ class PagedCache(KVCache):
         ValueError if there is no such row, or too few pages, which can
         be seen only outside of a compiled function.
         """
-        if isinstance(other, RingCache):
-            raise ValueError("a ring's row does not fit into pages")
-        n, emptied = other.length[0], self.evict(row)
-        length = set_length(emptied.length, row, n)
-        new = length - emptied.length
-        if is_known(new) and is_known(self.users):
-            emptied.check(new)
-        grown = emptied.reserve(new)
-        k, v = other.first_row()
-        slots = jnp.arange(k.shape[1])[None]
-        slots = jnp.where(slots < n, slots, PAD_POSITION)
-        at = grown.places(jnp.atleast_1d(jnp.asarray(row)), slots)
-        return replace(
-            grown, length=length, k=write_layers(grown.k, k, at),
-            v=write_layers(grown.v, v, at),
-        )
+        return insert_on_pages(self, row, other)
 
     def evict(self, row: int | Int[Array, ""]) -> "PagedCache":
         """Batch row `row` is empty; pages that nobody has are free."""
@@ -537,7 +512,9 @@ def write_layers(pool: Any, x: Any, at: Int[Array, "1 S"]) -> Any:
     return jax.tree.map(lambda a, b: a.reshape(b.shape), new, pool)
 
 
-def gather_pages(pool: Any, layer: Any, pages: Int[Array, "_ W"]) -> Any:
+def gather_pages(
+    pool: Any, layer: Any, pages: Int[Array, "_ W"]
+) -> Any:
     """A layer's heads [., S, K, H] on pages that follow each other."""
     def gather(a: Array) -> Array:
         found = a.at[layer, pages].get(
@@ -549,6 +526,29 @@ def gather_pages(pool: Any, layer: Any, pages: Int[Array, "_ W"]) -> Any:
 
 
 # %% book/chapters/29b_pages.md, cell 8
+def insert_on_pages(
+    cache: PagedCache, row: int | Int[Array, ""], other: KVCache
+) -> PagedCache:
+    """`cache.insert`: empty the row, take pages, write its slots."""
+    if isinstance(other, RingCache):
+        raise ValueError("a ring's row does not fit into pages")
+    n, emptied = other.length[0], cache.evict(row)
+    length = set_length(emptied.length, row, n)
+    new = length - emptied.length
+    if is_known(new) and is_known(cache.users):
+        emptied.check(new)
+    grown = emptied.reserve(new)
+    k, v = other.first_row()
+    slots = jnp.arange(k.shape[1])[None]
+    slots = jnp.where(slots < n, slots, PAD_POSITION)
+    at = grown.places(jnp.atleast_1d(jnp.asarray(row)), slots)
+    return replace(
+        grown, length=length, k=write_layers(grown.k, k, at),
+        v=write_layers(grown.v, v, at),
+    )
+
+
+# %% book/chapters/29b_pages.md, cell 9
 def pages_wanted(cache: Any, new: Any) -> tuple[Any, Any]:
     """For `new` more tokens: which rows need a copy of a page that
     they share, and how many new pages each. NumPy or JAX.
@@ -583,10 +583,23 @@ def check_pages(cache: Any, new: Any) -> None:
         )
 
 
-# %% book/chapters/29b_pages.md, cell 9
+# %% book/chapters/29b_pages.md, cell 10
 def is_known(a: Any) -> bool:
     """Whether this process can look at the numbers now."""
     return not isinstance(a, jax.core.Tracer) and a.is_fully_addressable
+
+
+def count_through(
+    table: Int32[Array, "B W"], users: Int32[Array, "parts each"],
+    rows: Int[Array, " R"],
+) -> Int32[Array, "R W"]:
+    """Lines of a table whose parts each count their pages from 0."""
+    own = table.at[rows].get(
+        mode="fill", fill_value=NO_PAGE, wrap_negative_indices=False
+    )
+    part = rows // (len(table) // len(users))
+    first = part[:, None] * users.shape[1]
+    return jnp.where(own == NO_PAGE, NO_PAGE, own + first)
 
 
 def count_users(
@@ -599,15 +612,16 @@ def count_users(
     return flat.reshape(users.shape)
 
 
-# %% book/chapters/29b_pages.md, cell 10
+# %% book/chapters/29b_pages.md, cell 11
 def take_pages(
     cache: PagedCache, new: Int32[Array, " B"]
 ) -> PagedCache:
     """`cache.reserve`, by whoever has the rows and their pages."""
-    copies, more = pages_wanted(cache, new)                        # [B], [B]
+    copies, more = pages_wanted(cache, new)                     # [B]
     parts, each = cache.users.shape
     count = copies + more
-    before = jnp.cumsum(count.reshape(parts, -1), axis=1).ravel() - count
+    before = jnp.cumsum(count.reshape(parts, -1), axis=1)
+    before = before.ravel() - count
     free = jnp.stack([
         jnp.flatnonzero(users == 0, size=each, fill_value=NO_PAGE)
         for users in cache.users
@@ -646,7 +660,7 @@ def take_pages(
     return replace(longer, k=k, v=v, users=users)
 
 
-# %% book/chapters/29b_pages.md, cell 12
+# %% book/chapters/29b_pages.md, cell 13
 @dataclass(frozen=True)
 class Paged(CacheKind):
     """Keys and values on pages of a pool that the rows share.
@@ -655,7 +669,7 @@ class Paged(CacheKind):
     """
 
     page: Size = 16                         # tokens on a page
-    pages: Size | None = None       # in the pool; None: as for full rows
+    pages: Size | None = None       # in all; None: as for full rows
     heads: CacheKind = CacheKind()          # and how heads are kept
 
     def keep(self, cache: KVCache) -> KVCache:
@@ -683,7 +697,7 @@ CACHE_KINDS["paged"] = Paged()
 CACHE_KINDS["paged-int8"] = Paged(heads=EightBit())
 
 
-# %% book/chapters/29b_pages.md, cell 14
+# %% book/chapters/29b_pages.md, cell 15
 def check_share(cache: KVCache, row: int, source: int, n: int) -> None:
     """ValueError unless row `source` has n tokens for another row."""
     rows = len(cache.length)
@@ -698,7 +712,7 @@ def check_share(cache: KVCache, row: int, source: int, n: int) -> None:
         )
 
 
-# %% book/chapters/29b_pages.md, cell 15
+# %% book/chapters/29b_pages.md, cell 16
 @functools.singledispatch
 def share(cache: KVCache, row: int, source: int, n: int) -> KVCache:
     """Row `row` becomes the first `n` tokens of row `source`.
@@ -726,7 +740,7 @@ def share_ring(
     return share.dispatch(KVCache)(cache, row, source, n)
 
 
-# %% book/chapters/29b_pages.md, cell 16
+# %% book/chapters/29b_pages.md, cell 17
 @share.register
 def share_pages(
     cache: PagedCache, row: int, source: int, n: int

@@ -664,7 +664,7 @@ def update_routers(
     return new
 
 
-# %% book/chapters/29b_pages.md, cell 18
+# %% book/chapters/29b_pages.md, cell 19
 def share_prefix(cache: Cache, row: int, source: int, n: int) -> Cache:
     """Row `row` becomes the first `n` tokens of row `source`.
 

@@ -243,10 +243,14 @@ def model_of(config, kv_cache="float", mesh=None):
 PROMPTS = [[5, 6, 7, 8, 9], [11] * 12, [3], [40, 2, 9]]
 
 
-def logits_of(model, kv_cache=None):
+def logits_of(model, kv_cache=None, few=False):
     """A story of four rows: they step apart, one leaves, another comes."""
     session, found = Session(model, 4, 32, kv_cache), []
     found.append(session.prefill(PROMPTS))
+    if few:
+        session.cache = session.cache.evict(2)
+        found.append(session.step(np.array([4, 5, 6, 7])))
+        return np.stack([np.asarray(y, np.float32) for y in found])
     for active in ([1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 1]) * 3:
         found.append(session.step(np.array([4, 5, 6, 7]), np.array(active)))
     session.cache = session.cache.evict(1)
@@ -270,24 +274,21 @@ WINDOW = replace(TINY, layers=(Segment(tuple(
     for mask in (Window(6), Causal())), 1),))  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [TINY, WINDOW], ids=["full", "ring"])
-def test_a_model_says_the_same_from_pages_and_nearly_so_from_eight_bits(config):
-    model = model_of(config)
+def test_a_model_says_the_same_from_pages_and_nearly_so_from_eight_bits():
+    """Its first layer has a ring, its second a full cache, or pages."""
+    model = model_of(WINDOW)
     exact = real(logits_of(model))
-    for kind in ("paged", Paged(4, 18)):
-        np.testing.assert_array_equal(real(logits_of(model, kind)), exact)
+    np.testing.assert_array_equal(real(logits_of(model, Paged(4, 18))), exact)
     eight = real(logits_of(model, "int8"))
     assert 0 < abs(eight - exact).max() < 0.05 * exact.std()
     np.testing.assert_array_equal(real(logits_of(model, "paged-int8")), eight)
 
 
-@pytest.mark.parametrize("sizes, kind", [
-    ((2, 2), "paged"), ((1, 4), "int8"), ((4, 1), "paged-int8"), ((3, 1), "paged"),
-])  # fmt: skip
+@pytest.mark.parametrize("sizes, kind", [((2, 2), "paged-int8"), ((3, 1), "paged")])
 def test_on_a_mesh(sizes, kind):
     mesh = make_mesh(data=sizes[0], model=sizes[1])
-    whole = real(logits_of(model_of(TINY), kind))
-    apart = real(logits_of(model_of(TINY, kind, mesh)))
+    whole = logits_of(model_of(TINY), kind, few=True)
+    apart = logits_of(model_of(TINY, kind, mesh), few=True)
     np.testing.assert_allclose(apart, whole, rtol=0, atol=2e-3 if "8" in kind else 2e-5)
 
 

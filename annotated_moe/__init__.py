@@ -1,4 +1,4 @@
-# Generated from book/chapters/08c_generate.md, book/chapters/09c_layouts.md, book/chapters/11_streaming.md, book/chapters/19_vocabularies.md, book/chapters/28_steps.md, book/chapters/99_command_line.md by `make sync`; edit the chapters.
+# Generated from book/chapters/08c_generate.md, book/chapters/09c_layouts.md, book/chapters/11_streaming.md, book/chapters/19_vocabularies.md, book/chapters/27_int8_on_a_cpu.md, book/chapters/28_steps.md, book/chapters/99_command_line.md by `make sync`; edit the chapters.
 """The front door: a Grok-1-class mixture-of-experts model that a book
 builds, piece by piece.
 """
@@ -16,6 +16,7 @@ from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.steps import fused_steps
 from annotated_moe.streaming import load_from_disk
 from annotated_moe.tokenizer import Tokenizer
+from annotated_moe.turned import int8_head
 
 # %% book/chapters/08c_generate.md, cell 33
 __all__ = [
@@ -36,6 +37,10 @@ LOADERS["disk"] = load_from_disk
 
 # %% book/chapters/19_vocabularies.md, cell 43
 chat_module.register_chat()
+
+
+# %% book/chapters/27_int8_on_a_cpu.md, cell 30
+__all__.append(int8_head.__name__)
 
 
 # %% book/chapters/28_steps.md, cell 43

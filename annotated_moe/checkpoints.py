@@ -76,6 +76,7 @@ from annotated_moe.generate import MODEL_CLASSES, Model, announce
 from annotated_moe.model import Params, flat_specs
 from annotated_moe.parallel import (
     MeshAxis,
+    axis_size,
     check_exchange,
     fit_spec,
     group_repeats,
@@ -225,30 +226,43 @@ class RepeatedScales:
 
 
 # %% book/chapters/09c_layouts.md, cell 31
+Stored = Callable[[QuantizedTensor, int], QuantizedTensor]
+STORED: dict[str, Stored] = {}          # backend -> how it stores them
+
+
 def place_quantized(
-    name: str, w: QuantizedTensor, spec: P, mesh: Mesh | None
+    name: str, w: QuantizedTensor, spec: P, mesh: Mesh | None,
+    store: Stored | None = None,
 ) -> QuantizedTensor:
     """Both arrays; each device's part gets scales of its own."""
-    specs, scales = QuantizedTensor(spec, spec), w.scales
+    specs, parts = QuantizedTensor(spec, spec), 1
     if mesh is not None:
         times = group_repeats(w, spec, mesh)
-        scales = RepeatedScales(scales, times)
+        scales = RepeatedScales(w.scales, times)
         w = QuantizedTensor(w.weight, scales)
+        parts = axis_size(mesh, fit_spec(spec, w.shape, mesh)[-2])
+    if store is not None:
+        w = store(w, parts)
+    if mesh is not None:
         specs = weight_spec(spec, w, mesh)
-    return QuantizedTensor(
-        on_devices(w.weight, specs.weight, mesh, jnp.int8, name),
-        on_devices(scales, specs.scales, mesh, jnp.bfloat16, name),
+    sources, kind = jax.tree.flatten(w)
+    cuts = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))
+    dtypes = jnp.int8, jnp.bfloat16
+    return kind.unflatten(
+        on_devices(source, cut, mesh, dtype, name)
+        for source, cut, dtype in zip(sources, cuts, dtypes)
     )
 
 
 # %% book/chapters/09c_layouts.md, cell 32
 def place(
-    name: str, w: Any, spec: ParamSpec, mesh: Mesh | None, dtype: str
+    name: str, w: Any, spec: ParamSpec, mesh: Mesh | None, dtype: str,
+    store: Stored | None = None,
 ) -> Any:
-    """Put one parameter on its devices."""
+    """Put one parameter on its devices; `store`: as what, if int8."""
     cut = partition_spec(spec.axes)
     if isinstance(w, QuantizedTensor):
-        return place_quantized(name, w, cut, mesh)
+        return place_quantized(name, w, cut, mesh, store)
     if mesh is not None:
         cut = fit_spec(cut, w.shape, mesh)
     own = jnp.dtype(dtype)
@@ -449,10 +463,11 @@ def load_into_memory(
     params: dict[str, dict[str, Any]] = {}
     named = {"/".join(path): w for path, w in tensors.items()}
     announce(mesh, "load", config=config, weights=named)
+    store = STORED.get(jax.default_backend())
     for (module, name), w in tensors.items():
         spec, full = specs[module, name], f"{module}/{name}"
         try:
-            own = place(full, w, spec, mesh, dtype)
+            own = place(full, w, spec, mesh, dtype, store)
         except CheckpointError as error:
             why = f"{opened.weights}: {error}"
             raise CheckpointError(why) from None

@@ -13,7 +13,7 @@ from annotated_moe.params import Axes, get_parameter
 from annotated_moe.placement import here
 
 # %% book/chapters/04_attention.md, cell 67
-Product = Callable[[Array, Any], Array]
+Product = Callable[..., Array]
 PRODUCTS: dict[type, Product] = {}
 
 

@@ -28,6 +28,7 @@ from annotated_moe.config import (
     all_places,
     segments,
 )
+from annotated_moe.linear import PRODUCTS, product
 from annotated_moe.moe import DROPLESS, UPDATES, Losses
 from annotated_moe.params import ParamSpec, get_parameter, record_specs
 from annotated_moe.placement import here
@@ -163,9 +164,11 @@ def all_tied_logits(
     h: Float[Array, "N D"], table: Float[Array, "V D"],
     train: bool = False,
 ) -> Float32[Array, "N V"]:
-    """One of the two, wherever it runs."""
+    """One of the two, wherever it runs; a weight's own product."""
     if train:
         return tied_logits(h, table)
+    if type(table) in PRODUCTS:
+        return product(h, table)
 
     def run(h: Array, table: Array) -> Array:
         y = jax.lax.platform_dependent(
@@ -183,9 +186,9 @@ Params = Mapping[str, Mapping[str, Any]]    # module -> name -> weight
 
 # %% book/chapters/07b_layer.md, cell 28
 def head_table(params: Params, config: ModelConfig) -> Any:
-    """The output matrix, [V, D]."""
+    """The output matrix, [V, D], or a weight [D, V] in its place."""
     module = "in_out_embed" if config.tied else "lm_head"
-    return params[module]["embeddings"]
+    return params.get("head", params[module])["embeddings"]
 
 
 def unembed(

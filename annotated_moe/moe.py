@@ -269,6 +269,19 @@ def block_rows(n: int, a: int, num_experts: int) -> int:
 
 
 # %% book/chapters/05_moe.md, cell 47
+BlockRule = Callable[[Any, int, int, int], int | None]
+BLOCK_ROWS: dict[type, BlockRule] = {}          # by type of weight
+
+
+def rows_for(w: Experts, n: int, a: int) -> int:
+    """Rows per block for weights of this type; by `block_rows`."""
+    first = next(iter(w.values()))
+    rule, count = BLOCK_ROWS.get(type(first)), first.shape[0]
+    found = rule(first, n, a, count) if rule else None
+    return found or block_rows(n, a, count)
+
+
+# %% book/chapters/05_moe.md, cell 48
 def sort_and_tile(
     x: Float[Array, "N D"],
     gates: Float32[Array, "N A"],
@@ -279,12 +292,12 @@ def sort_and_tile(
 ) -> Float32[Array, "N D"]:
     """Dropless: walk over blocks of tokens that share an expert.
 
-    An expert E or above is none. `block` by default `block_rows`.
+    An expert E or above is none. `block` by default `rows_for`.
     No reverse mode. ValueError when shapes disagree.
     """
     count = check_shapes(x, gates, experts, w)
     n, a = experts.shape
-    block = block or block_rows(n, a, count)
+    block = block or rows_for(w, n, a)
     plan = plan_blocks(experts, count, block)
 
     def add_block(j: Array, y: Array) -> Array:
@@ -300,7 +313,7 @@ def sort_and_tile(
     return inference_only(y)
 
 
-# %% book/chapters/05_moe.md, cell 48
+# %% book/chapters/05_moe.md, cell 49
 @jax.custom_vjp
 def inference_only(y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`y`; raises NotImplementedError when it is differentiated."""
@@ -316,7 +329,7 @@ def refuse(*_: Any) -> Any:
 inference_only.defvjp(refuse, refuse)
 
 
-# %% book/chapters/05_moe.md, cell 77
+# %% book/chapters/05_moe.md, cell 78
 def mean_of_real(
     values: Float32[Array, "N *rest"], real: Bool[Array, " N"]
 ) -> Float32[Array, "*rest"]:
@@ -342,7 +355,7 @@ def load_balancing_loss(
     return e * jnp.sum(share * mean)
 
 
-# %% book/chapters/05_moe.md, cell 80
+# %% book/chapters/05_moe.md, cell 81
 def router_z_loss(
     logits: Float32[Array, "N E"], real: Bool[Array, " N"] | None = None
 ) -> Float32[Array, ""]:
@@ -355,7 +368,7 @@ def router_z_loss(
     return mean_of_real(squares, real)
 
 
-# %% book/chapters/05_moe.md, cell 91
+# %% book/chapters/05_moe.md, cell 92
 RouterRule = Callable[[Array, Array, int], Route]
 Dropless = Callable[[Array, Array, Array, Experts, Expert], Array]
 ROUTERS: dict[str, RouterRule] = {"softmax_top_k": route}
@@ -395,7 +408,7 @@ class MoESpec(Spec):
         return MoE(self)
 
 
-# %% book/chapters/05_moe.md, cell 92
+# %% book/chapters/05_moe.md, cell 93
 class Router(hk.Module):
     """A router rule with a learned float32 `w` of shape [D, E]."""
 
@@ -425,7 +438,7 @@ class Router(hk.Module):
         return ROUTERS[self.spec.router](x, w, self.spec.top_k)
 
 
-# %% book/chapters/05_moe.md, cell 93
+# %% book/chapters/05_moe.md, cell 94
 Parameters = dict[str, tuple[tuple[int, ...], Axes]]
 
 
@@ -446,7 +459,7 @@ class ExpertModule(hk.Module):
         return found
 
 
-# %% book/chapters/05_moe.md, cell 94
+# %% book/chapters/05_moe.md, cell 95
 class ExpertWeights(hk.Module):
     """The parameters of all experts of a layer, by name.
 
@@ -471,7 +484,7 @@ class ExpertWeights(hk.Module):
         return w
 
 
-# %% book/chapters/05_moe.md, cell 95
+# %% book/chapters/05_moe.md, cell 96
 Losses = dict[str, Float32[Array, "*L"]]
 
 
@@ -483,7 +496,7 @@ def number_among_held(
     return jnp.where((experts < 0) | (experts >= held), held, experts)
 
 
-# %% book/chapters/05_moe.md, cell 96
+# %% book/chapters/05_moe.md, cell 97
 class MoE(hk.Module):
     """A router and its experts; the parts of a layer that has them.
 
@@ -599,7 +612,7 @@ class MoE(hk.Module):
         return split(x, routed.gates, experts, w)
 
 
-# %% book/chapters/05_moe.md, cell 101
+# %% book/chapters/05_moe.md, cell 102
 @dataclass(frozen=True)
 class FeedForwardSpec(Spec):
     """One gated network that every token goes through."""
@@ -612,7 +625,7 @@ class FeedForwardSpec(Spec):
         return FeedForward(self)
 
 
-# %% book/chapters/05_moe.md, cell 102
+# %% book/chapters/05_moe.md, cell 103
 def network(
     x: Float[Array, "*N D"], spec: FeedForwardSpec
 ) -> Float32[Array, "*N D"]:

@@ -147,7 +147,7 @@ def weight_spec(spec: P, w: Any, mesh: AnyMesh) -> Any:
             " pass the weight through fit_groups first"
         )
     scales = fit_spec(fitted, w.scales.shape, mesh)
-    return QuantizedTensor(fitted, scales)
+    return w.specs(fitted, scales)
 
 
 # %% book/chapters/07_sharding.md, cell 24

@@ -46,6 +46,10 @@ class QuantizedTensor:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def specs(self, weight: Any, scales: Any) -> "QuantizedTensor":
+        """Its own, where [*E, D, F] and [*E, G, F] have these."""
+        return QuantizedTensor(weight, scales)
+
     def __getitem__(self, index: Any) -> "LazySlice":
         """One matrix, or one stack, of those behind one another."""
         return LazySlice(self, (index,))
@@ -335,7 +339,7 @@ def slice_matmul(
     if index:       # or a loop over one expert cuts it out beforehand
         index = jax.lax.optimization_barrier(index)
     if isinstance(w.stack, QuantizedTensor):
-        return quantized_matmul(x, w.stack, index)
+        return PRODUCTS[type(w.stack)](x, w.stack, index)
     return product(x, read_slice(LazySlice(w.stack, index)))
 
 

@@ -55,7 +55,7 @@ Size = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, above=True)]
 
 
-# %% book/chapters/05_moe.md, cell 90
+# %% book/chapters/05_moe.md, cell 91
 @dataclass(frozen=True)
 class OneOf:
     """The names that a table registers, now or in later chapters."""

@@ -15,6 +15,7 @@ import csv
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,25 +114,35 @@ def measure(axis: str, value: int, rounds: int) -> dict[str, Any]:
     return dict(zip(COLUMNS, rounded))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=AXES, help="these axes, unkept")
-    parser.add_argument("--rounds", type=int, default=5, help="[5]")
-    args = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    print(",".join(COLUMNS))
-    lines = []
-    for axis in args.only or AXES:
-        for value in AXES[axis]:
-            lines.append(measure(axis, value, args.rounds))
-            print(",".join(map(str, lines[-1].values())), flush=True)
-    if args.only:
-        return
-    path = MEASURED / f"growth-{kind_of(processor())}.csv"
+def keep(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write lines into the file, in place of those of the same axes."""
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = list(csv.DictReader(file))
+    new = {line["axis"] for line in lines}
+    lines = [*lines, *(line for line in kept if line["axis"] not in new)]
+    order = list(AXES)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(lines)
+        writer.writerows(sorted(lines, key=lambda line: order.index(line["axis"])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=AXES, help="these axes anew")
+    parser.add_argument("--rounds", type=int, default=5, help="[5]")
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    path = MEASURED / f"growth-{kind_of(processor())}.csv"
+    print(",".join(COLUMNS))
+    for axis in args.only or AXES:
+        lines = []
+        for value in AXES[axis]:
+            lines.append(measure(axis, value, args.rounds))
+            print(",".join(map(str, lines[-1].values())), flush=True)
+        keep(path, lines)
     print(f"kept in {path.name}")
 
 

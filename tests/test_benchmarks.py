@@ -1,5 +1,6 @@
 """The table that `make bench` prints: what it says and keeps, without any timing."""
 
+import csv
 import importlib.util
 import json
 import sys
@@ -13,11 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """`benchmarks/table.py`, imported as it would be run."""
-    path = ROOT / "benchmarks/table.py"
-    found = importlib.util.spec_from_file_location("benchmarks_table", path)
+def program(name: str) -> ModuleType:
+    """A file of `benchmarks`, imported as it would be run."""
+    path = ROOT / f"benchmarks/{name}.py"
+    found = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
     sys.path.insert(0, str(path.parent))
@@ -26,6 +26,11 @@ def bench() -> ModuleType:
     finally:
         sys.path.pop(0)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return program("table")
 
 
 def figure(median: float) -> dict[str, float]:
@@ -133,3 +138,18 @@ def test_kept_figures_are_of_all_programs(bench, path):
     assert bench.kind_of(last["processor"]) in path.stem
     for one in last["figures"].values():
         assert all(f["least"] <= f["median"] <= f["most"] for f in one.values())
+
+
+def test_growth_keeps_the_axes_that_were_not_measured_anew(tmp_path):
+    growth, path = program("growth"), tmp_path / "growth-x.csv"
+
+    def lines_of(axis: str, milliseconds: float) -> list[dict[str, Any]]:
+        line = dict.fromkeys(growth.COLUMNS, milliseconds)
+        return [line | {"axis": axis, "value": value} for value in (1, 2)]
+
+    growth.keep(path, lines_of("depth", 3))
+    growth.keep(path, lines_of("batch", 5))
+    growth.keep(path, lines_of("depth", 7))
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    assert [line["axis"] for line in lines] == ["batch"] * 2 + ["depth"] * 2
+    assert [line["step_ms"] for line in lines] == ["5", "5", "7", "7"]

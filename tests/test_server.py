@@ -468,3 +468,30 @@ def test_chat_without_a_terminal():
     assert chat.returncode == 0
     assert out.startswith(" of the LORD,") and out.count("\n") >= 2
     assert "temperature cannot be '9x'" in err and "There is no /what." in err
+
+
+def test_a_stopped_reply_is_remembered_and_the_program_goes_on(model):
+    """Ctrl-C, as the terminal delivers it: within `show`."""
+    from annotated_moe import chat_command as chat
+
+    engine, stop, said = Engine(model, slots=1), threading.Event(), []
+    talk = chat.Talk(model, engine, {"max_new_tokens": 100, "seed": 0})
+    thread = threading.Thread(target=engine.run, args=[stop])
+    thread.start()
+
+    def show(text):
+        said.append(text)
+        if len(said) == 3:
+            raise KeyboardInterrupt
+
+    typed = iter(["Hello", "/set top_p 7", "/undo", "/exit"])
+    notes = []
+    try:
+        chat.converse(talk, lambda _: next(typed), show, notes.append)
+        until(lambda: not engine.busy)
+    finally:
+        stop.set()
+        thread.join()
+    assert engine.stats.ended.get("cancelled") and len(said) < 10
+    assert notes[0].startswith("Stopped") and "top_p" in notes[1]
+    assert notes[2] == "Forgotten." and talk.messages == []

@@ -148,6 +148,9 @@ def test_a_completion_is_what_the_model_says_by_itself(live, model):
     _, whole = post(live.port, "/v1/completions", TEXT)
     said = TEXT["prompt"] + whole["choices"][0]["text"]
     assert said == model.tokenizer.decode([*ids, *new])
+    spaced = model.tokenizer.encode("of the")[-1]       # " the"
+    body = {**TEXT, "max_tokens": 1, "logit_bias": {str(spaced): 100}}
+    assert post(live.port, "/v1/completions", body)[1]["choices"][0]["text"] == " the"
     _, by_ids = post(live.port, "/v1/completions", {**TEXT, "prompt": ids})
     assert by_ids["choices"] == whole["choices"]
     assert whole["usage"] == {

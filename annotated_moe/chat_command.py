@@ -136,7 +136,9 @@ def set_option(talk: Talk, words: list[str]) -> str:
         new = None if value == "none" else SETTINGS[name](value)
     except ValueError:
         raise ValueError(f"{name} cannot be {value!r}") from None
-    talk.options = {**talk.options, name: new}
+    changed = {**talk.options, name: new}
+    talk.engine.submit(Request([1], **changed)).cancel()    # or no
+    talk.options = changed
     return f"{name} is {new}"
 
 

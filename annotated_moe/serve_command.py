@@ -3,7 +3,9 @@
 """
 
 import argparse
+import contextlib
 import importlib
+import math
 import os
 import signal
 import socket
@@ -79,21 +81,20 @@ def model_of(args: argparse.Namespace) -> Model:
     if args.mesh is None:
         return load(args.model, dtype=args.dtype)
     sizes = parse_mesh(args.mesh)
-    devices = 1
-    for size in sizes.values():
-        devices *= size
-    try:
+    devices = math.prod(sizes.values())
+    with contextlib.suppress(RuntimeError):
+        # Only CPUs heed this, and only before a device is first used.
         jax.config.update("jax_num_cpu_devices", devices)
-    except RuntimeError:
-        pass                                # they may be there
     return load(args.model, make_mesh(**sizes), args.dtype)
 
 
 def warm_up(engine: Engine) -> None:
-    """Compile what every request needs, before there is one."""
-    for temperature in (0.0, 1.0):
-        engine.submit(Request([1], 3, temperature=temperature,
-                              stop_ids=()))
+    """Compile what requests and the page need, before there is one."""
+    for heat, experts in ((0.0, False), (1.0, False), (1.0, True)):
+        with contextlib.suppress(ValueError):   # it may have none
+            engine.submit(Request(
+                [1], 3, temperature=heat, experts=experts,
+                stop_ids=()))
         while engine.busy:
             engine.step()
 

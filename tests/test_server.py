@@ -51,8 +51,16 @@ def model():
     tokenizer = Tokenizer((small_model() / "tokenizer.model").read_bytes())
     tokenizer.companions["chat_template.jinja"] = TEMPLATE.encode()
     config = grok_config(
-        vocab_size=tokenizer.vocab_size, context=128, d_model=32, d_ff=48,
-        num_layers=2, q_heads=2, kv_heads=1, head_size=16, eos_ids=(2,), dtype="float32",
+        vocab_size=tokenizer.vocab_size,
+        context=128,
+        d_model=32,
+        d_ff=48,
+        num_layers=2,
+        q_heads=2,
+        kv_heads=1,
+        head_size=16,
+        eos_ids=(2,),
+        dtype="float32",
     )
     return am.Model(config, init_params(jax.random.key(0), config), tokenizer)
 
@@ -105,9 +113,11 @@ def stream(port, path, body):
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-@pytest.mark.parametrize("options", [{}, {"logprobs": 3, "experts": True}, {"stop": ""}])
+@pytest.mark.parametrize(
+    "options", [{}, {"logprobs": 3, "experts": True}, {"stop": ""}]
+)
 def test_a_streamed_completion_adds_up_to_the_whole(live, options):
-    if "stop" in options:                   # a text that will come
+    if "stop" in options:  # a text that will come
         _, free = post(live.port, "/v1/completions", TEXT)
         options = {"stop": free["choices"][0]["text"][5:8]}
     body = {**TEXT, **options}
@@ -138,17 +148,23 @@ def test_a_completion_is_what_the_model_says_by_itself(live, model):
     _, whole = post(live.port, "/v1/completions", TEXT)
     said = TEXT["prompt"] + whole["choices"][0]["text"]
     assert said == model.tokenizer.decode([*ids, *new])
+    spaced = model.tokenizer.encode("of the")[-1]       # " the"
+    body = {**TEXT, "max_tokens": 1, "logit_bias": {str(spaced): 100}}
+    assert post(live.port, "/v1/completions", body)[1]["choices"][0]["text"] == " the"
     _, by_ids = post(live.port, "/v1/completions", {**TEXT, "prompt": ids})
     assert by_ids["choices"] == whole["choices"]
     assert whole["usage"] == {
-        "prompt_tokens": len(ids), "completion_tokens": 12, "total_tokens": len(ids) + 12
+        "prompt_tokens": len(ids),
+        "completion_tokens": 12,
+        "total_tokens": len(ids) + 12,
     }
 
 
 def test_seeds_biases_and_settings_reach_the_engine(live):
     def text(**options):
-        return post(live.port, "/v1/completions", {**TEXT, "temperature": 1.5, **options})[1][
-            "choices"][0]["text"]
+        return post(
+            live.port, "/v1/completions", {**TEXT, "temperature": 1.5, **options}
+        )[1]["choices"][0]["text"]
 
     assert text(seed=-5) == text(seed=-5) != text(seed=6)
     assert text(seed=2**40) != text(seed=0)
@@ -160,15 +176,20 @@ def test_seeds_biases_and_settings_reach_the_engine(live):
 def test_the_official_client(live):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(
-        base_url=f"http://127.0.0.1:{live.port}/v1", api_key="any", max_retries=0)
+        base_url=f"http://127.0.0.1:{live.port}/v1", api_key="any", max_retries=0
+    )
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
     done = client.completions.create(model="tiny", **TEXT)
     assert done.choices[0].finish_reason == "length"
     whole = client.chat.completions.create(
-        model="tiny", **CHAT, logprobs=True, top_logprobs=2)
-    chunks = list(client.chat.completions.create(
-        model="tiny", **CHAT, stream=True, stream_options={"include_usage": True}))
+        model="tiny", **CHAT, logprobs=True, top_logprobs=2
+    )
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", **CHAT, stream=True, stream_options={"include_usage": True}
+        )
+    )
     said = [c.choices[0].delta.content or "" for c in chunks if c.choices]
     assert "".join(said) == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -176,7 +197,8 @@ def test_the_official_client(live):
     assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 2
     rule = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
     told = client.chat.completions.create(
-        model="tiny", **{**CHAT, "max_tokens": 60}, response_format=rule)
+        model="tiny", **{**CHAT, "max_tokens": 60}, response_format=rule
+    )
     assert json.loads(told.choices[0].message.content)["name"] in ("Ada", "Grace")
     with pytest.raises(openai.NotFoundError, match="no 'gpt-5' here"):
         client.chat.completions.create(model="gpt-5", **CHAT)
@@ -188,7 +210,7 @@ SCHEMAS = [
     PERSON,
     {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
     {"type": "string", "pattern": "^[a-c]{2,4}$"},
-    {"anyOf": [{"type": "null"}, {"const": "é\n\"中"}]},
+    {"anyOf": [{"type": "null"}, {"const": 'é\n"中'}]},
 ]
 
 
@@ -230,14 +252,27 @@ BAD = {
     "stream": ["yes", 1, []],
     "stream_options": [True, {"include": 1}, {"include_usage": True}],
     "n": [0, 2, "1", True],
-    "logit_bias": [[], {"x": 1}, {"99999": 1}, {"5": 101}, {"5": "1"}, {"²": 1}, {"-1": 1}],
+    "logit_bias": [
+        [],
+        {"x": 1},
+        {"99999": 1},
+        {"5": 101},
+        {"5": "1"},
+        {"²": 1},
+        {"-1": 1},
+    ],
     "presence_penalty": [1, "0", -2],
     "frequency_penalty": [0.5, []],
     "experts": ["all", 1],
     "truncate": ["yes", 0],
     "response_format": [
-        "json", {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "regex"},
-        {"type": "regex", "regex": "(a"}, {"type": "regex", "regex": 7},
+        "json",
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "regex"},
+        {"type": "regex", "regex": "(a"},
+        {"type": "regex", "regex": 7},
         {"type": "json_schema", "json_schema": {"schema": {"type": 7}}},
         {"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}},
         {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://x/y"}}},
@@ -246,24 +281,68 @@ BAD = {
     ],
 }
 BAD_TEXT = {
-    "prompt": ["", [], 7, {}, [1.5], [[1], [2]], ["a", "b"], [-1], [10**6], [True], [[]],
-               "half \ud800 of a pair", "long " * 300],
-    "logprobs": [-1, 9, True, "2"], "echo": [True, 1], "best_of": [2], "suffix": ["x"],
+    "prompt": [
+        "",
+        [],
+        7,
+        {},
+        [1.5],
+        [[1], [2]],
+        ["a", "b"],
+        [-1],
+        [10**6],
+        [True],
+        [[]],
+        "half \ud800 of a pair",
+        "long " * 300,
+    ],
+    "logprobs": [-1, 9, True, "2"],
+    "echo": [True, 1],
+    "best_of": [2],
+    "suffix": ["x"],
 }
 BAD_CHAT = {
     "messages": [
-        [], "hi", {}, [7], [{}], [{"role": "user"}], [{"role": "wizard", "content": "x"}],
-        [{"role": "user", "content": 7}], [{"role": ["user"], "content": "x"}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [],
+        "hi",
+        {},
+        [7],
+        [{}],
+        [{"role": "user"}],
+        [{"role": "wizard", "content": "x"}],
+        [{"role": "user", "content": 7}],
+        [{"role": ["user"], "content": "x"}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "x"}}],
+            }
+        ],
         [{"role": "user", "content": [7]}],
     ],
-    "logprobs": [1, "yes"], "top_logprobs": [1], "tools": [[{"type": "function"}], "x"],
-    "tool_choice": ["required", {}], "max_completion_tokens": [0, "x"],
+    "logprobs": [1, "yes"],
+    "top_logprobs": [1],
+    "tools": [[{"type": "function"}], "x"],
+    "tool_choice": ["required", {}],
+    "max_completion_tokens": [0, "x"],
 }
 BROKEN = [
-    b"", b"{", b"[]", b"null", b"7", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"prompt": NaN}',
-    b'{"prompt": 1e999}', b'{"prompt": ' + b"1" * 6000 + b"}", b"{'prompt': 1}", b"\x00",
-    b'{"a":' * 5000, "ü".encode("utf-16"), b'{"prompt": Infinity}',
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"7",
+    b'"x"',
+    b"\xff\xfe",
+    b"[" * 50_000,
+    b'{"prompt": NaN}',
+    b'{"prompt": 1e999}',
+    b'{"prompt": ' + b"1" * 6000 + b"}",
+    b"{'prompt': 1}",
+    b"\x00",
+    b'{"a":' * 5000,
+    "ü".encode("utf-16"),
+    b'{"prompt": Infinity}',
 ]
 
 
@@ -279,10 +358,23 @@ def malformed(rng):
         return "POST", path, junk, JSON, None
     if kind == 2:
         name = "".join(rng.choices(string.printable, k=rng.randrange(1, 12)))
-        return "POST", path, {**(CHAT if chat else TEXT), "x" + name: 1}, JSON, "x" + name
+        return (
+            "POST",
+            path,
+            {**(CHAT if chat else TEXT), "x" + name: 1},
+            JSON,
+            "x" + name,
+        )
     if kind == 3:
-        odd = [("GET", path), ("PUT", path), ("POST", "/v1/none"), ("GET", "/v1/models/x"),
-               ("DELETE", "/health"), ("GET", "/%00"), ("POST", "/")]
+        odd = [
+            ("GET", path),
+            ("PUT", path),
+            ("POST", "/v1/none"),
+            ("GET", "/v1/models/x"),
+            ("DELETE", "/health"),
+            ("GET", "/%00"),
+            ("POST", "/"),
+        ]
         return *rng.choice(odd), b"{}", JSON, None
     if kind == 4:
         wrong = rng.choice(["text/plain", "", "application/x-www-form-urlencoded"])
@@ -334,8 +426,10 @@ def connection(port, body):
     """A connection on which the body was posted to /v1/completions."""
     data = json.dumps(body).encode()
     wire = socket.create_connection(("127.0.0.1", port), timeout=60)
-    head = (f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n")
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     wire.sendall(head.encode() + data)
     return wire
 
@@ -364,7 +458,7 @@ def test_a_full_line_says_when_to_come_back(model):
         error = json.loads(data)["error"]
         assert (status, error["code"]) == (429, "queue_full")
         assert 1 <= int(headers["retry-after"]) <= 60
-        for wire in wires:                  # nobody in the line is lost
+        for wire in wires:  # nobody in the line is lost
             with wire.makefile("rb") as lines:
                 assert b" 200 " in lines.readline()
             wire.close()
@@ -382,11 +476,13 @@ def test_a_full_line_says_when_to_come_back(model):
 def test_limits_of_time_and_size(model):
     limits = {"seconds": 0.05, "max_bytes": 1000, "max_tokens": 50}
     with serving(model, slots=1, service=limits) as server:
-        status, reply = post(server.port, "/v1/completions", {**TEXT, "prompt": "x" * 2000})
+        status, reply = post(
+            server.port, "/v1/completions", {**TEXT, "prompt": "x" * 2000}
+        )
         assert status == 413 and "1,000 bytes" in reply["error"]["message"]
         status, reply = post(server.port, "/v1/completions", {**TEXT, "max_tokens": 51})
         assert status == 400 and "50 at most" in reply["error"]["message"]
-        server.engine.step = lambda: time.sleep(0.01)   # never gets there
+        server.engine.step = lambda: time.sleep(0.01)  # never gets there
         status, reply = post(server.port, "/v1/completions", TEXT)
         assert status == 504 and "longer than" in reply["error"]["message"]
         del server.engine.step
@@ -394,6 +490,7 @@ def test_limits_of_time_and_size(model):
 
 def test_the_key_and_the_names(model):
     with serving(model, key="s3cret", hosts=["127.0.0.1"]) as server:
+
         def status(path, **headers):
             return call(server.port, "GET", path, None, headers)[0]
 
@@ -413,15 +510,20 @@ def test_the_page_runs_only_its_own_script(live):
     assert status == 200 and "default-src 'none'" in policy
     assert "unsafe" not in policy and guard.hash_of("script", text) in policy
     assert "://" not in text and "innerHTML" not in text
-    assert not re.search(r"\son\w+=|style=", text)      # the policy forbids these
+    assert not re.search(r"\son\w+=|style=", text)  # the policy forbids these
 
 
 def run_command(*words, **options):
     main = "import sys; from annotated_moe.cli import main; sys.exit(main())"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
-        [sys.executable, "-c", main, *words], env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        [sys.executable, "-c", main, *words],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def test_a_terminated_server_finishes_what_runs():
@@ -436,7 +538,7 @@ def test_a_terminated_server_finishes_what_runs():
             while not lines.readline().startswith(b"data: {"):
                 pass
             with connection(port, body | {"max_tokens": 3}) as other:
-                time.sleep(0.1)             # it waits for the only row
+                time.sleep(0.1)  # it waits for the only row
                 server.send_signal(signal.SIGTERM)
                 rest = lines.read().decode()
                 assert other.makefile("rb").read().count(b"data: ") == 4
@@ -461,10 +563,44 @@ def test_an_address_that_is_taken(capsys):
 
 def test_chat_without_a_terminal():
     chat = run_command(
-        "chat", "--temperature", "0", "--max-new-tokens", "5", "--dtype", "float32",
-        stdin=subprocess.PIPE)
+        "chat",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "5",
+        "--dtype",
+        "float32",
+        stdin=subprocess.PIPE,
+    )
     typed = 'In the beginning\n/set temperature 9x\n"""\nMore\nlines\n"""\n/what\n'
     out, err = chat.communicate(typed, timeout=100)
     assert chat.returncode == 0
     assert out.startswith(" of the LORD,") and out.count("\n") >= 2
     assert "temperature cannot be '9x'" in err and "There is no /what." in err
+
+
+def test_a_stopped_reply_is_remembered_and_the_program_goes_on(model):
+    """Ctrl-C, as the terminal delivers it: within `show`."""
+    from annotated_moe import chat_command as chat
+
+    engine, stop, said = Engine(model, slots=1), threading.Event(), []
+    talk = chat.Talk(model, engine, {"max_new_tokens": 100, "seed": 0})
+    thread = threading.Thread(target=engine.run, args=[stop])
+    thread.start()
+
+    def show(text):
+        said.append(text)
+        if len(said) == 3:
+            raise KeyboardInterrupt
+
+    typed = iter(["Hello", "/set top_p 7", "/undo", "/exit"])
+    notes = []
+    try:
+        chat.converse(talk, lambda _: next(typed), show, notes.append)
+        until(lambda: not engine.busy)
+    finally:
+        stop.set()
+        thread.join()
+    assert engine.stats.ended.get("cancelled") and len(said) < 10
+    assert notes[0].startswith("Stopped") and "top_p" in notes[1]
+    assert notes[2] == "Forgotten." and talk.messages == []

@@ -81,6 +81,12 @@ def whole(x: Array) -> Array:
     return here().constrain(x, (None,) * x.ndim)
 
 
+def whole_state(state: Any) -> Any:
+    """`state`, of which a mesh cuts nothing but the cache."""
+    cache, *rest = state
+    return type(state)(cache, *map(whole, rest))
+
+
 # %% book/chapters/28_steps.md, cell 11
 def choose_next(
     logits: Float32[Array, "B V"], state: Writing, settings: Sampling,
@@ -92,10 +98,7 @@ def choose_next(
     tokens = jnp.where(state.going, tokens, 0)
     going = state.going & ~jnp.isin(tokens, stop)
     going &= (tokens != NO_TOKEN).all()
-    return state._replace(
-        tokens=whole(tokens), going=whole(going),
-        step=whole(state.step + 1),
-    )
+    return Writing(state.cache, tokens, going, state.step + 1)
 
 
 @partial(jax.jit, static_argnames="sampled")
@@ -106,7 +109,8 @@ def first_tokens(
     """After a prefill: its first tokens. The cache is yet to come."""
     tokens = jnp.zeros(len(logits), jnp.int32)
     start = Writing(None, tokens, tokens == 0, jnp.int32(0))
-    return choose_next(logits, start, settings, stop, sampled)
+    return whole_state(
+        choose_next(logits, start, settings, stop, sampled))
 
 
 # %% book/chapters/28_steps.md, cell 12
@@ -140,7 +144,7 @@ def run_steps(
 
     made = jnp.full((RUN, len(state.tokens)), NOT_MADE, jnp.int32)
     state, made = jax.lax.while_loop(wanted, step, (state, made))
-    return state, whole(made)
+    return whole_state(state), whole(made)
 
 
 # %% book/chapters/28_steps.md, cell 13
@@ -349,9 +353,9 @@ def begin_guessing(
     """With the first token after each prompt."""
     rows = jnp.arange(len(lengths))
     text = prompts.at[rows, lengths].set(state.tokens)
-    one = jnp.ones_like(lengths)
-    start = text, state.going, one, one, one * 0, one * 0
-    return Guessing(state.cache, *map(whole, start))
+    one, none = jnp.ones_like(lengths), jnp.zeros_like(lengths)
+    return whole_state(Guessing(
+        state.cache, text, state.going, one, none, none, none))
 
 
 # %% book/chapters/28_steps.md, cell 30
@@ -389,11 +393,11 @@ def check_step(
     going = state.going & ~end & (made < most)
     going &= ~((new == NO_TOKEN) & ours).any()
     right = jnp.maximum(count - 1, 0)
-    return Guessing(constrain_cache(cache), *map(whole, (
-        text, going, made, state.steps + state.going,
-        state.guessed + jnp.where(state.going, guessed, 0),
+    return Guessing(
+        constrain_cache(cache), text, going, made,
+        state.steps + state.going, state.guessed + guessed,
         state.right + right,
-    )))
+    )
 
 
 # %% book/chapters/28_steps.md, cell 31
@@ -444,6 +448,7 @@ def run_guesses(
         return only_if(~some, partial(check, 0), state), i + 1
 
     state, _ = jax.lax.while_loop(wanted, step, (state, jnp.int32(0)))
+    state = whole_state(state)
     return state, (state.text, state.made, state.going)
 
 

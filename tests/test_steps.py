@@ -60,7 +60,7 @@ def test_the_tokens_are_those_of_the_plain_loop(config, speculate):
         assert collect(loop(model(config), **how), 3, ()) == want
         stop = {max(want[1][:11], key=want[1].index), -1, 10**12}
         ended = collect(token_steps(model(config), ROWS, MIXED, 30), 3, stop)
-        assert 0 < min(map(len, ended)) < 30
+        assert min(map(len, ended)) < len(ended[0])
         assert collect(loop(model(config), stop=stop, **how), 3, stop) == ended
 
 
@@ -80,9 +80,13 @@ def half_right(texts, text, length, count):
     return guess.at[:, 2:].set(0), found & (length % 2 == 0)
 
 
-@pytest.mark.parametrize("config", [CONFIG, RING], ids=["full", "ring"])
-@pytest.mark.parametrize("guess", [right_guesses, wrong_guesses, half_right])
-def test_any_guess_leaves_the_same_text(config, guess):
+@pytest.mark.parametrize(
+    "guess, config",
+    [(right_guesses, CONFIG), (wrong_guesses, RING), (half_right, RING),
+     *(pytest.param(*pair, marks=pytest.mark.full) for pair in [
+         (right_guesses, RING), (wrong_guesses, CONFIG), (half_right, CONFIG)])],
+)  # fmt: skip
+def test_any_guess_leaves_the_same_text(guess, config):
     """And right ones save steps: 29 tokens are 8 steps of 1 + 3 guesses."""
     net, want = model(config), plain(config)
     lengths = np.array([*map(len, ROWS)], np.int32)

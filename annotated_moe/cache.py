@@ -426,14 +426,16 @@ class PagedCache(KVCache):
             self, new
         )
 
-    def pages_of(self, rows: Int[Array, " R"]) -> Int32[Array, "R W"]:
+    def pages_of(
+        self, rows: Int[Array, " rows"]
+    ) -> Int32[Array, "rows width"]:
         """The pages of these rows, counted through the whole pool."""
         return count_through(self.table, self.users, rows)
 
-    def places(
-        self, rows: Int[Array, " R"], positions: Int[Array, "R T"]
-    ) -> Int[Array, "R T"]:
-        """Where in the pool positions of rows are; -1: nowhere."""
+    def slots_of(
+        self, rows: Int[Array, " rows"], positions: Int[Array, "rows T"]
+    ) -> Int[Array, "rows T"]:
+        """Which slots of the pool positions of rows have; -1: none."""
         pages = jnp.take_along_axis(
             self.pages_of(rows), positions // self.page, axis=1,
             mode="fill", fill_value=NO_PAGE,
@@ -450,7 +452,7 @@ class PagedCache(KVCache):
     ) -> Update:
         """So; and what a layer then looks at: all slots of each row."""
         rows = jnp.arange(len(self.table))
-        at = self.places(rows, positions).reshape(1, -1)
+        at = self.slots_of(rows, positions).reshape(1, -1)
         new = replace(
             self, k=write_pool(self.k, layer, k, at),
             v=write_pool(self.v, layer, v, at),
@@ -463,7 +465,7 @@ class PagedCache(KVCache):
 
     def first_row(self) -> tuple[Heads, Heads]:
         every = jnp.arange(self.k.shape[0])[:, None]        # [L, 1]
-        pages = self.pages_of(jnp.arange(1))                # [1, W]
+        pages = self.pages_of(jnp.arange(1))                # [1, width]
         k = gather_pages(self.k, every, pages)
         return k, gather_pages(self.v, every, pages)
 
@@ -493,7 +495,7 @@ def write_pool(
     pool: Any, layer: int | Int32[Array, ""], x: Any,
     at: Int[Array, "1 N"],
 ) -> Any:
-    """Put `x` [B, T, K, H] into a layer's places `at` of the pool."""
+    """Put `x` [B, T, K, H] into a layer's slots `at` of the pool."""
     as_row = jax.tree.map(
         lambda a: a.reshape(len(a), 1, -1, *a.shape[3:]), pool
     )
@@ -503,7 +505,7 @@ def write_pool(
 
 
 def write_layers(pool: Any, x: Any, at: Int[Array, "1 S"]) -> Any:
-    """Put a row `x` [L, S, K, H] into places `at`, in all layers."""
+    """Put a row `x` [L, S, K, H] into the pool's slots `at`."""
     as_rows = jax.tree.map(
         lambda a: a.reshape(1, len(a), -1, *a.shape[3:]), pool
     )
@@ -513,13 +515,13 @@ def write_layers(pool: Any, x: Any, at: Int[Array, "1 S"]) -> Any:
 
 
 def gather_pages(
-    pool: Any, layer: Any, pages: Int[Array, "_ W"]
+    pool: Any, layer: Any, pages: Int[Array, "rows width"]
 ) -> Any:
     """A layer's heads [., S, K, H] on pages that follow each other."""
     def gather(a: Array) -> Array:
         found = a.at[layer, pages].get(
             mode="clip", wrap_negative_indices=False
-        )                                       # [., W, page, K, H]
+        )                                       # [., width, page, K, H]
         return found.reshape(len(found), -1, *a.shape[3:])
 
     return jax.tree.map(gather, pool)
@@ -541,7 +543,7 @@ def insert_on_pages(
     k, v = other.first_row()
     slots = jnp.arange(k.shape[1])[None]
     slots = jnp.where(slots < n, slots, PAD_POSITION)
-    at = grown.places(jnp.atleast_1d(jnp.asarray(row)), slots)
+    at = grown.slots_of(jnp.atleast_1d(jnp.asarray(row)), slots)
     return replace(
         grown, length=length, k=write_layers(grown.k, k, at),
         v=write_layers(grown.v, v, at),
@@ -590,9 +592,9 @@ def is_known(a: Any) -> bool:
 
 
 def count_through(
-    table: Int32[Array, "B W"], users: Int32[Array, "parts each"],
-    rows: Int[Array, " R"],
-) -> Int32[Array, "R W"]:
+    table: Int32[Array, "B width"], users: Int32[Array, "parts each"],
+    rows: Int[Array, " rows"],
+) -> Int32[Array, "rows width"]:
     """Lines of a table whose parts each count their pages from 0."""
     own = table.at[rows].get(
         mode="fill", fill_value=NO_PAGE, wrap_negative_indices=False
@@ -603,7 +605,8 @@ def count_through(
 
 
 def count_users(
-    users: Int32[Array, "parts each"], pages: Int[Array, "R W"], by: int
+    users: Int32[Array, "parts each"], pages: Int[Array, "rows width"],
+    by: int,
 ) -> Int32[Array, "parts each"]:
     """With `by` more users of each of these pages."""
     flat = users.reshape(-1).at[pages].add(
@@ -630,7 +633,7 @@ def take_pages(
     have = (cache.table != NO_PAGE).sum(axis=1)[:, None]
     added = (columns >= have) & (columns < have + more[:, None])
     begun = columns == cache.length[:, None] // cache.page
-    copied = copies[:, None] & begun                        # [B, W]
+    copied = copies[:, None] & begun                        # [B, width]
     nth = jnp.where(copied, 0, columns - have + copies[:, None])
     pages = free.at[cache.part[:, None], before[:, None] + nth].get(
         mode="fill", fill_value=NO_PAGE
@@ -660,7 +663,7 @@ def take_pages(
     return replace(longer, k=k, v=v, users=users)
 
 
-# %% book/chapters/29b_pages.md, cell 13
+# %% book/chapters/29b_pages.md, cell 12
 @dataclass(frozen=True)
 class Paged(CacheKind):
     """Keys and values on pages of a pool that the rows share.
@@ -731,8 +734,9 @@ def share(cache: KVCache, row: int, source: int, n: int) -> KVCache:
 def share_ring(
     cache: RingCache, row: int, source: int, n: int
 ) -> KVCache:
-    """Only a whole row, since the ring has lost what came before."""
-    if n != int(cache.length[source]):
+    """A part of a row only while the ring has lost nothing of it."""
+    have = int(cache.length[source])
+    if n != have and have > cache.slots:
         raise ValueError(
             f"a ring keeps the end of row {source}, not its first {n} "
             "tokens: share all of them"

@@ -354,6 +354,8 @@ def test_what_cannot_be_shared_or_inserted_is_one_clear_error():
     with pytest.raises(ValueError, match="a ring keeps the end of row 0"):
         share(ring, 1, 0, 5)
     assert share(ring, 1, 0, 9).length.tolist() == [9, 9]
+    short = replace(ring, length=jnp.array([4, 0]))
+    assert share(short, 1, 0, 2).length.tolist() == [4, 2]
     with pytest.raises(ValueError, match="does not fit into pages"):
         cache.insert(0, ring)
     with pytest.raises(ValueError, match="kv_cache must be 'float' or 'int8'"):

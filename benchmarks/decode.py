@@ -320,7 +320,8 @@ def main() -> None:
     args = parser.parse_args()
     params = random_params(CONFIG)
     rng = np.random.default_rng(1)
-    prompt = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (max(8, *args.batches), PROMPT)), jnp.int32)
+    shape = max(8, *args.batches), PROMPT
+    prompt = jnp.asarray(rng.integers(0, CONFIG.vocab_size, shape), jnp.int32)
     print(f"JAX {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores")
     check_agreement(params, prompt[:1])
 

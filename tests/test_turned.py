@@ -58,7 +58,7 @@ def test_runs():
     assert [runs_of(d, 1) for d in (1, 2048, 2049, 6144)] == [1, 1, 3, 3]
     assert runs_of(32768, 8) == 16 and runs_of(512, 8) == 8
     assert runs_of(6144, 1, 4) == 4 and runs_of(6144, 8, 4) == 8
-    assert runs_of(2053, 1) == 2053                 # a prime: each input by itself
+    assert runs_of(4111, 1) == 1 and runs_of(24, 4) == 4    # a prime; a few inputs
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -91,8 +91,7 @@ def test_a_source_reads_what_is_asked():
 # The product
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
-@pytest.mark.parametrize("rows", [1, 4, 9, 40])
+@pytest.mark.parametrize("bfloat16, rows", [(True, 1), (True, 9), (False, 8)])
 @pytest.mark.parametrize("d, groups", [(96, 1), (96, 4), (4100, 1), (4111, 1)])
 def test_product_is_the_formula(monkeypatch, bfloat16, rows, d, groups):
     monkeypatch.setattr(turned, "cpu_has_bfloat16", lambda: bfloat16)
@@ -100,7 +99,7 @@ def test_product_is_the_formula(monkeypatch, bfloat16, rows, d, groups):
     x = np.random.default_rng(1).standard_normal((rows, d), np.float32)
     w = LazySlice(turn(q), (jnp.int32(1), jnp.int32(2)))
     exact = x.astype(np.float64) @ np.asarray(dequantize(q))[1, 2]
-    np.testing.assert_allclose(product(x, w), exact, atol=2e-5 * d**0.5)
+    np.testing.assert_allclose(product(jnp.asarray(x), w), exact, atol=2e-5 * d**0.5)
     short = jnp.asarray(x, jnp.bfloat16)
     exact = np.asarray(short, np.float64) @ np.asarray(dequantize(q))[1, 2]
     np.testing.assert_allclose(product(short, w), exact, atol=2e-5 * d**0.5)
@@ -246,7 +245,7 @@ def test_head_in_eight_bits_is_within_its_bound(tmp_path):
     gain = np.abs(np.asarray(model.params["rms_norm"]["scale"])).max()
     most = step / 2 * gain * width * abs(model.config.output_multiplier)
     moved = np.abs(after - before)
-    assert 0 < moved.max() and (moved <= most).all()
+    assert moved.max() > 0 and (moved <= most).all()
     assert moved.max() < 0.05 * before.std()
     am.save(headed, tmp_path / "saved")
     there = (tmp_path / "saved" / "model.safetensors").read_bytes()

@@ -246,7 +246,7 @@ def test_head_in_eight_bits_is_within_its_bound(tmp_path):
     most = step / 2 * gain * width * abs(model.config.output_multiplier)
     moved = np.abs(after - before)
     assert moved.max() > 0 and (moved <= most).all()
-    assert moved.max() < 0.05 * before.std()
+    assert moved.max() < 0.1 * before.std()
     am.save(headed, tmp_path / "saved")
     there = (tmp_path / "saved" / "model.safetensors").read_bytes()
     assert there == (small_model() / "model.safetensors").read_bytes()

@@ -161,7 +161,7 @@ def tied_logits_tiled(
 
 # %% book/chapters/07b_layer.md, cell 26
 def all_tied_logits(
-    h: Float[Array, "N D"], table: Float[Array, "V D"],
+    h: Float[Array, "N D"], table: Any,
     train: bool = False,
 ) -> Float32[Array, "N V"]:
     """One of the two, wherever it runs; a weight's own product."""

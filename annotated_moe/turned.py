@@ -43,11 +43,13 @@ def runs_of(d: int, groups: int, parts: int = 1) -> int:
     """Into how many equal runs D is cut: the fewest that do.
 
     A run lies in one group of scales and in one of `parts`, and has
-    at most `MOST` inputs.
+    at most `MOST` inputs; but where that would leave fewer than 64 of
+    them, as with a prime, it is as long as it may.
     """
     least = math.lcm(groups, parts)
-    fits = (n for n in range(least, d + 1, least) if d % n == 0)
-    return next((n for n in fits if d // n <= MOST), least)
+    counts = range(least, d // 64 + 1, least)
+    fits = (n for n in counts if d % n == 0 and d // n <= MOST)
+    return next(fits, least)
 
 
 # %% book/chapters/27_int8_on_a_cpu.md, cell 10
@@ -195,7 +197,7 @@ def turned_matmul(
     """
     group_size(w)
     index = tuple(jnp.asarray(i, jnp.int32) for i in index)
-    if len(x) <= few_rows() and w.runs.shape[-1] <= 2 * MOST - 1:
+    if len(x) <= few_rows() and w.runs.shape[-1] < 4096:
         return rows_one_by_one(x, w, index)
     wide = jnp.float32 if not cpu_has_bfloat16() else x.dtype
     return rows_by_tile(x, w, index, wide)

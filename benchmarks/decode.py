@@ -31,6 +31,7 @@ from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.rope import rope
 from annotated_moe.sampling import greedy
+from annotated_moe.turned import turn
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,25 @@ def empty_memory(c: Sizes, batch: int) -> Any:
     ]
 
 
+def as_loaded(params: Any) -> Any:
+    """Eight-bit weights stored as `load` stores them on this backend."""
+    if jax.default_backend() != "cpu":
+        return params
+
+    def one(w: Any) -> Any:
+        return turn(w) if whole(w) else w
+
+    def whole(w: Any) -> bool:
+        return isinstance(w, QuantizedTensor)
+
+    return jax.tree.map(one, params, is_leaf=whole)
+
+
 class Ours:
     """The package's own functions, as `Model.generate_ids` calls them."""
 
     def __init__(self, params: Any, sizes: Sizes):
-        self.params, self.config = params, config_of(sizes)
+        self.params, self.config = as_loaded(params), config_of(sizes)
 
     def start(self, tokens: jax.Array) -> jax.Array:
         b, t = tokens.shape
@@ -300,10 +315,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=16, help="a round of decoding")
+    batches = {"type": int, "nargs": "+", "default": [1, 8]}
+    parser.add_argument("--batches", **batches)
     args = parser.parse_args()
     params = random_params(CONFIG)
     rng = np.random.default_rng(1)
-    prompt = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (8, PROMPT)), jnp.int32)
+    shape = max(8, *args.batches), PROMPT
+    prompt = jnp.asarray(rng.integers(0, CONFIG.vocab_size, shape), jnp.int32)
     print(f"JAX {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores")
     check_agreement(params, prompt[:1])
 
@@ -311,8 +329,7 @@ def main() -> None:
     print(f"\n{'tokens/s':24}{'ours':>8} {'(min-max)':16}", end="")
     print(f"{'published':>10} {'(min-max)':16}{'ratio':>6}")
     for name, what, batch in (
-        ("decode, batch 1", decode, 1),
-        ("decode, batch 8", decode, 8),
+        *((f"decode, batch {b}", decode, b) for b in args.batches),
         (f"prefill of {PROMPT} tokens", read_prompt, 1),
     ):
         pair = measure(what, sides, prompt[:batch], args.rounds, args.tokens)

@@ -41,6 +41,7 @@ from annotated_moe.formats.hub import (
     read_hub,
 )
 from annotated_moe.formats.lazy import (
+    BLOCK,
     as_bytes,
     first_not_finite,
     iter_blocks,
@@ -596,6 +597,84 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 # %% book/chapters/09c_layouts.md, cell 60
+def place_in_file(w: np.ndarray) -> tuple[str, int] | None:
+    """The file that an array is mapped from, and where it begins."""
+    root: Any = w
+    while root is not None and not isinstance(root, np.memmap):
+        inner = "obj" if isinstance(root, memoryview) else "base"
+        root = getattr(root, inner, None)
+    while root is not None and isinstance(root.base, np.memmap):
+        root = root.base
+    if root is None or root.filename is None:
+        return None
+    return str(root.filename), w.ctypes.data - root.ctypes.data
+
+
+# %% book/chapters/09c_layouts.md, cell 61
+class Verification:
+    """Holds every tensor of a checkpoint against its checksum.
+
+    `tell` hears of each run of bytes that was hashed. CheckpointError
+    for the first tensor that is not what was written.
+    """
+
+    def __init__(
+        self, opened: Opened, tell: Callable[[int], None] | None = None
+    ) -> None:
+        self.where, self.tell = opened.weights, tell
+        self.sums = checksums(opened.folder)
+        self.arrays = arrays = stored(opened)
+        for name in sorted(set(arrays) ^ set(self.sums)):
+            lacks = "checksum" if name in arrays else "tensor"
+            raise CheckpointError(
+                f"{self.where}: {name[:80]!r} has no {lacks}"
+            )
+        self.done = dict.fromkeys(arrays, 0)    # bytes hashed
+        self.digests = {name: hashlib.sha256() for name in arrays}
+        self.next = {                           # place -> tensor
+            place_in_file(w): name for name, w in arrays.items()
+            if w.flags.c_contiguous and w.nbytes
+        }
+
+    @property
+    def size(self) -> int:
+        return sum(w.nbytes for w in self.arrays.values())
+
+    def add(self, name: str, data: memoryview) -> None:
+        """Hash what comes next of a tensor."""
+        self.digests[name].update(data)
+        self.done[name] += len(data)
+        if self.tell is not None:
+            self.tell(len(data))
+        if self.done[name] < self.arrays[name].nbytes:
+            return
+        if self.digests[name].hexdigest() != self.sums[name]:
+            raise CheckpointError(
+                f"{self.where}: {name} does not match its checksum; it "
+                "was changed or damaged: fetch it again"
+            )
+
+    def read(self, block: np.ndarray) -> None:
+        """Somebody reads a block: hash it if it is what comes next."""
+        at = place_in_file(block) if block.flags.c_contiguous else None
+        if at is None or (name := self.next.pop(at, None)) is None:
+            return
+        self.add(name, as_bytes(block))
+        if self.done[name] < self.arrays[name].nbytes:
+            self.next[at[0], at[1] + block.nbytes] = name
+
+    def finish(self) -> None:
+        """Read and hash what nobody has read, a block at a time."""
+        for name, w in self.arrays.items():
+            if not self.done[name]:
+                for block in iter_blocks(w):
+                    self.add(name, as_bytes(block))
+                continue
+            data = as_bytes(w)                  # mapped, not copied
+            while (at := self.done[name]) < len(data):
+                self.add(name, data[at : at + BLOCK])
+
+
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -603,24 +682,12 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     CheckpointError for the first tensor that is not what was written.
     """
     opened = open_checkpoint(small_model() if path is None else path)
-    where = opened.weights
-    sums, arrays = checksums(opened.folder), stored(opened)
-    for name in sorted(set(arrays) ^ set(sums)):
-        lacks = "checksum" if name in arrays else "tensor"
-        raise CheckpointError(f"{where}: {name[:80]!r} has no {lacks}")
-    for name, array in arrays.items():
-        digest = hashlib.sha256()
-        for block in iter_blocks(array):
-            digest.update(as_bytes(block))
-        if digest.hexdigest() != sums[name]:
-            raise CheckpointError(
-                f"{where}: {name} does not match its checksum; it was "
-                "changed or damaged: fetch it again"
-            )
-    return len(arrays)
+    held = Verification(opened)
+    held.finish()
+    return len(held.arrays)
 
 
-# %% book/chapters/09c_layouts.md, cell 63
+# %% book/chapters/09c_layouts.md, cell 64
 def groups_for(spec: ParamSpec, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = partition_spec(spec.axes)

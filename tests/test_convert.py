@@ -24,7 +24,13 @@ from safetensors.numpy import load_file, save_file
 import annotated_moe as am
 from annotated_moe import checkpoints, cli
 from annotated_moe.cli import bytes_in
-from annotated_moe.convert import TARGETS, convert, pickle_parts, plan_hub
+from annotated_moe.convert import (
+    TARGETS,
+    convert,
+    pickle_parts,
+    plan_hub,
+    quantize_files,
+)
 from annotated_moe.families.grok import grok_config
 from annotated_moe.formats import lazy, writing
 from annotated_moe.formats.files import CheckpointError
@@ -560,6 +566,57 @@ def test_a_checksum_that_is_wrong(copy, name):
         damage(path)
     am.load(folder)                             # sound, as far as shapes can tell
     refused(lambda: am.verify(folder), "does not match its checksum")
+
+
+@pytest.mark.parametrize("name, to", [
+    ("ours", "native"), ("grok-1", "native"), ("hf", "hf"), ("shards", "native"),
+])  # fmt: skip
+def test_damage_is_not_copied_with_fresh_checksums(copy, tmp_path, name, to):
+    """In what is read in its order and in what is turned around; and in 8 bits."""
+    folder = copy(name)
+    arrays = checkpoints.stored(checkpoints.open_checkpoint(folder))
+    for wrong in (min(arrays), max(arrays)):
+        file, at = checkpoints.place_in_file(arrays[wrong])
+        before = Path(file).read_bytes()
+        data = bytearray(before)
+        data[at + 5] ^= 1
+        Path(file).write_bytes(data)
+        for job in (
+            lambda: am.verify(folder),
+            lambda: convert(folder, tmp_path / "out", to),
+            lambda: quantize_files(folder, tmp_path / "out"),
+        ):
+            refused(job, f"{wrong} does not match its checksum", "fetch it again")
+        assert left_behind(tmp_path) == [name]
+        Path(file).write_bytes(before)
+    convert(folder, tmp_path / "out", to)
+
+
+def test_a_source_is_read_once_where_it_can_be(made, tmp_path, monkeypatch):
+    """What is copied in the order of its file is hashed as it passes."""
+    passed = []
+    finish = checkpoints.Verification.finish
+
+    def watched(self):
+        passed.append(sum(self.done.values()) / self.size)
+        finish(self)
+
+    monkeypatch.setattr(checkpoints.Verification, "finish", watched)
+    convert(made / "grok-1", tmp_path / "a")
+    convert(made / "shards", tmp_path / "b")
+    assert passed[0] == 1 and 0.1 < passed[1] < 0.9
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_configuration_says_the_dtype_of_the_weights(dtype):
+    halves = {
+        path: w.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        for path, w in tensors(CONFIG, quantized=False).items()
+    }
+    _, describe = TARGETS["hf"]
+    said = describe(CONFIG, halves)
+    assert {said[name] for name in ("dtype", "torch_dtype") if name in said} == {dtype}
+    assert describe(CONFIG, tensors(CONFIG))["torch_dtype"] == CONFIG.dtype
 
 
 def test_a_checksum_is_the_sha256_of_the_stored_bytes(made):

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -379,6 +380,20 @@ def parts_along(axis: MeshAxis, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[name] for name in names if name is not None)
 
 
+def axis_text(
+    c: ModelConfig, path: tuple[str, str], axis: str | None, size: int
+) -> str:
+    """What an axis of a parameter counts, in words."""
+    for at in all_places(c):
+        heads = at.spec.attention.kv_heads
+        if axis == "kv_heads" and path[0].startswith(f"{at.name}/"):
+            return (
+                f"{heads} key heads of size {size // heads} in "
+                f"{'/'.join(path)}"
+            )
+    return f"the {axis} of {'/'.join(path)}, of which there are {size}"
+
+
 def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
     """What a mesh of these sizes cannot cut, or the empty string."""
     for path, spec in flat_specs(c).items():
@@ -390,10 +405,8 @@ def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
             if size % parts:
                 many = isinstance(names, tuple)
                 along = " * ".join(names) if many else names
-                return (
-                    f"{along} = {parts} does not divide the {axis} of "
-                    f"{'/'.join(path)}, of which there are {size}"
-                )
+                what = axis_text(c, path, axis, size)
+                return f"{along} = {parts} does not divide {what}"
     for at in all_places(c):
         heads, model = at.spec.attention.q_heads, mesh["model"]
         if heads % model:
@@ -415,6 +428,13 @@ def fitting_meshes(c: ModelConfig, n: int) -> Iterator[str]:
                 yield f"{data} x {expert} x {model}"
 
 
+def counts_near(n: int, fits: Callable[[int], bool]) -> str:
+    """The numbers nearest to n of which `fits` is true, as a text."""
+    near = sorted(range(1, 2 * n + 1), key=lambda m: abs(m - n))
+    found = sorted(islice(filter(fits, near), 4))
+    return " or ".join(map(str, found))
+
+
 def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     """ValueError unless `mesh` has our axes and divides the model."""
     axes = "data", "expert", "model"
@@ -428,7 +448,8 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     fits = list(fitting_meshes(c, n))
     advice = f"of {n} devices, {' or '.join(fits[:4])} would do"
     if not fits:
-        advice = f"no mesh of {n} devices would do, take another number"
+        near = counts_near(n, lambda m: any(fitting_meshes(c, m)))
+        advice = f"no mesh of {n} devices would do, one of {near} does"
     raise CheckpointError(
         f"{where} does not fit a data x expert x model mesh of "
         f"{' x '.join(map(str, sizes.values()))}: {wrong}; {advice}"

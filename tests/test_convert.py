@@ -604,7 +604,7 @@ def test_a_source_is_read_once_where_it_can_be(made, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.Verification, "finish", watched)
     convert(made / "grok-1", tmp_path / "a")
     convert(made / "shards", tmp_path / "b")
-    assert passed[0] == 1 and 0.1 < passed[1] < 0.9
+    assert passed[0] == 1 > passed[1] > 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -864,7 +864,8 @@ def test_the_command_shows_how_far_it_is(made, tmp_path, capsys):
     words = [str(made / "hf"), str(tmp_path / "x"), "--to", "grok-1"]
     assert cli.main(["convert", *words]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and "100%" in err.splitlines()[-1]
+    assert out == "" and "100%" in err.splitlines()[-2]
+    assert err.splitlines()[-1].endswith(f"to {words[1]} in the layout Grok-1.")
     assert cli.main(["convert", *words]) == 2
     assert "exists already" in capsys.readouterr().err
 

@@ -394,6 +394,7 @@ def axis_text(
     return f"the {axis} of {'/'.join(path)}, of which there are {size}"
 
 
+# %% book/chapters/09c_layouts.md, cell 44
 def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
     """What a mesh of these sizes cannot cut, or the empty string."""
     for path, spec in flat_specs(c).items():
@@ -416,7 +417,7 @@ def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
     return ""
 
 
-# %% book/chapters/09c_layouts.md, cell 44
+# %% book/chapters/09c_layouts.md, cell 45
 def fitting_meshes(c: ModelConfig, n: int) -> Iterator[str]:
     """Meshes of n devices that divide a model, each as a text."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
@@ -456,7 +457,7 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 47
+# %% book/chapters/09c_layouts.md, cell 48
 Loader = Callable[[Opened, Mesh | None, str], Model]
 LOADERS: dict[str, Loader] = {}
 
@@ -486,7 +487,7 @@ def load_into_memory(
 LOADERS["memory"] = load_into_memory
 
 
-# %% book/chapters/09c_layouts.md, cell 48
+# %% book/chapters/09c_layouts.md, cell 49
 def default_dtype() -> str:
     """What to compute in unless told: bfloat16 where it is fast."""
     if jax.default_backend() != "cpu" or cpu_has_bfloat16():
@@ -494,7 +495,7 @@ def default_dtype() -> str:
     return "float32"
 
 
-# %% book/chapters/09c_layouts.md, cell 49
+# %% book/chapters/09c_layouts.md, cell 50
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -529,7 +530,7 @@ def load(
     return model if same else replace(model, exchange=exchange)
 
 
-# %% book/chapters/09c_layouts.md, cell 55
+# %% book/chapters/09c_layouts.md, cell 56
 # What `save` writes, and may therefore replace.
 WRITTEN = {
     "config.json", "model.safetensors", "checksums.json",
@@ -572,7 +573,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         replace_folder(new, target, Path(folder) / "old", WRITTEN)
 
 
-# %% book/chapters/09c_layouts.md, cell 56
+# %% book/chapters/09c_layouts.md, cell 57
 def write_model(model: Model, folder: Path) -> None:
     """The files of a checkpoint in our own layout."""
     tensors = {
@@ -589,7 +590,7 @@ def write_model(model: Model, folder: Path) -> None:
         model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09c_layouts.md, cell 59
+# %% book/chapters/09c_layouts.md, cell 60
 def stored(opened: Opened) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     where = opened.weights
@@ -617,7 +618,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09c_layouts.md, cell 60
+# %% book/chapters/09c_layouts.md, cell 61
 def place_in_file(w: np.ndarray) -> tuple[str, int] | None:
     """The file that an array is mapped from, and where it begins."""
     root: Any = w
@@ -631,7 +632,7 @@ def place_in_file(w: np.ndarray) -> tuple[str, int] | None:
     return str(root.filename), w.ctypes.data - root.ctypes.data
 
 
-# %% book/chapters/09c_layouts.md, cell 61
+# %% book/chapters/09c_layouts.md, cell 62
 class Verification:
     """Holds every tensor of a checkpoint against its checksum.
 
@@ -696,6 +697,7 @@ class Verification:
                 self.add(name, data[at : at + BLOCK])
 
 
+# %% book/chapters/09c_layouts.md, cell 63
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -708,7 +710,7 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     return len(held.arrays)
 
 
-# %% book/chapters/09c_layouts.md, cell 64
+# %% book/chapters/09c_layouts.md, cell 66
 def groups_for(spec: ParamSpec, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = partition_spec(spec.axes)

@@ -327,8 +327,8 @@ def release_settings(config: ModelConfig) -> dict[str, Any]:
 
 # %% book/chapters/10_convert.md, cell 30
 TARGETS: dict[str, tuple[Planner, Describer]] = {
-    "native": (plan_native, lambda config, _: native_settings(config)),
-    "grok-1": (plan_release, lambda config, _: release_settings(config)),
+    "native": (plan_native, lambda c, _: native_settings(c)),
+    "grok-1": (plan_release, lambda c, _: release_settings(c)),
 }
 
 
@@ -720,10 +720,10 @@ def hub_settings(
     name = architecture_of(config)
     family = FAMILIES[name]
     settings = family.write(config)
-    settings |= dict.fromkeys(
-        settings.keys() & {"dtype", "torch_dtype"},
-        written_dtype(config, tensors),
-    )
+    dtype = written_dtype(config, tensors)
+    for fields in (settings, settings.get("text_config", {})):
+        for field in fields.keys() & {"dtype", "torch_dtype"}:
+            fields[field] = dtype
     return {
         "architectures": [name], "model_type": family.model_type,
         **settings,

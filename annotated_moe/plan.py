@@ -623,6 +623,7 @@ def recorded(topology: str) -> Plan:
 def memory_lines(plan: Plan) -> list[tuple[str, str]]:
     """What a device holds, and whether it has room."""
     have, spare = HARDWARE[plan.hardware].memory, []
+    both = amount(held(plan))
     answer = "fits" if fits(plan) else "does not fit"
     if fits(plan) and not temporaries_known(plan):
         answer += ", if the device's own compiler"
@@ -637,7 +638,7 @@ def memory_lines(plan: Plan) -> list[tuple[str, str]]:
         ("weights", amount(plan.weights)),
         ("cache", amount(plan.cache)),
         ("temporaries", extra),
-        ("together", f"{amount(held(plan))} of {amount(have)}: {answer}"),
+        ("together", f"{both} of {amount(have)}: {answer}"),
         *spare,
     ]
 

@@ -1289,7 +1289,8 @@ def run_options(options: argparse.Namespace) -> list[str]:
     if options.check:
         lines = check(root, tangled.outputs)
     elif options.into:
-        lines = [f"in {into}: {ln}" for ln in sync(into, tangled.outputs)]
+        done = sync(into, tangled.outputs)
+        lines = [f"in {into}: {line}" for line in done]
     else:
         lines = sync(root, tangled.outputs)
     if tangled.large and options.upto is None:

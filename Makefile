@@ -28,7 +28,8 @@ help:
 	@echo 'make parity-env        torch and transformers, for more tests'
 	@echo 'make sync              write notebooks and package from the chapters'
 	@echo 'make check             fail if they differ from the chapters'
-	@echo 'make prefix N=08       the chapters up to 8 alone: import, run the last'
+	@echo 'make prefix N=08       the chapters up to 8 alone, in .prefix/08: import,'
+	@echo '                       run the last; about a minute'
 	@echo 'make book              build the book, serve it, open it'
 	@echo 'make book-html         build the book, run what is new; a warning is an error'
 	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'
@@ -77,7 +78,7 @@ check: env
 PREFIX := .prefix
 
 prefix: env
-	@$(BIN)/python -P scripts/prefix.py $(N) $(PREFIX)/$(N)
+	@$(BIN)/python -P scripts/prefix.py "$(N)" "$(PREFIX)/$(N)"
 
 lint: env
 	$(BIN)/ruff check --quiet .

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-# %% book/chapters/09c_layouts.md, cell 69
+# %% book/chapters/09c_layouts.md, cell 72
 __all__.extend(
     entry.__name__ for entry in (CheckpointError, load, save, verify)
 )

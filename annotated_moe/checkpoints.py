@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from annotated_moe.formats.hub import (
     read_hub,
 )
 from annotated_moe.formats.lazy import (
+    BLOCK,
     as_bytes,
     first_not_finite,
     iter_blocks,
@@ -393,6 +395,21 @@ def parts_along(axis: MeshAxis, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[name] for name in names if name is not None)
 
 
+def axis_text(
+    c: ModelConfig, path: tuple[str, str], axis: str | None, size: int
+) -> str:
+    """What an axis of a parameter counts, in words."""
+    for at in all_places(c):
+        heads = at.spec.attention.kv_heads
+        if axis == "kv_heads" and path[0].startswith(f"{at.name}/"):
+            return (
+                f"{heads} key heads of size {size // heads} in "
+                f"{'/'.join(path)}"
+            )
+    return f"the {axis} of {'/'.join(path)}, of which there are {size}"
+
+
+# %% book/chapters/09c_layouts.md, cell 44
 def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
     """What a mesh of these sizes cannot cut, or the empty string."""
     for path, spec in flat_specs(c).items():
@@ -404,10 +421,8 @@ def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
             if size % parts:
                 many = isinstance(names, tuple)
                 along = " * ".join(names) if many else names
-                return (
-                    f"{along} = {parts} does not divide the {axis} of "
-                    f"{'/'.join(path)}, of which there are {size}"
-                )
+                what = axis_text(c, path, axis, size)
+                return f"{along} = {parts} does not divide {what}"
     for at in all_places(c):
         heads, model = at.spec.attention.q_heads, mesh["model"]
         if heads % model:
@@ -417,7 +432,7 @@ def indivisible(c: ModelConfig, mesh: Mapping[str, int]) -> str:
     return ""
 
 
-# %% book/chapters/09c_layouts.md, cell 44
+# %% book/chapters/09c_layouts.md, cell 45
 def fitting_meshes(c: ModelConfig, n: int) -> Iterator[str]:
     """Meshes of n devices that divide a model, each as a text."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
@@ -427,6 +442,13 @@ def fitting_meshes(c: ModelConfig, n: int) -> Iterator[str]:
             sizes = {"data": data, "expert": expert, "model": model}
             if data * expert * model == n and not indivisible(c, sizes):
                 yield f"{data} x {expert} x {model}"
+
+
+def counts_near(n: int, fits: Callable[[int], bool]) -> str:
+    """The numbers nearest to n of which `fits` is true, as a text."""
+    near = sorted(range(1, 2 * n + 1), key=lambda m: abs(m - n))
+    found = sorted(islice(filter(fits, near), 4))
+    return " or ".join(map(str, found))
 
 
 def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
@@ -442,14 +464,15 @@ def check_mesh(where: Path, c: ModelConfig, mesh: Mesh) -> None:
     fits = list(fitting_meshes(c, n))
     advice = f"of {n} devices, {' or '.join(fits[:4])} would do"
     if not fits:
-        advice = f"no mesh of {n} devices would do, take another number"
+        near = counts_near(n, lambda m: any(fitting_meshes(c, m)))
+        advice = f"no mesh of {n} devices would do, one of {near} does"
     raise CheckpointError(
         f"{where} does not fit a data x expert x model mesh of "
         f"{' x '.join(map(str, sizes.values()))}: {wrong}; {advice}"
     )
 
 
-# %% book/chapters/09c_layouts.md, cell 47
+# %% book/chapters/09c_layouts.md, cell 48
 Loader = Callable[[Opened, Mesh | None, str], Model]
 LOADERS: dict[str, Loader] = {}
 
@@ -480,7 +503,7 @@ def load_into_memory(
 LOADERS["memory"] = load_into_memory
 
 
-# %% book/chapters/09c_layouts.md, cell 48
+# %% book/chapters/09c_layouts.md, cell 49
 def default_dtype() -> str:
     """What to compute in unless told: bfloat16 where it is fast."""
     if jax.default_backend() != "cpu" or cpu_has_bfloat16():
@@ -488,7 +511,7 @@ def default_dtype() -> str:
     return "float32"
 
 
-# %% book/chapters/09c_layouts.md, cell 49
+# %% book/chapters/09c_layouts.md, cell 50
 def load(
     path: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
@@ -528,7 +551,7 @@ def load(
     return replace(model, exchange=exchange, kv_cache=kv_cache)
 
 
-# %% book/chapters/09c_layouts.md, cell 55
+# %% book/chapters/09c_layouts.md, cell 56
 # What `save` writes, and may therefore replace.
 WRITTEN = {
     "config.json", "model.safetensors", "checksums.json",
@@ -571,7 +594,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         replace_folder(new, target, Path(folder) / "old", WRITTEN)
 
 
-# %% book/chapters/09c_layouts.md, cell 56
+# %% book/chapters/09c_layouts.md, cell 57
 def write_model(model: Model, folder: Path) -> None:
     """The files of a checkpoint in our own layout."""
     tensors = {
@@ -588,7 +611,7 @@ def write_model(model: Model, folder: Path) -> None:
         model.tokenizer.save_in(folder)
 
 
-# %% book/chapters/09c_layouts.md, cell 59
+# %% book/chapters/09c_layouts.md, cell 60
 def stored(opened: Opened) -> dict[str, np.ndarray]:
     """Every array in a checkpoint's files, by the name it has there."""
     where = opened.weights
@@ -616,7 +639,86 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-# %% book/chapters/09c_layouts.md, cell 60
+# %% book/chapters/09c_layouts.md, cell 61
+def place_in_file(w: np.ndarray) -> tuple[str, int] | None:
+    """The file that an array is mapped from, and where it begins."""
+    root: Any = w
+    while root is not None and not isinstance(root, np.memmap):
+        inner = "obj" if isinstance(root, memoryview) else "base"
+        root = getattr(root, inner, None)
+    while root is not None and isinstance(root.base, np.memmap):
+        root = root.base
+    if root is None or root.filename is None:
+        return None
+    return str(root.filename), w.ctypes.data - root.ctypes.data
+
+
+# %% book/chapters/09c_layouts.md, cell 62
+class Verification:
+    """Holds every tensor of a checkpoint against its checksum.
+
+    `tell` hears of each run of bytes that was hashed. CheckpointError
+    for the first tensor that is not what was written.
+    """
+
+    def __init__(
+        self, opened: Opened, tell: Callable[[int], None] | None = None
+    ) -> None:
+        self.where, self.tell = opened.weights, tell
+        self.sums = checksums(opened.folder)
+        self.arrays = arrays = stored(opened)
+        for name in sorted(set(arrays) ^ set(self.sums)):
+            lacks = "checksum" if name in arrays else "tensor"
+            raise CheckpointError(
+                f"{self.where}: {name[:80]!r} has no {lacks}"
+            )
+        self.done = dict.fromkeys(arrays, 0)    # bytes hashed
+        self.digests = {name: hashlib.sha256() for name in arrays}
+        self.next = {                           # place -> tensor
+            place_in_file(w): name for name, w in arrays.items()
+            if w.flags.c_contiguous and w.nbytes
+        }
+
+    @property
+    def size(self) -> int:
+        return sum(w.nbytes for w in self.arrays.values())
+
+    def add(self, name: str, data: memoryview) -> None:
+        """Hash what comes next of a tensor."""
+        self.digests[name].update(data)
+        self.done[name] += len(data)
+        if self.tell is not None:
+            self.tell(len(data))
+        if self.done[name] < self.arrays[name].nbytes:
+            return
+        if self.digests[name].hexdigest() != self.sums[name]:
+            raise CheckpointError(
+                f"{self.where}: {name} does not match its checksum; it "
+                "was changed or damaged: fetch it again"
+            )
+
+    def read(self, block: np.ndarray) -> None:
+        """Somebody reads a block: hash it if it is what comes next."""
+        at = place_in_file(block) if block.flags.c_contiguous else None
+        if at is None or (name := self.next.pop(at, None)) is None:
+            return
+        self.add(name, as_bytes(block))
+        if self.done[name] < self.arrays[name].nbytes:
+            self.next[at[0], at[1] + block.nbytes] = name
+
+    def finish(self) -> None:
+        """Read and hash what nobody has read, a block at a time."""
+        for name, w in self.arrays.items():
+            if not self.done[name]:
+                for block in iter_blocks(w):
+                    self.add(name, as_bytes(block))
+                continue
+            data = as_bytes(w)                  # mapped, not copied
+            while (at := self.done[name]) < len(data):
+                self.add(name, data[at : at + BLOCK])
+
+
+# %% book/chapters/09c_layouts.md, cell 63
 def verify(path: str | os.PathLike[str] | None = None) -> int:
     """Hold every tensor against its checksum; how many there are.
 
@@ -624,24 +726,12 @@ def verify(path: str | os.PathLike[str] | None = None) -> int:
     CheckpointError for the first tensor that is not what was written.
     """
     opened = open_checkpoint(small_model() if path is None else path)
-    where = opened.weights
-    sums, arrays = checksums(opened.folder), stored(opened)
-    for name in sorted(set(arrays) ^ set(sums)):
-        lacks = "checksum" if name in arrays else "tensor"
-        raise CheckpointError(f"{where}: {name[:80]!r} has no {lacks}")
-    for name, array in arrays.items():
-        digest = hashlib.sha256()
-        for block in iter_blocks(array):
-            digest.update(as_bytes(block))
-        if digest.hexdigest() != sums[name]:
-            raise CheckpointError(
-                f"{where}: {name} does not match its checksum; it was "
-                "changed or damaged: fetch it again"
-            )
-    return len(arrays)
+    held = Verification(opened)
+    held.finish()
+    return len(held.arrays)
 
 
-# %% book/chapters/09c_layouts.md, cell 63
+# %% book/chapters/09c_layouts.md, cell 66
 def groups_for(spec: ParamSpec, most: int = 8) -> int:
     """Groups of scales: several where `model` cuts the inputs."""
     cut = partition_spec(spec.axes)

@@ -19,6 +19,8 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from annotated_moe.cache import CACHE_KINDS
 from annotated_moe.chat import chat_ids
 from annotated_moe.chat_command import add_chat
 from annotated_moe.checkpoints import (
+    Opened,
     load,
     open_checkpoint,
     small_model,
@@ -38,8 +41,10 @@ from annotated_moe.families.images import IMAGE, read_image
 from annotated_moe.formats.native import flat_arrays
 from annotated_moe.formats.writing import Part
 from annotated_moe.generate import Model
+from annotated_moe.model import flat_specs
 from annotated_moe.parallel import EXCHANGES, make_mesh
 from annotated_moe.plan import add_plan, parameter_counts, parse_mesh
+from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.serve_command import add_serve
 from annotated_moe.specs import to_json
 from annotated_moe.streaming import StreamedModel, with_progress
@@ -144,7 +149,10 @@ def mesh_for(args: argparse.Namespace) -> Mesh | None:
     """
     devices = args.devices
     if not 1 <= devices <= 512:
-        raise ValueError(f"--devices must be 1 to 512, not {devices}")
+        what = f"--mesh {args.mesh}" if args.mesh else "--devices"
+        raise ValueError(
+            f"{what} must be 1 to 512 devices, not {devices}"
+        )
     if devices == 1:
         return None
     with contextlib.suppress(RuntimeError):
@@ -164,6 +172,11 @@ def load_model(args: argparse.Namespace) -> tuple[Model, str]:
         args.exchange, args.kv_cache,
     )
     spent = time.perf_counter() - start
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{args.model} has no tokenizer, without which no text can "
+            "be read: put its tokenizer.model or tokenizer.json there"
+        )
     kind = jax.devices()[0].platform.upper()
     total, _ = parameter_counts(model.config)
     where = f"{devices} {kind} device{'s' if devices > 1 else ''}"
@@ -308,6 +321,24 @@ def bytes_by_dtype(
     return sizes
 
 
+def bytes_loaded(opened: Opened, dtype: str) -> int:
+    """What `load` would hold of it, computing in `dtype`.
+
+    A parameter that is kept exact gets a dtype that holds both the
+    file's numbers and `dtype`'s: float16 and bfloat16 give float32.
+    """
+    specs, total = flat_specs(opened.config), 0
+    for path, w in opened.read().items():
+        own = np.dtype(dtype)
+        if isinstance(w, QuantizedTensor):
+            total += Part(w.weight).size + Part(w.scales).size
+            continue
+        if specs[path].float32:
+            own = jnp.promote_types(w.dtype, own)
+        total += math.prod(w.shape) * own.itemsize
+    return total
+
+
 def lines_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The numbers of a configuration, each with where it stands."""
     if isinstance(value, dict):
@@ -332,6 +363,10 @@ def run_info(args: argparse.Namespace) -> None:
     sizes = bytes_by_dtype(opened.read())
     sizes["bytes of weights"] = sum(sizes.values())
     about |= {name: f"{size:,}" for name, size in sizes.items()}
+    about["bytes in memory"] = ", ".join(
+        f"{bytes_loaded(opened, dtype):,} with --dtype {dtype}"
+        for dtype in DTYPES
+    )
     if args.verify:
         count = verify(folder)
         about["checksums"] = f"{count:,} tensors are as written"
@@ -374,11 +409,19 @@ def bytes_in(word: str) -> int:
 
 @contextlib.contextmanager
 def byte_bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that is told of (bytes done, bytes in all)."""
-    with tqdm(unit="B", unit_scale=True, file=sys.stderr) as bar:
+    """A progress bar that is told of (bytes done, bytes in all).
+
+    It is there from the first byte on.
+    """
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+
         def tell(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            if not bars:
+                bars.append(stack.enter_context(tqdm(
+                    unit="B", unit_scale=True, file=sys.stderr)))
+            bars[0].total = total
+            bars[0].update(done - bars[0].n)
 
         try:
             yield tell
@@ -387,12 +430,32 @@ def byte_bar() -> Iterator[Callable[[int, int], None]]:
             raise
 
 
+def say_written(target: str) -> None:
+    """What a writer has made, where, and in which layout."""
+    opened = open_checkpoint(target)
+    sizes = bytes_by_dtype(opened.read())
+    total, _ = parameter_counts(opened.config)
+    say(f"Wrote {total:,} parameters, {sum(sizes.values()):,} bytes, "
+        f"to {target} in the layout {opened.layout.name}.")
+
+
 # %% book/chapters/99_command_line.md, cell 23
 def run_convert(args: argparse.Namespace) -> None:
     size = args.max_shard_size
     most = None if size is None else bytes_in(size)
+    if most is not None and args.to != "hf":
+        raise ValueError(
+            f"--max-shard-size {size} is for --to hf, not for --to "
+            f"{args.to}, which has no shards: leave it out"
+        )
+    if most == 0:
+        raise ValueError(
+            f"--max-shard-size {size} leaves no room for a tensor: "
+            "write 500MB, or 5GB"
+        )
     with byte_bar() as tell:
         convert(args.source, args.target, args.to, most, tell)
+    say_written(args.target)
 
 
 def add_convert(commands: Any) -> None:
@@ -412,9 +475,22 @@ COMMANDS["convert"] = add_convert
 
 
 # %% book/chapters/99_command_line.md, cell 24
+def in_8_bits_already(opened: Opened) -> bool:
+    """Whether no matrix is left to quantize."""
+    specs = flat_specs(opened.config)
+    return all(
+        isinstance(w, QuantizedTensor)
+        for path, w in opened.read().items() if specs[path].matrix
+    )
+
+
 def run_quantize(args: argparse.Namespace) -> None:
+    if in_8_bits_already(open_checkpoint(args.source)):
+        say(f"{args.source} is in 8 bits already: its copy is the same "
+            "numbers in our own layout.")
     with byte_bar() as tell:
         quantize_files(args.source, args.target, tell)
+    say_written(args.target)
 
 
 def add_quantize(commands: Any) -> None:

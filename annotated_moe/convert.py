@@ -27,7 +27,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from annotated_moe.checkpoints import (
+    Opened,
     Tensors,
+    Verification,
     groups_for,
     meta_tokenizer,
     open_checkpoint,
@@ -77,11 +79,17 @@ JOURNAL = "journal"
 
 # %% book/chapters/10_convert.md, cell 9
 class Journal(Watcher):
-    """Notes in `file` what is safe; `done` is file -> bytes."""
+    """Notes in `file` what is safe; `done` is file -> bytes.
 
-    def __init__(self, file: IO[bytes], tell: Callable) -> None:
+    What is read is shown to `source`, if there is one.
+    """
+
+    def __init__(
+        self, file: IO[bytes], tell: Callable,
+        source: Verification | None = None,
+    ) -> None:
         super().__init__()
-        self.file, self.tell = file, tell
+        self.file, self.tell, self.source = file, tell, source
         self.done: dict[str, int] = {}
         self.noted: set[str] = set()
         self.waiting = 0
@@ -90,6 +98,10 @@ class Journal(Watcher):
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def read(self, block: np.ndarray) -> None:
+        if self.source is not None:
+            self.source.read(block)
 
     def wrote(self, path: Path, size: int) -> None:
         self.tell(size)
@@ -238,7 +250,7 @@ def pickle_parts(w: Any, name: str) -> list[Part]:
 # %% book/chapters/10_convert.md, cell 24
 FilePlan = dict[str, list[Part]]                # file -> what it holds
 Planner = Callable[[Tensors, ModelConfig, int], FilePlan]
-Describer = Callable[[ModelConfig], dict[str, Any]]
+Describer = Callable[[ModelConfig, Tensors], dict[str, Any]]
 
 
 # %% book/chapters/10_convert.md, cell 25
@@ -315,8 +327,8 @@ def release_settings(config: ModelConfig) -> dict[str, Any]:
 
 # %% book/chapters/10_convert.md, cell 30
 TARGETS: dict[str, tuple[Planner, Describer]] = {
-    "native": (plan_native, native_settings),
-    "grok-1": (plan_release, release_settings),
+    "native": (plan_native, lambda c, _: native_settings(c)),
+    "grok-1": (plan_release, lambda c, _: release_settings(c)),
 }
 
 
@@ -432,16 +444,17 @@ def silent(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-def counter(total: int, tell: Callable[[int, int], None]) -> Callable:
+class Counter:
     """Adds up what a journal hears, for somebody who watches."""
-    done = 0
 
-    def add(size: int) -> None:
-        nonlocal done
-        done += size
-        tell(done, total)
+    def __init__(
+        self, total: int, tell: Callable[[int, int], None]
+    ) -> None:
+        self.total, self.tell, self.done = total, tell, 0
 
-    return add
+    def __call__(self, size: int) -> None:
+        self.done += size
+        self.tell(self.done, self.total)
 
 
 # %% book/chapters/10_convert.md, cell 41
@@ -470,8 +483,18 @@ def check_options(to: str, most: int | None) -> int:
 
 
 # %% book/chapters/10_convert.md, cell 43
+def verification(
+    opened: Opened, tell: Callable[[int], None]
+) -> Verification | None:
+    """For a checkpoint that has checksums, else None."""
+    if not os.path.lexists(opened.folder / "checksums.json"):
+        return None
+    return Verification(opened, tell)
+
+
+# %% book/chapters/10_convert.md, cell 44
 def carry_out(
-    folder: Path,
+    opened: Opened,
     target: Path,
     plan: FilePlan,
     settings: dict[str, Any],
@@ -479,15 +502,21 @@ def carry_out(
     tell: Callable[[int, int], None],
 ) -> None:
     """Write `plan` to the partial folder, and let that be `target`."""
+    folder = opened.folder
     new = target.parent / f".{target.name}.partial"
     total = sum(part.size for parts in plan.values() for part in parts)
     if not new.is_dir():
         check_disk_space(target, total)
+    count = Counter(total, tell)
+    if (source := verification(opened, count)) is not None:
+        count.total += source.size
     with locked(new) as file:
-        journal, before = Journal(file, counter(total, tell)), job()
+        journal, before = Journal(file, count, source), job()
         begin(journal, new, before)
         with cleared(new):
             write_plan(new, plan, journal)
+            if source is not None:
+                source.finish()
             if job() != before:
                 raise CheckpointError(
                     f"{folder} was changed while it was read: "
@@ -496,7 +525,7 @@ def carry_out(
             finish(new, target, folder, settings, journal.sums)
 
 
-# %% book/chapters/10_convert.md, cell 44
+# %% book/chapters/10_convert.md, cell 45
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -508,22 +537,24 @@ def convert(
 
     `to` is a name in `TARGETS`; for "hf", shards have at most
     `max_shard_size` bytes [5 GB]. Raises CheckpointError and leaves
-    nothing behind; killed, the same call goes on. `tell(done, total)`
-    hears of bytes.
+    nothing behind, also where `source` does not match checksums of its
+    own; killed, the same call goes on. `tell(done, total)` hears of
+    bytes.
     """
     most = check_options(to, max_shard_size)
     target = Path(target).absolute()
     opened = open_checkpoint(Path(source))
     folder, (plan_for, settings_for) = opened.folder, TARGETS[to]
     check_target(folder, target)
-    settings = settings_for(opened.config)
-    plan = plan_for(opened.read(), opened.config, most)
+    tensors = opened.read()
+    settings = settings_for(opened.config, tensors)
+    plan = plan_for(tensors, opened.config, most)
     plan |= added_files(folder, opened.config)
     job = partial(job_of, folder, to, most)
-    carry_out(folder, target, plan, settings, job, tell)
+    carry_out(opened, target, plan, settings, job, tell)
 
 
-# %% book/chapters/10_convert.md, cell 52
+# %% book/chapters/10_convert.md, cell 53
 BF16 = DTYPE_CODES["BF16"]
 
 
@@ -553,7 +584,7 @@ class Rounded:
         return rounded(np.asarray(self.source), self)
 
 
-# %% book/chapters/10_convert.md, cell 53
+# %% book/chapters/10_convert.md, cell 54
 @partial(jax.jit, static_argnames=("groups", "what"))
 def round_block(
     w: Float[Array, "D F"], groups: int, what: str
@@ -563,7 +594,7 @@ def round_block(
     return getattr(q, what), jnp.isfinite(w).all()
 
 
-# %% book/chapters/10_convert.md, cell 54
+# %% book/chapters/10_convert.md, cell 55
 def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     """`w` as `r` says. CheckpointError if it is not finite."""
     out, inputs = np.empty(r.shape, r.dtype), len(w)
@@ -578,7 +609,7 @@ def rounded(w: np.ndarray, r: Rounded) -> np.ndarray:
     return out
 
 
-# %% book/chapters/10_convert.md, cell 55
+# %% book/chapters/10_convert.md, cell 56
 def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     """`Rounded` for every matrix of a stack of them."""
     if len(w.shape) == 2:
@@ -588,7 +619,7 @@ def to_round(w: Any, name: str, groups: int, what: str) -> Any:
     ])
 
 
-# %% book/chapters/10_convert.md, cell 56
+# %% book/chapters/10_convert.md, cell 57
 def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     """A tensor as it will be written; nothing is rounded yet."""
     if isinstance(w, QuantizedTensor) or not spec.matrix:
@@ -599,7 +630,7 @@ def in_8_bits(name: str, w: Any, spec: ParamSpec) -> Any:
     ))
 
 
-# %% book/chapters/10_convert.md, cell 57
+# %% book/chapters/10_convert.md, cell 58
 def quantize_files(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -622,7 +653,7 @@ def quantize_files(
     plan = plan_native(tensors, config, 0)
     settings = native_settings(config)
     job = partial(job_of, folder, "8 bits", 0)
-    carry_out(folder, target, plan, settings, job, tell)
+    carry_out(opened, target, plan, settings, job, tell)
 
 
 # %% book/chapters/14_hub.md, cell 32
@@ -671,13 +702,31 @@ def architecture_of(config: ModelConfig) -> str:
     )
 
 
-def hub_settings(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` of the layout for this model."""
+def written_dtype(config: ModelConfig, tensors: Tensors) -> str:
+    """The dtype of most numbers; of products where they are in int8."""
+    sizes: dict[str, int] = {}
+    for w in tensors.values():
+        if isinstance(w, QuantizedTensor):
+            return config.dtype
+        name = str(w.dtype)
+        sizes[name] = sizes.get(name, 0) + Part(w).size
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def hub_settings(
+    config: ModelConfig, tensors: Tensors
+) -> dict[str, Any]:
+    """A `config.json` of the layout for this model and its weights."""
     name = architecture_of(config)
     family = FAMILIES[name]
+    settings = family.write(config)
+    dtype = written_dtype(config, tensors)
+    for fields in (settings, settings.get("text_config", {})):
+        for field in fields.keys() & {"dtype", "torch_dtype"}:
+            fields[field] = dtype
     return {
         "architectures": [name], "model_type": family.model_type,
-        **family.write(config),
+        **settings,
     }
 
 

@@ -10,6 +10,7 @@ a token, and how many tokens a second that allows at most.
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from jaxtyping import Array
 
 from annotated_moe.cache import CACHE_KINDS, CacheKind
 from annotated_moe.checkpoints import (
+    counts_near,
     groups_for,
     indivisible,
     open_checkpoint,
@@ -627,8 +629,13 @@ def recorded(topology: str) -> Plan:
 # %% book/chapters/13_plan.md, cell 65
 def memory_lines(plan: Plan) -> list[tuple[str, str]]:
     """What a device holds, and whether it has room."""
-    have = amount(HARDWARE[plan.hardware].memory)
+    have, spare = HARDWARE[plan.hardware].memory, []
+    both = amount(held(plan))
     answer = "fits" if fits(plan) else "does not fit"
+    if fits(plan) and not temporaries_known(plan):
+        answer += ", if the device's own compiler"
+        free = amount(have - held(plan))
+        spare = [("", f"takes less than {free} of temporaries")]
     extra = "not compiled, not counted"
     if plan.compiler:
         extra = f"{amount(plan.temporaries)} as compiled for "
@@ -638,7 +645,8 @@ def memory_lines(plan: Plan) -> list[tuple[str, str]]:
         ("weights", amount(plan.weights)),
         ("cache", f"{amount(plan.cache)}, {plan.kv_cache}"),
         ("temporaries", extra),
-        ("together", f"{amount(held(plan))} of {have}: {answer}"),
+        ("together", f"{both} of {amount(have)}: {answer}"),
+        *spare,
     ]
 
 
@@ -885,21 +893,34 @@ def exchange_lines(plan: Plan) -> list[tuple[str, str]]:
 
 
 # %% book/chapters/92_hlo.md, cell 48
+def topology_size(topology: str) -> int:
+    """How many devices "v5p:2x2x2" has; ValueError for another form."""
+    form = r"v5p:\d{1,3}(x\d{1,3}){2}|v(5|6)e:\d{1,3}x\d{1,3}"
+    if not re.fullmatch(form, topology):
+        raise ValueError(
+            f"no topology {topology!r}: write v5p:2x2x2, v5e:4x8 or"
+            " v6e:4x4"
+        )
+    return math.prod(map(int, topology[4:].split("x")))
+
+
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice that is not there: "v5p:2x2x2".
 
     ValueError without the extra `tpu`, or for no such slice.
     """
-    kind, _, size = topology.partition(":")
-    if kind not in ("v5e", "v5p", "v6e") or not size:
-        raise ValueError(
-            f"no topology {topology!r}: write v5p:2x2x2, v5e:4x8 or"
-            " v6e:4x4"
-        )
+    topology_size(topology)
     if find_spec("libtpu") is None:
+        advice = ""
+        with suppress(ValueError):
+            recorded(topology)
+            advice = (
+                "; what it said of grok-1 was kept:"
+                f" annotated_moe.plan.recorded({topology!r})"
+            )
         raise ValueError(
             f"{topology} needs the TPU compiler:"
-            ' pip install "annotated-moe[tpu]"'
+            f' pip install "annotated-moe[tpu]"{advice}'
         )
     return describe_slice(topology)
 
@@ -961,9 +982,11 @@ def weights_of(name: str) -> tuple[ModelConfig, Params]:
         config = replace(PRESETS[name], dtype="bfloat16")
         return config, abstract_params(config, name in IN_8_BITS)
     if not Path(name).exists():
+        near = difflib.get_close_matches(name, PRESETS)
         raise ValueError(
-            f"{name!r} is neither a folder nor a preset; presets are"
-            f" {', '.join(PRESETS)}"
+            f"{name!r} is neither a folder nor a preset; "
+            + (f"did you mean {' or '.join(near)}?" if near else
+               f"presets are {', '.join(PRESETS)}")
         )
     opened = open_checkpoint(Path(name))
     config = replace(opened.config, dtype="bfloat16")
@@ -980,10 +1003,6 @@ def weights_of(name: str) -> tuple[ModelConfig, Params]:
 # %% book/chapters/92_hlo.md, cell 55
 def simulate(devices: int) -> None:
     """Let this process have so many devices, none of them real."""
-    if not 1 <= devices <= MOST_DEVICES:
-        raise ValueError(
-            f"--devices must be 1 to {MOST_DEVICES}, not {devices}"
-        )
     jax.config.update("jax_platforms", "cpu")
     with suppress(RuntimeError):
         # Only before a device is first used.
@@ -1018,6 +1037,39 @@ def check_job(args: argparse.Namespace, config: ModelConfig) -> int:
     return context
 
 
+def check_devices(
+    args: argparse.Namespace, config: ModelConfig
+) -> int | None:
+    """How many devices are asked for; ValueError if they cannot be."""
+    wanted, asked = args.devices, f"--devices {args.devices}"
+    if args.mesh is not None:
+        wanted = math.prod(parse_mesh(args.mesh).values())
+        asked = f"--mesh {args.mesh}"
+    if wanted is None:
+        return None
+    if not 1 <= wanted <= MOST_DEVICES:
+        raise ValueError(
+            f"{asked} asks for {wanted} devices: 1 to {MOST_DEVICES}"
+            " can be planned for"
+        )
+    size = topology_size(args.topology) if args.topology else wanted
+    if size != wanted:
+        raise ValueError(
+            f"{args.topology} has {size} devices, and {asked} asks for"
+            f" {wanted}"
+        )
+
+    def divides(n: int) -> bool:
+        return not indivisible(config, usual_mesh(n, config))
+
+    if args.mesh is None and not divides(wanted):
+        raise ValueError(
+            f"{wanted} devices cannot share the model: --devices"
+            f" {counts_near(wanted, divides)} would do"
+        )
+    return wanted
+
+
 # %% book/chapters/92_hlo.md, cell 58
 def hardware_of(args: argparse.Namespace) -> str:
     """The hardware asked for; a topology's own when it names one."""
@@ -1035,8 +1087,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that a command line asks for."""
     config, params = weights_of(args.model)
     context, hardware = check_job(args, config), hardware_of(args)
+    wanted = check_devices(args, config)
     sizes = parse_mesh(args.mesh) if args.mesh else None
-    wanted = math.prod(sizes.values()) if sizes else args.devices
     if args.topology:
         simulate(1)
         devices = tpu_devices(args.topology)

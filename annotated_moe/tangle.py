@@ -1288,9 +1288,12 @@ def run_options(options: argparse.Namespace) -> list[str]:
     tangled = tangle(root, options.upto)
     if options.check:
         lines = check(root, tangled.outputs)
+    elif options.into:
+        done = sync(into, tangled.outputs)
+        lines = [f"in {into}: {line}" for line in done]
     else:
-        lines = sync(into, tangled.outputs)
-    if tangled.large:
+        lines = sync(root, tangled.outputs)
+    if tangled.large and options.upto is None:
         print("; ".join(tangled.large), file=sys.stderr)
     return lines
 

@@ -28,6 +28,29 @@ print(len(list(folder.rglob("*.py"))), "modules imported")
 """
 
 
+def chapters(root: Path) -> list[int]:
+    """The numbers of the book's chapters."""
+    names = root.glob("book/chapters/[0-9][0-9]*.md")
+    return sorted({int(path.name[:2]) for path in names})
+
+
+def chapter(text: str, root: Path) -> int:
+    """A chapter's number, or the end with a sentence that has the range."""
+    known, runs = chapters(root), list[list[int]]()
+    if text.isdecimal() and int(text) in known:
+        return int(text)
+    for number in known:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spans = [f"{r[0]:02d} to {r[-1]:02d}" if r[1:] else f"{r[0]:02d}" for r in runs]
+    sys.exit(
+        f"N={text!r} is no chapter's number: N must be {', '.join(spans)}, as in"
+        " make prefix N=08"
+    )
+
+
 def tangle(root: Path, number: int, into: Path) -> None:
     """The chapters up to `number`, and the package's other files."""
     if into.exists() and not (into / "annotated_moe").is_dir() and any(into.iterdir()):
@@ -57,16 +80,16 @@ def notebooks(into: Path, number: int) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("number", type=int)
+    parser.add_argument("number")
     parser.add_argument("into", type=Path)
     parser.add_argument("--root", type=Path, default=HERE)
     options = parser.parse_args()
-    into = options.into.resolve()
+    number, into = chapter(options.number, options.root), options.into.resolve()
     environment = {**os.environ, "PYTHONPATH": str(into)}
     pytest = ["-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600"]
     try:
-        tangle(options.root, options.number, into)
-        run = notebooks(into, options.number)
+        tangle(options.root, number, into)
+        run = notebooks(into, number)
         for command in [
             ["-P", "-c", IMPORT, str(into / "annotated_moe")],
             ["-P", *pytest, "-c", os.devnull, "-p", "no:cacheprovider", "."],
@@ -76,6 +99,7 @@ def main() -> int:
             )
     except subprocess.CalledProcessError as error:
         return error.returncode
+    print(f"The package of the chapters up to {number:02d} is in {options.into}")
     return 0
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import annotated_moe as am
@@ -144,7 +145,8 @@ def test_a_model_without_a_tokenizer(capsys, tmp_path):
     small = am.load()
     am.save(am.Model(small.config, small.params), tmp_path / "bare")
     words = ["--prompt", "x", "--model", str(tmp_path / "bare")]
-    assert "no tokenizer" in refusal(capsys, "generate", *words)
+    said = refusal(capsys, "generate", *words)
+    assert "bare has no tokenizer" in said and "generate_ids" not in said
 
 
 def test_info_tells_what_is_in_the_folder(capsys):
@@ -156,6 +158,37 @@ def test_info_tells_what_is_in_the_folder(capsys):
     assert lines["vocab_size"] == str(config["vocab_size"])
     heads = config["layers"][0]["pattern"][0]["attention"]["q_heads"]
     assert lines["layers[0].pattern[0].attention.q_heads"] == str(heads)
+
+
+def test_info_says_what_memory_will_hold(capsys):
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        model = am.load(dtype=dtype)
+        size = sum(a.nbytes for a in jax.tree.leaves(model.params))
+        assert f" {size:,} with --dtype {dtype}" in said
+
+
+def test_writers_say_what_they_wrote(capsys, tmp_path):
+    small, folder = str(Path(am.__file__).parent / "small"), tmp_path / "new"
+    assert cli.main(["quantize", small, str(folder)]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("Wrote 5,")
+    assert err[-1].endswith(f"to {folder} in the layout annotated-moe-2.")
+    assert any("in 8 bits already" in line for line in err)
+
+
+def test_no_bar_before_the_first_byte(capsys, tmp_path):
+    small = str(Path(am.__file__).parent / "small")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    for words in (
+        ["convert", small, str(tmp_path / "full")],
+        ["convert", small, str(tmp_path / "x"), "--max-shard-size", "2MB"],
+        ["convert", small, str(tmp_path / "x"), "--max-shard-size", "0", "--to", "hf"],
+    ):
+        said = refusal(capsys, *words)
+        assert said.count("\n") == 1 and "B/s" not in said and "max_shard" not in said
 
 
 def test_version(capsys):

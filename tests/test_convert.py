@@ -24,7 +24,13 @@ from safetensors.numpy import load_file, save_file
 import annotated_moe as am
 from annotated_moe import checkpoints, cli
 from annotated_moe.cli import bytes_in
-from annotated_moe.convert import TARGETS, convert, pickle_parts, plan_hub
+from annotated_moe.convert import (
+    TARGETS,
+    convert,
+    pickle_parts,
+    plan_hub,
+    quantize_files,
+)
 from annotated_moe.families.grok import grok_config
 from annotated_moe.formats import lazy, writing
 from annotated_moe.formats.files import CheckpointError
@@ -154,7 +160,8 @@ def test_a_layout_loads_onto_a_mesh(made, name):
 
 
 def test_floats_convert_too(tmp_path):
-    am.save(model(quantized=False), tmp_path / "a")
+    config = replace(CONFIG, dtype="float32")       # as the hf layout will say
+    am.save(model(config, quantized=False), tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", "grok-1")
     convert(tmp_path / "b", tmp_path / "c", "hf")
     convert(tmp_path / "c", tmp_path / "d")
@@ -562,6 +569,57 @@ def test_a_checksum_that_is_wrong(copy, name):
     refused(lambda: am.verify(folder), "does not match its checksum")
 
 
+@pytest.mark.parametrize("name, to", [
+    ("ours", "native"), ("grok-1", "native"), ("hf", "hf"), ("shards", "native"),
+])  # fmt: skip
+def test_damage_is_not_copied_with_fresh_checksums(copy, tmp_path, name, to):
+    """In what is read in its order and in what is turned around; and in 8 bits."""
+    folder = copy(name)
+    arrays = checkpoints.stored(checkpoints.open_checkpoint(folder))
+    for wrong in (min(arrays), max(arrays)):
+        file, at = checkpoints.place_in_file(arrays[wrong])
+        before = Path(file).read_bytes()
+        data = bytearray(before)
+        data[at + 5] ^= 1
+        Path(file).write_bytes(data)
+        for job in (
+            lambda: am.verify(folder),
+            lambda: convert(folder, tmp_path / "out", to),
+            lambda: quantize_files(folder, tmp_path / "out"),
+        ):
+            refused(job, f"{wrong} does not match its checksum", "fetch it again")
+        assert left_behind(tmp_path) == [name]
+        Path(file).write_bytes(before)
+    convert(folder, tmp_path / "out", to)
+
+
+def test_a_source_is_read_once_where_it_can_be(made, tmp_path, monkeypatch):
+    """What is copied in the order of its file is hashed as it passes."""
+    passed = []
+    finish = checkpoints.Verification.finish
+
+    def watched(self):
+        passed.append(sum(self.done.values()) / self.size)
+        finish(self)
+
+    monkeypatch.setattr(checkpoints.Verification, "finish", watched)
+    convert(made / "grok-1", tmp_path / "a")
+    convert(made / "shards", tmp_path / "b")
+    assert passed[0] == 1 > passed[1] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_configuration_says_the_dtype_of_the_weights(dtype):
+    halves = {
+        path: w.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        for path, w in tensors(CONFIG, quantized=False).items()
+    }
+    _, describe = TARGETS["hf"]
+    said = describe(CONFIG, halves)
+    assert {said[name] for name in ("dtype", "torch_dtype") if name in said} == {dtype}
+    assert describe(CONFIG, tensors(CONFIG))["torch_dtype"] == CONFIG.dtype
+
+
 def test_a_checksum_is_the_sha256_of_the_stored_bytes(made):
     sums = json.loads((made / "hf" / "checksums.json").read_text())["sha256"]
     for name, w in load_file(made / "hf" / "model.safetensors").items():
@@ -807,7 +865,8 @@ def test_the_command_shows_how_far_it_is(made, tmp_path, capsys):
     words = [str(made / "hf"), str(tmp_path / "x"), "--to", "grok-1"]
     assert cli.main(["convert", *words]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and "100%" in err.splitlines()[-1]
+    assert out == "" and "100%" in err.splitlines()[-2]
+    assert err.splitlines()[-1].endswith(f"to {words[1]} in the layout Grok-1.")
     assert cli.main(["convert", *words]) == 2
     assert "exists already" in capsys.readouterr().err
 

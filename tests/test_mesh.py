@@ -197,7 +197,7 @@ def test_an_expert_is_read_by_the_devices_that_hold_it():
     [
         ((1, 3), ["1 x 1 x 3", "data * model = 3 does not divide the table of "
                   "in_out_embed/embeddings, of which there are 64",
-                  "no mesh of 3 devices"]),
+                  "no mesh of 3 devices would do, one of 1 or 2 or 4 "]),
         ((3, 2), ["3 x 1 x 2", "data * model = 6 does not divide the table"]),
         ((1, 1, 8), ["1 x 8 x 1", "expert = 8 does not divide the experts of "
                      "decoder_layer/moe/linear/w, of which there are 4",
@@ -222,7 +222,7 @@ def test_a_mesh_that_does_not_divide(tiny, shape, words):
                          "1 x 2 x 4 or 1 x 4 x 2"]),
         ({"d_model": 36}, ["data * model = 8 does not divide the table of"]),
         ({"kv_heads": 2, "head_size": 2},
-         ["model = 8 does not divide the kv_heads of", "there are 4"]),
+         ["model = 8 does not divide 2 key heads of size 2 in decoder_layer/"]),
     ],
 )  # fmt: skip
 def test_the_error_names_the_axis_and_what_would_do(tmp_path, change, words):

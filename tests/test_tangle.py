@@ -634,7 +634,16 @@ def test_a_prefix_of_the_book_is_a_program(book, tmp_path):
     assert not (made / "two.py").exists()
     assert (made / "small/weights").read_text() == "1"
     assert prefix("01").returncode == 0, "twice in one place"
+    assert f"in {root}/.prefix/01: wrote annotated_moe/one.py" in done.stdout
+    assert f"up to 01 is in {root}/.prefix/01\n" in done.stdout
     assert prefix("03").returncode != 0, "a chapter that cannot be tangled"
+    for wrong in ("00", "0", "-1", "abc", "", "4"):
+        done = prefix(wrong)
+        assert done.returncode == 1 and done.stdout == "", wrong
+        assert done.stderr == (
+            f"N={wrong!r} is no chapter's number: N must be 01 to 03, as in"
+            " make prefix N=08\n"
+        )
     # The notebook is run, with what the prefix has and nothing else.
     book(**{"01_one": page("x = 1", use % "nothing")})
     assert prefix("01").returncode != 0

@@ -49,6 +49,9 @@ class Watcher:
     def __init__(self) -> None:
         self.sums: dict[str, str] = {}
 
+    def read(self, block: np.ndarray) -> None:
+        """A block of what is copied, before it is written."""
+
     def wrote(self, path: Path, size: int) -> None:
         """A block of `size` bytes was written, or was there already."""
 
@@ -77,6 +80,7 @@ def write_part(
     """Append `part` but for its first `skip` bytes; note its sha256."""
     digest = hashlib.sha256()
     for block in iter_blocks(part.data):
+        watcher.read(block)
         data = as_bytes(block)
         digest.update(data)
         append_bytes(path, data[skip:])

@@ -80,7 +80,7 @@ class TurnedTensor(QuantizedTensor):
         return (*lead, runs * size, f)
 
     @property
-    def weight(self) -> Any:                # type: ignore[override]
+    def weight(self) -> Any:
         """The integers as [*E, D, F], bit for bit."""
         return self.runs.swapaxes(-1, -2).reshape(self.shape)
 

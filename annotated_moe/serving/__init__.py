@@ -18,5 +18,5 @@ __all__ = ["Engine", "Event", "Handle", "QueueFull", "Request",
            "Result", "Stats"]
 
 
-# %% book/chapters/97_serving_details.md, cell 12
+# %% book/chapters/97_serving_details.md, cell 13
 RUN_CHECKS.append(check_serving)

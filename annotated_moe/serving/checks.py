@@ -45,10 +45,11 @@ def check_engine(inputs: dict[str, Any]) -> None:
 
 
 # %% book/chapters/97_serving_details.md, cell 6
-def check_length(prompt: list[int], new: Any, context: int) -> None:
+def check_length(prompt: Any, new: Any, context: int) -> None:
     """ValueError unless prompt and new tokens fit into a row."""
     check_count("max_new_tokens", new, 1, context)
-    needed = len(prompt) + new - 1          # the last is never read
+    length = len(prompt) if isinstance(prompt, list) else 0
+    needed = length + new - 1               # the last is never read
     if needed > context:
         raise ValueError(
             f"a prompt of {len(prompt)} tokens and {new} new ones "
@@ -58,6 +59,19 @@ def check_length(prompt: list[int], new: Any, context: int) -> None:
 
 
 # %% book/chapters/97_serving_details.md, cell 7
+def check_numbers_alone(request: Request) -> None:
+    """ValueError where a setting is a list: there is one prompt."""
+    for name in ("temperature", "top_p", "top_k", "seed"):
+        value = getattr(request, name)
+        if np.ndim(value):
+            raise ValueError(
+                f"{name} must be one number: {value!r:.60}")
+
+
+# %% book/chapters/97_serving_details.md, cell 8
+MOST_BIAS = 1e9                             # float32 can add to it
+
+
 def check_bias(bias: Any, vocab_size: int) -> None:
     """ValueError unless each id has a finite number."""
     try:
@@ -68,14 +82,14 @@ def check_bias(bias: Any, vocab_size: int) -> None:
         ) from None
     for i, value in zip(ids, values):
         there = type(i) is int and 0 <= i < vocab_size
-        if not there or not np.isfinite(value):
+        if not there or not abs(value) <= MOST_BIAS:
             raise ValueError(
                 f"logit_bias of {i!r} is {value}: it takes ids from 0 "
-                f"to {vocab_size - 1} and finite numbers"
+                f"to {vocab_size - 1} and numbers up to {MOST_BIAS:g}"
             )
 
 
-# %% book/chapters/97_serving_details.md, cell 8
+# %% book/chapters/97_serving_details.md, cell 9
 def check_stop(stop: Any, model: Any) -> None:
     """TypeError or ValueError unless `stop` are strings to find."""
     strings = isinstance(stop, (list, tuple))
@@ -86,7 +100,7 @@ def check_stop(stop: Any, model: Any) -> None:
         model.require_tokenizer()
 
 
-# %% book/chapters/97_serving_details.md, cell 9
+# %% book/chapters/97_serving_details.md, cell 10
 def check_constraint(constraint: Any) -> None:
     """TypeError unless it has what a constraint has."""
     for name in ("mask", "accept", "done"):
@@ -97,13 +111,14 @@ def check_constraint(constraint: Any) -> None:
             )
 
 
-# %% book/chapters/97_serving_details.md, cell 10
+# %% book/chapters/97_serving_details.md, cell 11
 def check_submit(inputs: dict[str, Any]) -> None:
     """TypeError or ValueError for a request that cannot be run."""
     request: Request = inputs["request"]
     model, config = inputs["model"], inputs["config"]
     prompt, new = inputs["prompt"], request.max_new_tokens
     check_length(prompt, new, inputs["context"])
+    check_numbers_alone(request)
     announce(
         None, "generate_ids", prompts=[prompt], max_new_tokens=new,
         temperature=request.temperature, top_p=request.top_p,
@@ -123,7 +138,7 @@ def check_submit(inputs: dict[str, Any]) -> None:
     check_constraint(request.constraint)
 
 
-# %% book/chapters/97_serving_details.md, cell 11
+# %% book/chapters/97_serving_details.md, cell 12
 def check_serving(mesh: Any, call: str, inputs: dict[str, Any]) -> None:
     """ValueError or TypeError for what an engine cannot do."""
     if call == "Engine":

@@ -441,10 +441,11 @@ def submit(
 # %% book/chapters/30b_engine.md, cell 35
 def fit(engine: "Engine", request: Request) -> list[int]:
     """The ids of a prompt that fits; the request is checked."""
-    prompt = np.asarray(request.prompt).tolist()
-    if request.truncate:
-        most = engine.context - request.max_new_tokens + 1
-        prompt = prompt[-max(most, 1) :]
+    prompt, new = np.asarray(request.prompt).tolist(), 1
+    if isinstance(request.max_new_tokens, int):
+        new = request.max_new_tokens
+    if request.truncate and isinstance(prompt, list):
+        prompt = prompt[-max(engine.context - new + 1, 1) :]
     announce(
         None, "submit", request=request, prompt=prompt,
         context=engine.context, model=engine.model,

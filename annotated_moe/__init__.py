@@ -38,7 +38,7 @@ LOADERS["disk"] = load_from_disk
 chat_module.register_chat()
 
 
-# %% book/chapters/28_steps.md, cell 43
+# %% book/chapters/28_steps.md, cell 44
 LOOPS.append(fused_steps)
 
 

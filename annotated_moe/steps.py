@@ -414,6 +414,7 @@ def only_if(
         lambda carry: carry[1], once, (state, condition))[0]
 
 
+# %% book/chapters/28_steps.md, cell 32
 Find = Callable[[Array, Array, int], tuple[Array, Array]]
 
 
@@ -454,7 +455,7 @@ def run_guesses(
     return state, (state.text, state.made, state.going)
 
 
-# %% book/chapters/28_steps.md, cell 32
+# %% book/chapters/28_steps.md, cell 33
 def guessed_steps(
     model: Model, rows: Rows, settings: Sampling, count: int,
     tiles: Any, stop: np.ndarray, run: int, speculate: int,
@@ -488,7 +489,7 @@ def guessed_steps(
         shown = max(shown, int(ready))
 
 
-# %% book/chapters/28_steps.md, cell 42
+# %% book/chapters/28_steps.md, cell 43
 def fused_steps(
     model: Model, rows: Rows, settings: Sampling, count: int,
     tiles: Any = None, stop: Collection[int] = (),

@@ -43,7 +43,7 @@ chat_module.register_chat()
 __all__.append(int8_head.__name__)
 
 
-# %% book/chapters/28_steps.md, cell 43
+# %% book/chapters/28_steps.md, cell 44
 LOOPS.append(fused_steps)
 
 

@@ -250,11 +250,13 @@ def choose_each(
     b, t, v = logits.shape
     if not sampled:
         return greedy(logits.reshape(b * t, v)).reshape(b, t)
-    steps = (made[:, None] + jnp.arange(t)).reshape(-1)
-    each = [jnp.repeat(x, t)[:, None] for x in settings]
-    alone = logits.reshape(b * t, 1, v)
-    tokens = jax.vmap(sample)(alone, steps, Sampling(*each))
-    return tokens.reshape(b, t)
+    each = Sampling(*(jnp.asarray(x)[:, None] for x in settings))
+
+    def at(place: tuple[Array, Array]) -> Array:
+        alone, j = place[0][:, None], place[1]              # [B, 1, V]
+        return jax.vmap(sample)(alone, made + j, each)[:, 0]
+
+    return jax.lax.map(at, (logits.swapaxes(0, 1), jnp.arange(t))).T
 
 
 # %% book/chapters/28_steps.md, cell 24
@@ -412,6 +414,7 @@ def only_if(
         lambda carry: carry[1], once, (state, condition))[0]
 
 
+# %% book/chapters/28_steps.md, cell 32
 Find = Callable[[Array, Array, int], tuple[Array, Array]]
 
 
@@ -452,7 +455,7 @@ def run_guesses(
     return state, (state.text, state.made, state.going)
 
 
-# %% book/chapters/28_steps.md, cell 32
+# %% book/chapters/28_steps.md, cell 33
 def guessed_steps(
     model: Model, rows: Rows, settings: Sampling, count: int,
     tiles: Any, stop: np.ndarray, run: int, speculate: int,
@@ -486,7 +489,7 @@ def guessed_steps(
         shown = max(shown, int(ready))
 
 
-# %% book/chapters/28_steps.md, cell 42
+# %% book/chapters/28_steps.md, cell 43
 def fused_steps(
     model: Model, rows: Rows, settings: Sampling, count: int,
     tiles: Any = None, stop: Collection[int] = (),

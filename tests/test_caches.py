@@ -235,6 +235,23 @@ def test_the_error_of_attention_stays_within_its_bound(seed, scale):
     assert (off <= bound + 1e-6).all() and (off.max() > bound.max() / 200)
 
 
+def test_an_opponent_comes_near_the_bound_and_not_past_it():
+    """Each key's rounding goes the way in which the query says most."""
+    q, k = normal(1, 1, 1, 128, seed=1), normal(1, 256, 1, 128, seed=2)
+    step = abs(k).max(-1, keepdims=True) / 127
+    good = jnp.arange(256)[None, :, None, None] < 128
+    up = jnp.where(good, 0.499, -0.499) * jnp.sign(q)
+    k = jnp.where(abs(k) > 126 * step, k, (jnp.round(k / step) - up) * step)
+    v = jnp.where(good, 1.0, -1.0) * jnp.ones(k.shape)
+    at = jnp.arange(256, dtype=jnp.int32)[None]
+    rest = at[:, -1:], at, 128**-0.5, None, Causal().sees
+    near = attend_to_kept(q, eight_bit(k), eight_bit(v), *rest)
+    off = near - attend_any(q, k, v, *rest)
+    e = 128**-0.5 * abs(q).sum() * step.max() / 2
+    bound = jnp.tanh(e / 2) * 2 + 1 / 254
+    assert 0.5 * bound < abs(off).max() < bound
+
+
 def model_of(config, kv_cache="float", mesh=None):
     params = jax.jit(partial(init_params, config=config))(jax.random.key(0))
     return Model(config, params, mesh=mesh, kv_cache=kv_cache)

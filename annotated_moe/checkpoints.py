@@ -247,10 +247,10 @@ def place_quantized(
     sources, kind = jax.tree.flatten(w)
     cuts = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))
     dtypes = jnp.int8, jnp.bfloat16
-    return kind.unflatten(
+    return jax.tree.unflatten(kind, [
         on_devices(source, cut, mesh, dtype, name)
         for source, cut, dtype in zip(sources, cuts, dtypes)
-    )
+    ])
 
 
 # %% book/chapters/09c_layouts.md, cell 32

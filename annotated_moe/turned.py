@@ -35,7 +35,7 @@ from annotated_moe.quantization import (
     tile_rows,
 )
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 8
+# %% book/chapters/27_int8_on_a_cpu.md, cell 12
 MOST = 2048                             # inputs a run
 
 
@@ -52,7 +52,7 @@ def runs_of(d: int, groups: int, parts: int = 1) -> int:
     return next(fits, least)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 10
+# %% book/chapters/27_int8_on_a_cpu.md, cell 14
 @jax.tree_util.register_pytree_node_class
 class TurnedTensor(QuantizedTensor):
     """int8 `runs` [*E, R, F, D/R] and bfloat16 `scales` [*E, G, F].
@@ -96,7 +96,7 @@ class TurnedTensor(QuantizedTensor):
         return f"TurnedTensor({self.runs!r}, {self.scales!r})"
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 11
+# %% book/chapters/27_int8_on_a_cpu.md, cell 15
 def turn(q: QuantizedTensor, parts: int = 1) -> TurnedTensor:
     """The same weight, turned; `parts`: into how many D is cut.
 
@@ -109,7 +109,7 @@ def turn(q: QuantizedTensor, parts: int = 1) -> TurnedTensor:
     return TurnedTensor(cut.swapaxes(-1, -2), q.scales)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 14
+# %% book/chapters/27_int8_on_a_cpu.md, cell 18
 def run_of(w: TurnedTensor, index: Index, r: Any) -> Array:
     """int8 [F, D/R]: one run of one matrix, and nothing else."""
     f, size = w.runs.shape[-2:]
@@ -139,7 +139,7 @@ def row_by_run(
     return jax.lax.fori_loop(0, runs, keep, empty)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 15
+# %% book/chapters/27_int8_on_a_cpu.md, cell 19
 def rows_by_tile(
     x: Float[Array, "N D"], w: TurnedTensor, index: Index, dtype: Any
 ) -> Float32[Array, "N F"]:
@@ -168,7 +168,7 @@ def rows_by_tile(
     return jax.lax.fori_loop(0, runs * tiles, add, zero)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 16
+# %% book/chapters/27_int8_on_a_cpu.md, cell 20
 def rows_one_by_one(
     x: Float[Array, "N D"], w: TurnedTensor, index: Index
 ) -> Float32[Array, "N F"]:
@@ -180,7 +180,7 @@ def rows_one_by_one(
     return (y.sum(axis=2) * scales).sum(axis=1)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 19
+# %% book/chapters/27_int8_on_a_cpu.md, cell 23
 def few_rows() -> int:
     """Up to how many rows are multiplied one by one."""
     return 4 if cpu_has_bfloat16() else 8
@@ -206,7 +206,7 @@ def turned_matmul(
 PRODUCTS[TurnedTensor] = turned_matmul
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 24
+# %% book/chapters/27_int8_on_a_cpu.md, cell 28
 def swap_last_two(block: np.ndarray) -> np.ndarray:
     """A copy with the last two axes swapped, by bands that caches hold.
     """
@@ -242,7 +242,7 @@ class TurnedSource:
         return swap_last_two(block.reshape(cut))
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 25
+# %% book/chapters/27_int8_on_a_cpu.md, cell 29
 def stored_on_cpu(q: QuantizedTensor, parts: int) -> TurnedTensor:
     """How `load` keeps an eight-bit weight in a CPU's memory."""
     runs = runs_of(q.shape[-2], q.scales.shape[-2], parts)
@@ -252,7 +252,7 @@ def stored_on_cpu(q: QuantizedTensor, parts: int) -> TurnedTensor:
 STORED["cpu"] = stored_on_cpu
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 28
+# %% book/chapters/27_int8_on_a_cpu.md, cell 32
 def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
     """One while an expert is chosen up to four times; else no wish."""
     kind = type(w.stack if isinstance(w, LazySlice) else w)
@@ -263,7 +263,7 @@ def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
 BLOCK_ROWS[TurnedTensor] = BLOCK_ROWS[LazySlice] = rows_if_turned
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 29
+# %% book/chapters/27_int8_on_a_cpu.md, cell 33
 def int8_head(model: Model) -> Model:
     """`model` with an output matrix in 8 bits, a scale for each token.
 

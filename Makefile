@@ -29,7 +29,7 @@ help:
 	@echo 'make sync              write notebooks and package from the chapters'
 	@echo 'make check             fail if they differ from the chapters'
 	@echo 'make prefix N=08       the chapters up to 8 alone, in .prefix/08: import,'
-	@echo '                       run the last; about a minute'
+	@echo '                       run the notebooks of 8, whose time it takes'
 	@echo 'make book              build the book, serve it, open it'
 	@echo 'make book-html         build the book, run what is new; a warning is an error'
 	@echo 'make wheel-notebooks   every notebook, with only the wheel installed'

@@ -202,7 +202,7 @@ def test_help_lists_what_there_is():
     code, out, err = run("--help")
     assert code == 0 and err == ""
     rows = [line.split() for line in out.splitlines() if line.startswith("    ")]
-    want = ["generate", "info", "convert", "quantize", "plan", "train"]
+    want = ["generate", "info", "convert", "quantize", "plan", "train", "serve", "chat"]
     assert [row[0] for row in rows] == want
 
 

@@ -210,12 +210,12 @@ def recording() -> contextlib.AbstractContextManager[Any]:
 
     def layer(
         call: Any, h: Any, positions: Any, real: Any, kept: Any,
-        index: Any, *rest: Any,
+        index: Any, train: str | None = None,
     ) -> Any:
         heard.clear()
         inner = replace(kept.inner, length=kept.length)
         h, inner, losses = call(
-            h, positions, real, inner, index, *rest)
+            h, positions, real, inner, index, train)
         kept = replace(kept, inner=replace(inner, length=None))
         for experts in heard:
             last = jnp.maximum(real.sum(axis=1) - 1, 0)     # [B]

@@ -256,7 +256,7 @@ STORED["cpu"] = stored_on_cpu
 def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
     """One while an expert is chosen up to four times; else no wish."""
     kind = type(w.stack if isinstance(w, LazySlice) else w)
-    few = n * a <= 4 * count
+    few = n * a <= 4 * count and math.prod(w.shape[-2:]) >= 2**16
     return 1 if kind is TurnedTensor and few else None
 
 

@@ -223,9 +223,10 @@ def test_a_weight_turned_for_one_device_goes_onto_a_mesh():
 
 
 def test_blocks_of_one_row_while_choices_are_few():
-    w = {"linear": turn(random_tensor(8, d=16, f=4))}
-    lazy = {"linear": LazySlice(turn(random_tensor(2, 8, d=16, f=4)), (jnp.int32(0),))}
-    plain = {"linear": random_tensor(8, d=16, f=4)}
+    w = {"linear": turn(random_tensor(8, d=256, f=256))}
+    stack = turn(random_tensor(2, 8, d=256, f=256))
+    lazy = {"linear": LazySlice(stack, (jnp.int32(0),))}
+    plain = {"linear": random_tensor(8, d=256, f=256)}
     for n in (1, 2, 8, 16):
         assert rows_for(w, n, 2) == rows_for(lazy, n, 2) == 1
     for n in (17, 64, 4096):

@@ -82,6 +82,8 @@ class TurnedTensor(QuantizedTensor):
     @property
     def weight(self) -> Any:
         """The integers as [*E, D, F], bit for bit."""
+        if isinstance(self.runs, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(self.shape, self.runs.dtype)
         return self.runs.swapaxes(-1, -2).reshape(self.shape)
 
     def specs(self, weight: Any, scales: Any) -> "TurnedTensor":

@@ -498,9 +498,10 @@ def fused_steps(
     """The tokens of `token_steps`, until all rows have stopped.
 
     `streams`: each token is wanted at once. ValueError where a model
-    cannot speculate: its step is no one program, its cache is not kept
-    as it comes, or its rings are small. Source: Leviathan et al. (2023), with noise that belongs to
-    a step, so that sampled texts are the same too.
+    cannot speculate: its step is no one program, its cache is not
+    kept as it comes, or its rings are small. Source: Leviathan et al.
+    (2023), with noise that belongs to a step, so that sampled texts
+    are the same too.
     """
     own = type(model).decode_step is not Model.decode_step
     if own or model.kv_cache != "float":    # pages are counted by steps

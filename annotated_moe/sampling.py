@@ -88,6 +88,15 @@ def unless_broken(
 
 
 # %% book/chapters/08b_sampling.md, cell 12
+def token_noise(
+    seed: UInt32[Array, ""], step: int | Int[Array, ""],
+    logits: Float32[Array, " V"],
+) -> Float32[Array, " V"]:
+    """Gumbel noise for a row's token `step`: its seed's alone."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.gumbel(key, logits.shape)
+
+
 @jax.jit
 def sample(
     logits: Float32[Array, "B V"],
@@ -95,11 +104,8 @@ def sample(
     settings: Sampling,
 ) -> Int32[Array, " B"]:
     """Token `step` of every row, each from its own seed."""
-    def noise(seed: UInt32[Array, ""]) -> Float32[Array, " V"]:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        return jax.random.gumbel(key, logits.shape[-1:])
-
-    drawn = jax.vmap(noise)(settings.seed)                  # [B, V]
+    noise = jax.vmap(token_noise, (0, None, 0))
+    drawn = noise(settings.seed, step, logits)              # [B, V]
     tokens = choose(
         logits, drawn, settings.temperature, settings.top_k,
         settings.top_p,

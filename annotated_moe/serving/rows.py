@@ -20,13 +20,18 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32, UInt32
+from jaxtyping import Array, Float32, Int, Int32
 
 from annotated_moe.cache import KVCache
 from annotated_moe.config import ModelConfig, all_places
 from annotated_moe.model import Cache, DecoderLayer, constrain_cache
 from annotated_moe.moe import Route, Router
-from annotated_moe.sampling import Sampling, choose, unless_broken
+from annotated_moe.sampling import (
+    Sampling,
+    choose,
+    token_noise,
+    unless_broken,
+)
 
 # %% book/chapters/30_serving.md, cell 6
 TOP = 8                                     # logprobs a token
@@ -50,13 +55,8 @@ def draw(
 
     `cut` False: no row has a top_k or top_p.
     """
-    def noise(
-        seed: UInt32[Array, ""], step: Int32[Array, ""]
-    ) -> Float32[Array, " V"]:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        return jax.random.gumbel(key, logits.shape[-1:])
-
-    random = jax.vmap(noise)(settings.seed, steps)          # [B, V]
+    noise = jax.vmap(token_noise)
+    random = noise(settings.seed, steps, logits)            # [B, V]
     heat = jnp.asarray(settings.temperature)
     if cut:
         return choose(

@@ -210,6 +210,26 @@ def test_who_keeps_the_plain_loop_and_who_is_refused():
     assert len(model().generate_ids([[1]], 1, speculate=3)[0]) == 1
 
 
+@pytest.mark.parametrize("kv_cache", ["int8", "paged"])
+def test_a_cache_of_another_kind_is_the_one_that_is_used(kv_cache, monkeypatch):
+    """Steps of the host: it counts pages before each."""
+    net, kinds = replace(model(), kv_cache=kv_cache), set()
+    step = Session.step
+
+    def listen(session, tokens, active=None):
+        kinds.add(jax.tree.structure(session.cache))
+        return step(session, tokens, active)
+
+    monkeypatch.setattr(Session, "step", listen)
+    plainly, made = model().generate_ids(ROWS, 8), net.generate_ids(ROWS, 8)
+    of_kind = jax.tree.structure(Session(net, len(ROWS), 32).cache)
+    assert kinds == {of_kind} != {jax.tree.structure(Session(model(), 3, 32).cache)}
+    if kv_cache == "paged":
+        assert made == plainly
+    with pytest.raises(ValueError, match="leave out speculate"):
+        net.generate_ids(ROWS, 8, speculate=2)
+
+
 def test_the_copy_into_more_slots_keeps_what_steps_see():
     net = model()
     session = Session(net, 3, 32)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from annotated_moe.cache import (
     PAD_POSITION,
     EightBitHeads,
+    KeptHeads,
     KVCache,
     RingCache,
 )
@@ -50,9 +51,9 @@ def attention_scores(
         raise ValueError(
             f"{heads} query heads cannot share {k.shape[2]} key heads"
         )
-    q = q.reshape(b, t, k.shape[2], -1, h)             # [B, T, K, R, H]
-    s = jnp.einsum(
-        "btkrh,bskh->bkrts", q, k, preferred_element_type=jnp.float32
+    q = q.reshape(b, t, k.shape[2], -1, h).transpose(0, 2, 3, 1, 4)
+    s = jnp.einsum(                             # q is [B, K, R, T, H]
+        "bkrth,bskh->bkrts", q, k, preferred_element_type=jnp.float32
     )
     s *= multiplier
     return softcap * jnp.tanh(s / softcap) if softcap else s
@@ -99,8 +100,9 @@ def attend(
     s = jnp.where(mask[:, None, None], s, MASK_VALUE)  # [B, K, R, T, S]
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
     y = jnp.einsum(
-        "bkrts,bskh->btkrh", p, v, preferred_element_type=jnp.float32
+        "bkrts,bskh->bkrth", p, v, preferred_element_type=jnp.float32
     )
+    y = y.transpose(0, 3, 1, 2, 4)                  # [B, T, K, R, V]
     return y.reshape(*q.shape[:3], -1).astype(q.dtype)
 
 
@@ -934,7 +936,7 @@ class WithinDocument(Causal):
         return same & self.inner.sees(place_q, place_k)
 
 
-# %% book/chapters/29_caches.md, cell 12
+# %% book/chapters/29_caches.md, cell 13
 def attend_by_head(
     q: Float[Array, "B T Q H"],
     k: EightBitHeads,
@@ -974,7 +976,7 @@ def attend_by_head(
     return y.astype(q.dtype)
 
 
-# %% book/chapters/29_caches.md, cell 13
+# %% book/chapters/29_caches.md, cell 14
 attend_to_arrays = WAYS_TO_ATTEND[-1]
 FEW_QUERIES = 16
 
@@ -1006,9 +1008,9 @@ def attend_to_kept(
         )
 
     given = q, k, v, positions, key_positions
-    if not isinstance(k, EightBitHeads):
+    if not isinstance(k, KeptHeads):
         return attend_to_arrays(*given, multiplier, softcap, sees)
-    if q.shape[1] > FEW_QUERIES:
+    if q.shape[1] > FEW_QUERIES or not isinstance(k, EightBitHeads):
         return as_arrays(*given)
     return jax.lax.platform_dependent(
         *given, cpu=by_head, default=as_arrays

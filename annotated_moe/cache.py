@@ -290,9 +290,24 @@ class RingCache(KVCache):
 
 
 # %% book/chapters/29_caches.md, cell 6
+class KeptHeads:
+    """What stands for an array of heads in a cache; it has a shape.
+
+    `like` makes an array one of its kind, `astype` is the way back.
+    """
+
+    def like(self, x: Any) -> Any:
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        """Of the leading axes: a layer, a row, a run of slots."""
+        return jax.tree.map(lambda a: a[index], self)
+
+
+# %% book/chapters/29_caches.md, cell 7
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class EightBitHeads:
+class EightBitHeads(KeptHeads):
     """Heads in 8-bit integers, and a scale for each.
 
     `numbers` int8 [..., H], `scales` float32 [..., 1]; the heads are
@@ -306,15 +321,14 @@ class EightBitHeads:
     def shape(self) -> tuple[int, ...]:
         return self.numbers.shape
 
-    def __getitem__(self, index: Any) -> "EightBitHeads":
-        """Of the leading axes: a layer, a row, a run of slots."""
-        return jax.tree.map(lambda a: a[index], self)
+    def like(self, x: Any) -> "EightBitHeads":
+        return eight_bit(x)
 
     def astype(self, dtype: Any) -> Array:
         return (self.numbers * self.scales).astype(dtype)
 
 
-# %% book/chapters/29_caches.md, cell 7
+# %% book/chapters/29_caches.md, cell 8
 def eight_bit(x: Any) -> EightBitHeads:
     """Heads [..., H] in eight bits, unless they are already.
 
@@ -329,34 +343,34 @@ def eight_bit(x: Any) -> EightBitHeads:
     return EightBitHeads(numbers.astype(jnp.int8), scales)
 
 
-# %% book/chapters/29_caches.md, cell 10
+# %% book/chapters/29_caches.md, cell 11
 @write_cache.register
-def write_eight_bit(
-    stack: EightBitHeads, layer: int | Int32[Array, ""], x: Any,
+def write_kept(
+    stack: KeptHeads, layer: int | Int32[Array, ""], x: Any,
     slots: Int32[Array, "B T"],
-) -> EightBitHeads:
+) -> KeptHeads:
     """`write_cache`, of the integers and of their scales."""
     return jax.tree.map(
         lambda a, new: write_cache(a, layer, new, slots),
-        stack, eight_bit(x),
+        stack, stack.like(x),
     )
 
 
 @put_row.register
-def put_row_eight_bit(
-    stack: EightBitHeads, row: int | Int[Array, ""], x: Any
-) -> EightBitHeads:
+def put_kept_row(
+    stack: KeptHeads, row: int | Int[Array, ""], x: Any
+) -> KeptHeads:
     return jax.tree.map(
-        lambda a, new: put_row(a, row, new), stack, eight_bit(x)
+        lambda a, new: put_row(a, row, new), stack, stack.like(x)
     )
 
 
 @extend.register
-def extend_eight_bit(kept: EightBitHeads, x: Any) -> EightBitHeads:
-    return jax.tree.map(extend, kept, eight_bit(x))
+def extend_kept(kept: KeptHeads, x: Any) -> KeptHeads:
+    return jax.tree.map(extend, kept, kept.like(x))
 
 
-# %% book/chapters/29_caches.md, cell 11
+# %% book/chapters/29_caches.md, cell 12
 @dataclass(frozen=True)
 class EightBit(CacheKind):
     """Keys and values in eight bits, full caches and rings alike."""
@@ -370,6 +384,51 @@ class EightBit(CacheKind):
 
 
 CACHE_KINDS["int8"] = EightBit()
+
+
+# %% book/chapters/29_caches.md, cell 23
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadBits(KeptHeads):
+    """Heads in bfloat16, whose bits are held as `bits` uint16 [..., H].
+    """
+
+    bits: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.bits.shape
+
+    def like(self, x: Any) -> "HeadBits":
+        return head_bits(x)
+
+    def astype(self, dtype: Any) -> Array:
+        heads = jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16)
+        return heads.astype(dtype)
+
+
+def head_bits(x: Any) -> HeadBits:
+    """Heads [..., H], cast to bfloat16, as their bits."""
+    if isinstance(x, HeadBits):
+        return x
+    x = x.astype(jnp.bfloat16)
+    return HeadBits(jax.lax.bitcast_convert_type(x, jnp.uint16))
+
+
+# %% book/chapters/29_caches.md, cell 26
+@dataclass(frozen=True)
+class AsItComes(CacheKind):
+    """Keys and values in the compute dtype, to the bit."""
+
+    def keep(self, cache: KVCache) -> KVCache:
+        on_cpu = here().alone and jax.default_backend() == "cpu"
+        if not on_cpu or cache.k.dtype != jnp.bfloat16:
+            return cache
+        k, v = head_bits(cache.k), head_bits(cache.v)
+        return replace(cache, k=k, v=v)
+
+
+CACHE_KINDS["float"] = AsItComes()
 
 
 # %% book/chapters/29b_pages.md, cell 6
@@ -673,7 +732,7 @@ class Paged(CacheKind):
 
     page: Size = 16                         # tokens on a page
     pages: Size | None = None       # in all; None: as for full rows
-    heads: CacheKind = CacheKind()          # and how heads are kept
+    heads: CacheKind = AsItComes()          # and how heads are kept
 
     def keep(self, cache: KVCache) -> KVCache:
         cache = self.heads.keep(cache)

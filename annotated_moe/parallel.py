@@ -240,6 +240,7 @@ class OneOfMany(OneDevice):
     """
 
     cut: dict[str | None, MeshAxis]
+    alone: ClassVar[bool] = False
 
     def matmul(
         self, product: Callable[[Array, Any], Array], x: Array, w: Any,
@@ -347,6 +348,7 @@ class OnMesh(OneDevice):
     """
 
     mesh: AnyMesh
+    alone: ClassVar[bool] = False
     table: ClassVar[Mapping[str | None, MeshAxis]] = MESH_AXES
     part: ClassVar[type[OneOfMany]] = OneOfMany
 

@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Array
 
@@ -11,6 +11,8 @@ from jaxtyping import Array
 # %% book/chapters/04_attention.md, cell 68
 class OneDevice:
     """Everything is here: a product is a product, a sum is whole."""
+
+    alone: ClassVar[bool] = True        # no other device has a part
 
     def matmul(
         self, product: Callable[[Array, Any], Array], x: Array, w: Any,

@@ -2,6 +2,7 @@
 """From logits to a token: temperature, top-k, nucleus, a seed a row.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,41 +12,50 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 
 # %% book/chapters/08b_sampling.md, cell 3
-def keep_top_k(
-    logits: Float[Array, "B V"], k: Int[Array, " B"]
-) -> Float[Array, "B V"]:
-    """All but each row's k largest become -inf; 0 keeps all.
+def least_of_top_k(
+    ranked: Float[Array, "B V"], k: Int[Array, " B"]
+) -> Float[Array, "B 1"]:
+    """The k-th largest of each row, which is sorted; 0: the least.
 
-    What equals the k-th stays too. Source: Fan et al. (2018).
+    Source: Fan et al. (2018).
     """
-    v = logits.shape[-1]
-    ranked = jnp.sort(logits, axis=-1, descending=True)
+    v = ranked.shape[-1]
     k = jnp.where(k > 0, jnp.minimum(k, v), v)
-    least = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    return jnp.take_along_axis(ranked, v - k[:, None], axis=-1)
 
 
 # %% book/chapters/08b_sampling.md, cell 4
-def keep_nucleus(
-    logits: Float[Array, "B V"], p: Float[Array, " B"]
-) -> Float[Array, "B V"]:
-    """Keep the fewest, largest logits whose probability reaches p.
+def least_of_nucleus(
+    ranked: Float[Array, "B V"], p: Float[Array, " B"]
+) -> Float[Array, "B 1"]:
+    """The least of the fewest, largest whose probability reaches p.
 
-    At least one, however small p is. In the dtype of `logits`, which
-    should be float32; where a sum meets p exactly, its rounding says
-    whether one more stays. What equals the least that is kept stays
-    too. Source: Holtzman et al. (2020).
+    Rows are sorted, the largest last. At least one is kept, however
+    small p is. In the dtype of `ranked`, which should be float32; where
+    a sum meets p exactly, its rounding says whether one more stays.
+    Source: Holtzman et al. (2020).
     """
-    ranked = jnp.sort(logits, axis=-1)
     below = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
     # Sums round, and 1 - p does: the largest is above every bound.
     below = below.at[:, -1].set(jnp.inf)
     cut = jnp.argmax(below >= 1 - p[:, None], axis=-1)
-    least = jnp.take_along_axis(ranked, cut[:, None], axis=-1)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    return jnp.take_along_axis(ranked, cut[:, None], axis=-1)
 
 
-# %% book/chapters/08b_sampling.md, cell 7
+# %% book/chapters/08b_sampling.md, cell 5
+Least = Callable[[Array, Array], Array]
+
+
+def keep(
+    logits: Float[Array, "B V"], least: Least, setting: Array
+) -> Float[Array, "B V"]:
+    """`logits` from the `least` on that is kept; -inf for others."""
+    ranked = jnp.sort(logits, axis=-1)
+    return jnp.where(
+        logits >= least(ranked, setting), logits, -jnp.inf)
+
+
+# %% book/chapters/08b_sampling.md, cell 8
 def choose(
     logits: Float32[Array, "B V"],
     noise: Float32[Array, "B V"],
@@ -59,14 +69,22 @@ def choose(
     """
     best = logits.max(axis=-1, keepdims=True)
     divisor = jnp.where(temperature > 0, temperature, 1)[:, None]
-    kept = keep_top_k((logits - best) / divisor, top_k)
-    kept = keep_nucleus(kept, top_p)
-    drawn = jnp.argmax(kept + noise, axis=-1)
+    ids = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+    ranked, ids = jax.lax.sort(((logits - best) / divisor, ids),
+                               num_keys=1)
+    for least, setting in (
+        (least_of_top_k, top_k), (least_of_nucleus, top_p)
+    ):
+        kept = ranked >= least(ranked, setting)
+        ranked = jnp.where(kept, ranked, -jnp.inf)
+    noise = jnp.take_along_axis(noise, ids, axis=-1)
+    drawn = jnp.argmax(ranked + noise, axis=-1)
+    drawn = jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
     greediest = jnp.argmax(logits, axis=-1)
     return jnp.where(temperature > 0, drawn, greediest)
 
 
-# %% book/chapters/08b_sampling.md, cell 10
+# %% book/chapters/08b_sampling.md, cell 11
 class Sampling(NamedTuple):
     """How to choose, one setting a row."""
 
@@ -76,7 +94,7 @@ class Sampling(NamedTuple):
     top_p: Any                                  # float32 [B], 1: all
 
 
-# %% book/chapters/08b_sampling.md, cell 11
+# %% book/chapters/08b_sampling.md, cell 12
 NO_TOKEN = -1                   # where logits are no finite numbers
 
 
@@ -87,7 +105,7 @@ def unless_broken(
     return jnp.where(jnp.isfinite(logits).all(-1), tokens, NO_TOKEN)
 
 
-# %% book/chapters/08b_sampling.md, cell 12
+# %% book/chapters/08b_sampling.md, cell 13
 def token_noise(
     seed: UInt32[Array, ""], step: int | Int[Array, ""],
     logits: Float32[Array, " V"],
@@ -113,7 +131,7 @@ def sample(
     return unless_broken(logits, tokens)
 
 
-# %% book/chapters/08b_sampling.md, cell 13
+# %% book/chapters/08b_sampling.md, cell 14
 @jax.jit
 def greedy(
     logits: Float32[Array, "B V"],
@@ -124,7 +142,7 @@ def greedy(
     return unless_broken(logits, jnp.argmax(logits, axis=-1))
 
 
-# %% book/chapters/08b_sampling.md, cell 14
+# %% book/chapters/08b_sampling.md, cell 15
 def settings_per_row(
     rows: int, temperature: Any, top_p: Any, top_k: Any, seed: Any
 ) -> Sampling:

@@ -250,13 +250,15 @@ def choose_each(
     b, t, v = logits.shape
     if not sampled:
         return greedy(logits.reshape(b * t, v)).reshape(b, t)
-    each = Sampling(*(jnp.asarray(x)[:, None] for x in settings))
+    steps = made[:, None] + jnp.arange(t)                       # [B, T]
 
-    def at(place: tuple[Array, Array]) -> Array:
-        alone, j = place[0][:, None], place[1]              # [B, 1, V]
-        return jax.vmap(sample)(alone, made + j, each)[:, 0]
+    def one(y: Array, step: Array, own: Sampling) -> Array:
+        alone = Sampling(*(x[None] for x in own))
+        return sample(y[None], step, alone)[0]
 
-    return jax.lax.map(at, (logits.swapaxes(0, 1), jnp.arange(t))).T
+    settings = Sampling(*map(jnp.asarray, settings))
+    of_row = jax.vmap(one, in_axes=(0, 0, None))
+    return jax.vmap(of_row)(logits, steps, settings)
 
 
 # %% book/chapters/28_steps.md, cell 24

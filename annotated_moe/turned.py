@@ -12,6 +12,7 @@ will know why from the compiled text and not from a stopwatch, and
 
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from annotated_moe.checkpoints import STORED
 from annotated_moe.generate import Model
 from annotated_moe.linear import PRODUCTS
 from annotated_moe.model import head_table
-from annotated_moe.moe import BLOCK_ROWS
+from annotated_moe.moe import BLOCK_ROWS, block_rows
 from annotated_moe.quantization import (
     Index,
     LazySlice,
@@ -151,21 +152,26 @@ def rows_by_tile(
     tiles, group = f // rows, runs // w.scales.shape[-2]
     lead, n = (1,) * len(index), len(x)
 
-    def add(t: Array, y: Array) -> Array:
-        r, first = t // tiles, t % tiles * rows
+    def times(r: Any, first: Any) -> Array:
         at, cut = (*index, r, first, 0), (*lead, 1, rows, size)
         tile = jax.lax.dynamic_slice(w.runs, at, cut)
         tile = tile.reshape(rows, size).astype(dtype)
         part = jax.lax.dynamic_slice(x, (0, r * size), (n, size))
         at, cut = (*index, r // group, first), (*lead, 1, rows)
         s = jax.lax.dynamic_slice(w.scales, at, cut).reshape(1, rows)
-        new = jax.lax.dot_general(
+        return jax.lax.dot_general(
             part.astype(dtype), tile, (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         ) * s.astype(jnp.float32)
-        old = jax.lax.dynamic_slice(y, (0, first), (n, rows))
-        return jax.lax.dynamic_update_slice(y, old + new, (0, first))
 
+    def add(t: Array, y: Array) -> Array:
+        r, first = t // tiles, t % tiles * rows
+        old = jax.lax.dynamic_slice(y, (0, first), (n, rows))
+        new = old + times(r, first)
+        return jax.lax.dynamic_update_slice(y, new, (0, first))
+
+    if tiles == 1 and runs <= 16:       # a turn of a loop costs more
+        return reduce(jnp.add, [times(r, 0) for r in range(runs)])
     zero = jnp.zeros((n, f), jnp.float32)
     return jax.lax.fori_loop(0, runs * tiles, add, zero)
 
@@ -176,10 +182,12 @@ def rows_one_by_one(
 ) -> Float32[Array, "N F"]:
     """Each row in float32 by itself, and the scales."""
     scales = w.scales[index].astype(jnp.float32)            # [G, F]
-    groups, f = scales.shape
+    runs = w.runs.shape[-3]
+    group = runs // len(scales)                 # runs of one group
     each = [row_by_run(row, w, index) for row in x.astype(jnp.float32)]
-    y = jnp.stack(each).reshape(len(x), groups, -1, f)
-    return (y.sum(axis=2) * scales).sum(axis=1)
+    y = jnp.stack(each)                                  # [N, R, F]
+    parts = [y[:, r] * scales[r // group] for r in range(runs)]
+    return reduce(jnp.add, parts)
 
 
 # %% book/chapters/27_int8_on_a_cpu.md, cell 23
@@ -256,10 +264,15 @@ STORED["cpu"] = stored_on_cpu
 
 # %% book/chapters/27_int8_on_a_cpu.md, cell 32
 def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
-    """One while an expert is chosen up to four times; else no wish."""
+    """1 if `count` experts are chosen up to twice; at most 64.
+
+    None, which is no wish, for other weights and small matrices.
+    """
     kind = type(w.stack if isinstance(w, LazySlice) else w)
-    few = n * a <= 4 * count and math.prod(w.shape[-2:]) >= 2**16
-    return 1 if kind is TurnedTensor and few else None
+    if kind is not TurnedTensor or math.prod(w.shape[-2:]) < 2**16:
+        return None
+    few = n * a <= 2 * count
+    return 1 if few else min(64, block_rows(n, a, count))
 
 
 BLOCK_ROWS[TurnedTensor] = BLOCK_ROWS[LazySlice] = rows_if_turned

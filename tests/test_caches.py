@@ -1,5 +1,6 @@
 """Heads in eight bits, and pages of a pool: against full caches of floats."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +23,7 @@ from annotated_moe.cache import (
     NO_PAGE,
     PAD_POSITION,
     EightBitHeads,
+    HeadBits,
     KVCache,
     Paged,
     PagedCache,
@@ -33,7 +35,7 @@ from annotated_moe.cache import (
 from annotated_moe.config import Segment
 from annotated_moe.families.grok import grok_config
 from annotated_moe.generate import Model, Session
-from annotated_moe.model import init_cache, init_params, share_prefix
+from annotated_moe.model import decode_step, init_cache, init_params, share_prefix
 from annotated_moe.parallel import make_mesh, use_mesh
 from annotated_moe.plan import abstract_cache, abstract_mesh, cache_bytes
 
@@ -97,8 +99,9 @@ class Story:
     def write(self):
         new = self.chance.integers(0, self.most + 1, self.rows)
         new = np.minimum(new, self.slots - np.asarray(self.cache.length))
-        x = jnp.asarray(self.chance.standard_normal((self.rows, self.most, K, H)),
-                        jnp.float32)
+        x = jnp.asarray(
+            self.chance.standard_normal((self.rows, self.most, K, H)), jnp.float32
+        )
         try:
             self.cache.check(new)
         except ValueError as error:
@@ -106,7 +109,8 @@ class Story:
             self.refused += 1
             return
         self.cache, keys, values = write(
-            self.cache, x, x[..., :V], jnp.asarray(new, jnp.int32))
+            self.cache, x, x[..., :V], jnp.asarray(new, jnp.int32)
+        )
         for row, n in enumerate(new):
             rounded = self.rounded(x[row, :n] + 1)
             self.full[row] = np.concatenate([self.full[row], rounded])
@@ -123,8 +127,9 @@ class Story:
     def insert(self):
         row, n = self.chance.integers([self.rows, self.slots + 1])
         x = jnp.asarray(self.chance.standard_normal((1, self.slots, K, H)), jnp.float32)
-        other, k, _ = write(floats(1, self.slots, 2), x, x[..., :V],
-                            jnp.asarray([n], jnp.int32))
+        other, k, _ = write(
+            floats(1, self.slots, 2), x, x[..., :V], jnp.asarray([n], jnp.int32)
+        )
         try:
             self.cache = self.cache.insert(int(row), other)
         except ValueError as error:
@@ -148,8 +153,9 @@ class Story:
         used = np.bincount(table[table != NO_PAGE], minlength=self.pages)
         np.testing.assert_array_equal(used, cache.users[0])
         nothing = jnp.zeros((self.rows, self.most, K, H))
-        _, keys, _ = write(cache, nothing, nothing[..., :V],
-                           jnp.zeros(self.rows, jnp.int32))
+        _, keys, _ = write(
+            cache, nothing, nothing[..., :V], jnp.zeros(self.rows, jnp.int32)
+        )
         for row, full in enumerate(self.full):
             np.testing.assert_array_equal(as_floats(keys[row])[: len(full)], full)
 
@@ -226,9 +232,9 @@ def test_the_error_of_attention_stays_within_its_bound(seed, scale):
     k8, v8 = eight_bit(k), eight_bit(v)
     y, near = attend_any(q, k, v, *rest), attend_to_kept(q, k8, v8, *rest)
     size = abs(q).sum(-1).reshape(2, 1, K, 3)
-    step = k8.scales.max(1)[:, None] / 2                        # [B, 1, K, 1]
+    step = k8.scales.max(1)[:, None] / 2  # [B, 1, K, 1]
     e = 0.25 * size * step
-    spread = (v.max(1) - v.min(1))[:, None, :, None]            # [B, 1, K, 1, H]
+    spread = (v.max(1) - v.min(1))[:, None, :, None]  # [B, 1, K, 1, H]
     bound = jnp.tanh(e / 2)[..., None] * spread
     bound += v8.scales.max(1)[:, None, :, None] / 2
     off = abs(near - y).reshape(2, 1, K, 3, 16)
@@ -388,6 +394,43 @@ def test_a_traced_row_that_is_not_there_changes_nothing(row):
         after = jax.jit(change)(cache, jnp.int32(row))
         for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["float", "paged"])
+def test_a_step_widens_no_cache_of_bfloat16(kind):
+    """XLA for a CPU writes bfloat16 by way of float32: all layers, in each layer."""
+    config = replace(TINY, dtype="bfloat16", context=512)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    cache = jax.eval_shape(lambda: init_cache(config, 3, 512, kind))
+    (place,) = cache.places
+    assert isinstance(place.k, HeadBits) and isinstance(place.v, HeadBits)
+    tokens = jax.ShapeDtypeStruct((3,), jnp.int32)
+    step = decode_step.lower(params, tokens, cache, config).compile()
+    layers = place.k.bits.size
+    found = re.findall(r"^ +%\S+ = (f32|bf16)\[([\d,]+)\]", step.as_text(), re.M)
+    wide = [s for _, s in found if np.prod([*map(int, s.split(","))]) >= layers]
+    assert len(found) > 100 and not wide
+
+
+def test_bits_of_heads_are_the_heads():
+    """Written, put, extended and read: as an array of bfloat16 would be."""
+    x = normal(2, 4, K, H).astype(jnp.bfloat16)
+    caches = [
+        replace(floats(2, 8, 3, kind), k=k, v=k)
+        for kind in (KVCache, RingCache)
+        for k in (jnp.zeros((3, 2, 8, K, H), jnp.bfloat16),)
+    ]
+    for cache in caches:
+        bits = CACHE_KINDS["float"].keep(cache)
+        assert isinstance(bits.k, HeadBits) and bits.k.shape == cache.k.shape
+        for at in (jnp.array([[0, 1, 2, 3], [4, 5, 6, 7]]), jnp.array([[5], [9]])):
+            mine = x[:, : at.shape[1]]
+            cache, keys, _, where = cache.update(1, mine, mine, at)
+            bits, kept, _, there = bits.update(1, mine, mine, at)
+            np.testing.assert_array_equal(kept.astype(x.dtype), keys)
+            np.testing.assert_array_equal(where, there)
+        cache, bits = (c.insert(1, c.evict(1)) for c in (cache, bits))
+        np.testing.assert_array_equal(bits.v.astype(x.dtype), cache.v)
 
 
 def test_a_kind_is_chosen_once_and_counted_by_the_plan(tmp_path):

@@ -40,8 +40,9 @@ from annotated_moe.sampling import (
     NO_TOKEN,
     choose,
     greedy,
-    keep_nucleus,
-    keep_top_k,
+    keep,
+    least_of_nucleus,
+    least_of_top_k,
     sample,
     settings_per_row,
 )
@@ -140,6 +141,7 @@ def test_ragged_batch_through_the_cache_matches_the_release(kind, mode):
 
 def placed(params, config, mesh):
     """Each array where the axes of its parameter say, scales like weights."""
+
     def put(w, axes):
         spec = fit_spec(partition_spec(axes), w.shape, mesh)
         return jax.device_put(w, jax.sharding.NamedSharding(mesh, spec))
@@ -172,7 +174,7 @@ def test_a_mesh_changes_nothing(data, model, expert):
 @pytest.mark.parametrize("p, kept", list(zip(SAMPLED["top_p.values"], NUCLEI)))
 def test_nucleus_matches_the_release_in_float32(p, kept):
     logits = jnp.asarray(SAMPLED["logits"][:, 0])
-    ours = jnp.isfinite(keep_nucleus(logits, jnp.full(6, p)))
+    ours = jnp.isfinite(keep(logits, least_of_nucleus, jnp.full(6, p)))
     np.testing.assert_array_equal(ours, kept)
 
 
@@ -184,7 +186,9 @@ def test_sampling_matches_the_release():
     logits = jnp.asarray(logits, jnp.float32)
     drawn = choose(logits, noise, heat, none, jnp.asarray(p))
     assert drawn.tolist() == SAMPLED["sample.token_id.f32"][:, 0].tolist()
-    probs = jax.nn.softmax(keep_nucleus(logits / heat[:, None], jnp.asarray(p)))
+    probs = jax.nn.softmax(
+        keep(logits / heat[:, None], least_of_nucleus, jnp.asarray(p))
+    )
     best = jnp.take_along_axis(probs, SAMPLED["sample.top_k_token_ids.f32"], axis=1)
     np.testing.assert_allclose(best, SAMPLED["sample.top_k_probs.f32"], atol=1e-6)
 
@@ -192,7 +196,7 @@ def test_sampling_matches_the_release():
 @pytest.mark.parametrize("p", [1e-6, 1e-7, 1e-8, 1e-30])
 def test_a_tiny_nucleus_is_the_largest_and_only_it(p):
     logits = jax.random.normal(jax.random.key(0), [64, 300])
-    kept = jnp.isfinite(keep_nucleus(logits, jnp.full(64, p)))
+    kept = jnp.isfinite(keep(logits, least_of_nucleus, jnp.full(64, p)))
     assert kept.sum(axis=1).tolist() == [1] * 64
     assert (kept.argmax(1) == logits.argmax(1)).all()
     noise = jax.random.gumbel(jax.random.key(1), logits.shape)
@@ -205,7 +209,7 @@ def test_the_nucleus_is_the_fewest_that_reach_p():
     logits = jax.random.normal(jax.random.key(2), [40, 300])
     chances = np.asarray(jax.nn.softmax(logits), np.float64)
     for p in (0.1, 0.5, 0.9, 0.999):
-        kept = np.isfinite(keep_nucleus(logits, jnp.full(40, p)))
+        kept = np.isfinite(keep(logits, least_of_nucleus, jnp.full(40, p)))
         mass = np.where(kept, chances, 0)
         least = np.where(kept, chances, np.inf).min(1)
         assert (mass.sum(1) > p - 1e-5).all()
@@ -231,7 +235,7 @@ def test_settings_for_each_row():
 
 def test_top_k_keeps_k_and_ties():
     logits = jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0]] * 4)
-    kept = jnp.isfinite(keep_top_k(logits, jnp.array([1, 2, 0, 99])))
+    kept = jnp.isfinite(keep(logits, least_of_top_k, jnp.array([1, 2, 0, 99])))
     assert kept.sum(axis=1).tolist() == [1, 3, 5, 5]
 
 
@@ -347,7 +351,7 @@ def test_training_has_losses_and_gradients_everywhere():
 
 
 def test_padding_changes_no_loss_of_training():
-    config = grok_config(**SIZES, num_experts=2)        # a seat for every token
+    config = grok_config(**SIZES, num_experts=2)  # a seat for every token
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
     tokens = jax.random.randint(jax.random.key(1), [2, 6], 0, 64)
     run = jax.jit(forward_to_train, static_argnums=2)
@@ -378,9 +382,7 @@ def test_token_zero_does_not_blind_its_row():
     params = weights("mixed")
     whole = all_logits(params, jnp.array([[7, 8, 0, 9]]), SMALL)
     cache = init_cache(SMALL, 1, 16)
-    logits, cache = prefill(
-        params, jnp.array([[7, 8]]), jnp.array([2]), cache, SMALL
-    )
+    logits, cache = prefill(params, jnp.array([[7, 8]]), jnp.array([2]), cache, SMALL)
     for i, token in enumerate([0, 9]):
         logits, cache = decode_step(params, jnp.array([token]), cache, SMALL)
         np.testing.assert_allclose(logits, whole[:, 2 + i], atol=1e-4)
@@ -439,7 +441,7 @@ def test_greedy_is_the_argmax_of_the_whole():
         logits = model().logits([row])
         assert token == int(logits[0, -1].argmax())
         row = [*row, token]
-    assert len(row) == 17                       # one more than the context
+    assert len(row) == 17  # one more than the context
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -547,7 +549,11 @@ def test_a_session_is_announced_and_so_are_its_prompts(monkeypatch):
     row = [int(tokens[0]), int(greedy(session.step(tokens))[0])]
     assert row == net.generate_ids([[5, 6, 7]], max_new_tokens=2)[0]
     assert [call for call, _ in seen] == [
-        "Session", "prefill", "generate_ids", "Session", "prefill"
+        "Session",
+        "prefill",
+        "generate_ids",
+        "Session",
+        "prefill",
     ]
     assert seen[0][1]["slots"] == 16 and seen[2][1]["prompts"] == [[5, 6, 7]]
 
@@ -561,7 +567,7 @@ def test_text_in_text_out():
     m = Model(config, params, tokenizer)
     options = {"max_new_tokens": 9, "temperature": 1.0, "seed": 5}
     (text,) = m.generate(["expert"], **options)
-    assert m.generate("expert", **options) == text      # one for one
+    assert m.generate("expert", **options) == text  # one for one
     prompt = tokenizer.encode("expert")
     ids = m.generate_ids([prompt], stop_ids=(2,), **options)
     assert m.generate([prompt], **options) == [text]

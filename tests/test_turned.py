@@ -58,7 +58,7 @@ def test_runs():
     assert [runs_of(d, 1) for d in (1, 2048, 2049, 6144)] == [1, 1, 3, 3]
     assert runs_of(32768, 8) == 16 and runs_of(512, 8) == 8
     assert runs_of(6144, 1, 4) == 4 and runs_of(6144, 8, 4) == 8
-    assert runs_of(4111, 1) == 1 and runs_of(24, 4) == 4    # a prime; a few inputs
+    assert runs_of(4111, 1) == 1 and runs_of(24, 4) == 4  # a prime; a few inputs
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -124,6 +124,7 @@ def program(rows, d, f):
         def experts(i, total):
             w = LazySlice(q, (i // 4,))[i % 4]
             return total + product(x, w)
+
         return jax.lax.fori_loop(0, 12, experts, jnp.zeros((rows, f)))
 
     compiled = jax.jit(layers).lower(x, q).compile()
@@ -136,7 +137,7 @@ def test_few_rows_write_no_wide_weight(d, rows):
     """Slice, conversion and dot in one loop: no copy, turned or not."""
     text, scratch = program(rows, d, 512)
     assert "transpose_copy" not in text
-    assert scratch < d * 512 / 4                    # bytes, of d * 512 weights
+    assert scratch < d * 512 / 4  # bytes, of d * 512 weights
     wide = re.findall(r"^ +%\S+ = (?:f32|bf16)\[512,\d{4}\]\S* (\w+)", text, re.M)
     fused = text.split("ENTRY")[0].count("dynamic-slice")
     assert fused and "fusion" not in wide and "copy" not in wide
@@ -144,7 +145,7 @@ def test_few_rows_write_no_wide_weight(d, rows):
 
 def test_many_rows_widen_a_tile():
     _, scratch = program(64, 2048, 4096)
-    assert scratch < 2048 * 4096                    # a float32 copy has 4 times that
+    assert scratch < 2048 * 4096  # a float32 copy has 4 times that
 
 
 # Load and save
@@ -227,10 +228,10 @@ def test_blocks_of_one_row_while_choices_are_few():
     stack = turn(random_tensor(2, 8, d=256, f=256))
     lazy = {"linear": LazySlice(stack, (jnp.int32(0),))}
     plain = {"linear": random_tensor(8, d=256, f=256)}
-    for n in (1, 2, 8, 16):
+    for n in (1, 2, 8):
         assert rows_for(w, n, 2) == rows_for(lazy, n, 2) == 1
-    for n in (17, 64, 4096):
-        assert rows_for(w, n, 2) == rows_for(lazy, n, 2) == block_rows(n, 2, 8)
+    for n, rows in ((9, 8), (64, 16), (4096, 64)):
+        assert rows_for(w, n, 2) == rows_for(lazy, n, 2) == rows
     for n in (2, 8, 64):
         assert rows_for(plain, n, 2) == block_rows(n, 2, 8)
 

@@ -253,8 +253,16 @@ class TurnedSource:
 
 
 # %% book/chapters/27_int8_on_a_cpu.md, cell 29
-def stored_on_cpu(q: QuantizedTensor, parts: int) -> TurnedTensor:
-    """How `load` keeps an eight-bit weight in a CPU's memory."""
+SMALLEST = 2**16                        # numbers of a matrix
+
+
+def stored_on_cpu(q: QuantizedTensor, parts: int) -> QuantizedTensor:
+    """How `load` keeps an eight-bit weight in a CPU's memory.
+
+    Turned, unless its matrices have fewer numbers than `SMALLEST`.
+    """
+    if math.prod(q.shape[-2:]) < SMALLEST:
+        return q
     runs = runs_of(q.shape[-2], q.scales.shape[-2], parts)
     return TurnedTensor(TurnedSource(q.weight, runs), q.scales)
 

@@ -151,7 +151,22 @@ def test_many_rows_widen_a_tile():
 # Load and save
 
 
-def test_load_turns_and_save_turns_back(tmp_path):
+@pytest.fixture
+def however_small(monkeypatch):
+    """The shipped model's matrices, which `load` would leave alone, are turned."""
+    monkeypatch.setattr(turned, "SMALLEST", 0)
+
+
+def test_small_matrices_stay_as_files_have_them():
+    q = random_tensor(2, d=256, f=255)
+    assert stored_on_cpu(q, 1) is q
+    w = stored_on_cpu(random_tensor(2, d=256, f=256), 1)
+    assert isinstance(w, TurnedTensor)
+    kinds = {type(w) for leaves in am.load().params.values() for w in leaves.values()}
+    assert QuantizedTensor in kinds and TurnedTensor not in kinds
+
+
+def test_load_turns_and_save_turns_back(tmp_path, however_small):
     model = am.load(dtype="float32")
     am.save(model, tmp_path / "saved")
     for name in ("model.safetensors", "checksums.json"):
@@ -163,7 +178,7 @@ def test_load_turns_and_save_turns_back(tmp_path):
     assert am.verify(tmp_path / "saved")
 
 
-def test_a_step_of_a_model_has_no_transposed_copy():
+def test_a_step_of_a_model_has_no_transposed_copy(however_small):
     model = am.load(dtype="float32")
     cache = init_cache(model.config, 1, 32)
     args = model.params, jnp.zeros(1, jnp.int32), cache, model.config
@@ -171,14 +186,14 @@ def test_a_step_of_a_model_has_no_transposed_copy():
     assert "transpose_copy" not in text
 
 
-def test_streamed_weights_stay_as_they_are():
+def test_streamed_weights_stay_as_they_are(however_small):
     model = am.load(dtype="float32", stream=True)
     kinds = {type(w) for leaves in model.params.values() for w in leaves.values()}
     assert TurnedTensor not in kinds
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (2, 4, 1), (4, 1, 2)])
-def test_each_device_reads_its_part_turned(sizes):
+def test_each_device_reads_its_part_turned(sizes, however_small):
     """On a mesh that cuts inputs, outputs or experts; and multiplies the same."""
     data, model, expert = sizes
     mesh = am.make_mesh(data=data, model=model, expert=expert)
@@ -196,7 +211,7 @@ def test_each_device_reads_its_part_turned(sizes):
 
 @pytest.mark.full
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (2, 4, 1), (8, 1, 1)])
-def test_a_mesh_says_what_one_device_says(sizes):
+def test_a_mesh_says_what_one_device_says(sizes, however_small):
     data, model, expert = sizes
     mesh = am.make_mesh(data=data, model=model, expert=expert)
     tokens = np.arange(16).reshape(2, 8) % 50
@@ -205,9 +220,9 @@ def test_a_mesh_says_what_one_device_says(sizes):
     np.testing.assert_allclose(there, here, atol=2e-3)
 
 
-def test_one_mesh_says_what_one_device_says():
+def test_one_mesh_says_what_one_device_says(however_small):
     """Stands for the meshes of `test_a_mesh_says_what_one_device_says`."""
-    test_a_mesh_says_what_one_device_says((2, 2, 2))
+    test_a_mesh_says_what_one_device_says((2, 2, 2), however_small)
 
 
 def test_a_weight_turned_for_one_device_goes_onto_a_mesh():

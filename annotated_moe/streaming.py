@@ -169,7 +169,7 @@ def int8_product(
     """x times a quantized matrix: integers first, scales after."""
     (n, d), f = x.shape, w.shape[1]
     group = d // w.scales.shape[0]
-    lines = tile_rows(group, max(128, min(8 * n, 1024)))
+    lines = tile_rows(group, max(256, min(8 * n, 1024)))
     digits, step = to_digits(x)
 
     def add_tile(t, total):

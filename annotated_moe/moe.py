@@ -262,10 +262,11 @@ def rows_of_block(
 # %% book/chapters/05_moe.md, cell 46
 def block_rows(n: int, a: int, num_experts: int) -> int:
     """Rows per block for `n` tokens with `a` experts each."""
-    if n * a <= 16:
-        return max(1, min(4, n * a // 2))
     mean = -(-n * a // num_experts)
-    return min(128, max(8, 1 << (mean - 1).bit_length()))
+    if n * a <= 16:
+        return max(mean, min(4, n * a // 2))
+    room = mean + mean // 2 if mean <= 32 else mean
+    return min(128, max(8, 1 << (room - 1).bit_length()))
 
 
 # %% book/chapters/05_moe.md, cell 47

@@ -349,8 +349,19 @@ def test_blocks_hold_each_choice_once_and_one_expert_each(n, a, e, block):
 def test_block_rows():
     assert block_rows(1, 2, 8) == block_rows(2, 1, 8) == 1
     assert block_rows(2, 2, 8) == 2 and block_rows(4, 2, 8) == block_rows(8, 2, 8) == 4
-    assert block_rows(9, 2, 8) == block_rows(32, 2, 8) == 8
-    assert block_rows(33, 2, 8) == 16 and block_rows(10**6, 2, 8) == 128
+    assert block_rows(8, 2, 2) == 8 and block_rows(1, 1, 8) == 1
+    assert block_rows(9, 2, 8) == block_rows(20, 2, 8) == 8
+    assert block_rows(32, 2, 8) == 16 and block_rows(64, 2, 8) == 32
+    assert block_rows(256, 2, 8) == 64 and block_rows(10**6, 2, 8) == 128
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 128])
+def test_a_block_is_high_enough_for_nearly_every_expert(n):
+    """A second block reads the expert's weights again."""
+    chosen = np.random.default_rng(0).random((2000, n, 8)).argsort(-1)[..., :2]
+    loads = (chosen[..., None] == np.arange(8)).sum((1, 2))
+    blocks = -(-loads // block_rows(n, 2, 8))
+    assert blocks.sum() < 1.05 * (loads > 0).sum()
 
 
 @pytest.mark.parametrize("n, a, e", [(1, 2, 8), (17, 2, 5), (200, 2, 8)])

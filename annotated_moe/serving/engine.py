@@ -184,8 +184,7 @@ def fill(engine: "Engine") -> list[Job]:
     """Read prompts, up to the bound; who now has a row."""
     joined, left = engine.seat(), engine.prefill_chunk
     pad = engine.model.config.pad_id
-    while engine.reading is not None or engine.admit():
-        reading = engine.reading
+    while (reading := engine.reading or engine.admit()) is not None:
         tokens, lengths = reading.chunk(engine.prefill_chunk, pad)
         if tokens.size > left:
             break
@@ -302,14 +301,14 @@ def begin(engine: "Engine", handle: Handle) -> Job:
 
 
 # %% book/chapters/30b_engine.md, cell 25
-def admit(engine: "Engine") -> bool:
+def admit(engine: "Engine") -> Reading | None:
     """Begin with those who wait longest, if one can have a row."""
     if engine.ready or not engine.free:
-        return False
+        return None
     with engine.changed:
         handles = [*islice(engine.waiting, engine.slots)]
     if not handles:
-        return False
+        return None
     n, most = engine.together(handles), engine.prefill_chunk
     with engine.changed:
         for _ in range(n):
@@ -328,7 +327,7 @@ def admit(engine: "Engine") -> bool:
     engine.reading = Reading(jobs, side, rows, slots)
     for at, job in enumerate(jobs):
         job.reading, job.at = engine.reading, at
-    return True
+    return engine.reading
 
 
 # %% book/chapters/30b_engine.md, cell 26
@@ -479,6 +478,7 @@ def experts_of(
     heard, at = flight.experts, job.row
     if not job.tokens:
         heard, at = job.reading.experts, job.at
+    assert heard is not None                # because one has asked
     return in_layers(heard, engine.model.config)[:, at]
 
 
@@ -707,7 +707,8 @@ class Engine:
 
     def all_jobs(self) -> list[Job]:
         """What is read, ready or written, and has not ended."""
-        now = [] if self.reading is None else self.reading.jobs
+        reading = self.reading
+        now = [] if reading is None else reading.jobs
         jobs = [*filter(None, self.jobs), *self.ready, *now]
         return [job for job in jobs if not job.ended]
 

@@ -280,6 +280,13 @@ def test_a_cache_grows_and_shrinks_under_its_rows(tiny, monkeypatch, ring):
     for handle, request in zip(handles, requests):
         assert handle.result(0.0).tokens == alone(model, request)
     assert sizes[0] < 64 == max(sizes) and (sizes[-1] < 64) == (not ring)
+    # What was cut off a row is no beginning any more.
+    engine = Engine(model, slots=2)
+    long, short = replace(long, max_new_tokens=8), Request([5], 12, stop_ids=())
+    for request in (long, short, replace(long, prompt=[*long.prompt, 7])):
+        (result,) = serve(engine, [request])
+        assert result.tokens == alone(model, request)
+    assert engine.stats.prefix_tokens == (0 if ring else 16)
 
 
 def test_cuts_are_those_of_sorting():

@@ -257,8 +257,8 @@ def find_prefix(
     engine: "Engine", prompt: list[int]
 ) -> tuple[int, int]:
     """The row that holds most of a prompt's beginning; how much."""
-    if not engine.keep:
-        return 0, 0
+    if not (engine.keep and can_copy(engine.cache)):
+        return 0, 0                         # a ring forgets beginnings
     # The last token is read again: its logits are needed.
     alike = [common_prefix(prompt[:-1], ids) for ids in engine.held]
     source = int(np.argmax(alike))
@@ -691,8 +691,8 @@ class Engine:
         self.waiting: deque[Handle] = deque()
         self.events: list[Event] = []           # of this step
         self.counts = Stats(slots=slots)
+        self.keep = keep
         self.start_over()
-        self.keep = keep and can_copy(self.cache)
 
     def start_over(self) -> None:
         """Empty rows."""

@@ -52,7 +52,8 @@ def add_serve(commands: Any) -> None:
         add(f"--{name.replace('_', '-')}", type=kind, default=default,
             help=about + shown)
     add("--dtype", choices=list(DTYPES), help="[what is fast here]")
-    add("--mesh", help="DATAxEXPERTxMODEL, such as 1x8x1")
+    add("--devices", type=int, default=1, help="shard over so many [1]")
+    add("--mesh", help="instead: DATAxEXPERTxMODEL, such as 1x8x1")
     sub.epilog = f"{KEY} in the environment: a key that clients need."
 
 
@@ -78,10 +79,18 @@ def take_address(host: str, port: int) -> socket.socket:
 # %% book/chapters/98_server_details.md, cell 24
 def model_of(args: argparse.Namespace) -> Model:
     """The model that the options name, on the mesh that they name."""
-    if args.mesh is None:
-        return load(args.model, dtype=args.dtype)
-    sizes = parse_mesh(args.mesh)
+    if args.mesh is not None and args.devices != 1:
+        raise ValueError("--mesh and --devices say the same: give one")
+    sizes = {"model": args.devices}
+    if args.mesh is not None:
+        sizes = parse_mesh(args.mesh)
     devices = math.prod(sizes.values())
+    if not 1 <= devices <= 512:
+        what = f"--mesh {args.mesh}" if args.mesh else "--devices"
+        raise ValueError(
+            f"{what} must be 1 to 512 devices, not {devices}")
+    if devices == 1:
+        return load(args.model, dtype=args.dtype)
     with contextlib.suppress(RuntimeError):
         # Only CPUs heed this, and only before a device is first used.
         jax.config.update("jax_num_cpu_devices", devices)

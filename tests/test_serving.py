@@ -1,5 +1,6 @@
 """The engine: each request as if it were alone, whoever else is there."""
 
+import argparse
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +16,10 @@ from annotated_moe.attention import Window
 from annotated_moe.families.grok import grok_config
 from annotated_moe.lens import tap
 from annotated_moe.model import init_params
+from annotated_moe.sampling import keep_nucleus, keep_top_k
+from annotated_moe.serve_command import add_serve, model_of
 from annotated_moe.serving import Engine, QueueFull, Request
+from annotated_moe.serving import engine as engine_module
 from annotated_moe.serving import rows as rows_module
 from annotated_moe.serving.requests import RowText
 
@@ -98,8 +102,9 @@ def test_forty_requests_get_what_they_get_alone(tiny):
         assert result.finish_reason == ("stop" if stopped else "length")
         assert [e.index for e in result.events if e.token is not None] == [
             *range(len(result.tokens))]
-    # Widths 16 alone, and with experts; steps with and without; ways to choose.
-    assert (made <= [2, 2, 6, 1, 1, 1]).all(), made
+    # Widths 16 in short and in long side rows, and with experts; steps with and
+    # without; ways to choose; side rows of both lengths.
+    assert (made <= [4, 2, 6, 2, 1, 1]).all(), made
     counts = engine.stats
     assert counts.ended["length"] + counts.ended["stop"] == 40
     assert counts.new_tokens == sum(len(r.tokens) for r in results)
@@ -136,7 +141,7 @@ def test_rings_are_read_whole():
     assert engine.stats.prefix_hits == 0
 
 
-@pytest.mark.parametrize("axes", [(1, 2, 1), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("axes", [(1, 2, 2), (2, 2, 1)], ids=str)
 def test_a_mesh_says_what_one_device_says(tiny, axes):
     mesh = am.make_mesh(*axes)
     spread = make(mesh=mesh)
@@ -144,6 +149,24 @@ def test_a_mesh_says_what_one_device_says(tiny, axes):
     engine = Engine(spread, slots=4, prefill_chunk=32)
     for result, request in zip(serve(engine, requests), requests):
         assert result.tokens == alone(tiny, request)
+
+
+@pytest.mark.parametrize("options", [["--mesh", "1x2x2"], ["--devices", "2"]], ids=str)
+def test_serve_takes_a_mesh(options):
+    """The model that ships: its requests on devices of a mesh, and on one."""
+    parser = argparse.ArgumentParser()
+    add_serve(parser.add_subparsers())
+    found = []
+    for more in ([], options):
+        args = parser.parse_args(["serve", "--dtype", "float32", *more])
+        model = model_of(args)
+        assert (model.mesh is None) == (not more)
+        ids = [model.tokenizer.encode(t) for t in ("In the beginning", "def f(", "2 +")]
+        engine = Engine(model, slots=4, context=64)
+        found.append([r.tokens for r in serve(engine, [Request(i, 8) for i in ids])])
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="give one"):
+        model_of(parser.parse_args(["serve", "--mesh", "1x2x1", "--devices", "2"]))
 
 
 def test_who_cancels_leaves_within_a_step_and_the_others_stay(tiny):
@@ -168,6 +191,111 @@ def test_who_cancels_leaves_within_a_step_and_the_others_stay(tiny):
         assert (len(result.tokens) < 30) == (i in gone)
     assert 3 < len(gone) < 20 and engine.stats.ended["cancelled"] == len(gone)
     assert engine.stats.running == engine.stats.waiting == 0
+
+
+class Steps:
+    """A constraint: ids that grow, up to 60."""
+
+    def __init__(self):
+        self.last, self.done = 2, False
+
+    def mask(self):
+        return np.arange(64) > self.last
+
+    def accept(self, token):
+        assert token > self.last
+        self.last, self.done = token, token >= 60
+
+
+def test_prompts_that_wait_are_read_together(tiny):
+    requests = [replace(r, max_new_tokens=12) for r in some_requests(24, 9, 40)]
+    asked = Request([5, 9, 33], 5, experts=True, logprobs=2, stop_ids=())
+    requests[3], fresh = asked, {"slots": 4, "prefill_chunk": 64, "keep": False}
+    (lone,) = serve(Engine(tiny, **fresh), [asked])
+    engine = Engine(tiny, **fresh)
+    handles = [engine.submit(request) for request in requests]
+    while engine.stats.running < 4 or not engine.ready:
+        engine.step()
+    gone = engine.ready[-1].handle  # read, and without a row
+    gone.cancel()
+    engine.step()
+    assert gone.result(0.0).finish_reason == "cancelled"
+    finish(engine)
+    for handle, request in zip(handles, requests):
+        if handle is not gone:
+            assert handle.result(0.0).tokens == alone(tiny, request)
+    assert engine.stats.chunks < 20             # for 24 prompts
+    for mine, own in zip(handles[3].result(0.0).events, lone.events, strict=True):
+        assert (mine.experts == own.experts).all()
+        assert mine.logprob == pytest.approx(own.logprob, abs=1e-4)
+
+
+def test_a_step_is_begun_before_the_last_is_read(tiny):
+    """Stops, cancellation and a grammar: what was computed for nobody is not shown."""
+    growing = Request([7, 8], 40, 1.0, constraint=Steps(), stop_ids=(), seed=3)
+    (wanted,) = serve(Engine(tiny, slots=1), [growing])
+    engine = Engine(tiny, slots=3, keep=False)
+    requests = [replace(r, stop_ids=range(0, 64, 9)) for r in some_requests(20, 10)]
+    handles = [engine.submit(request) for request in requests]
+    grammar = engine.submit(replace(growing, constraint=Steps()))
+    left = engine.submit(Request([6, 5], 60, stop_ids=()))
+    ahead, freed = 0, False
+    while engine.busy:
+        seen = sum(len(h.events) for h in handles)
+        engine.step()
+        for job in engine.all_jobs():
+            assert job.sent - len(job.tokens) in (0, 1)
+            ahead += job.sent > len(job.tokens)
+        assert sum(len(h.events) for h in handles) - seen <= 3
+        if len(left.events) == 3:
+            left.cancel()
+            engine.step()
+            freed = left.done and all(j.handle is not left for j in engine.all_jobs())
+            told = len(left.events)
+    assert freed and len(left.events) == told == 4
+    for handle, request in zip(handles, requests):
+        assert handle.result(0.0).tokens == alone(tiny, request)
+    assert grammar.result(0.0).tokens == wanted.tokens
+    counts = engine.stats
+    stopped = counts.ended["stop"]
+    # A stop id, which is no new token, took a step, and one more was in vain.
+    assert stopped > 8 and ahead >= counts.new_tokens
+    firsts = len(handles) + 2
+    assert 0 <= counts.row_steps - (counts.new_tokens - firsts) <= 2 * stopped + 2
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_a_cache_grows_and_shrinks_under_its_rows(tiny, monkeypatch, ring):
+    monkeypatch.setattr(engine_module, "slots_for", engine_module.bucket)
+    monkeypatch.setattr(engine_module, "PATIENCE", 4)
+    model = make(with_layers(TINY, mask=Window(24))) if ring else tiny
+    engine, sizes = Engine(model, slots=3, prefill_chunk=16), []
+    long, some = Request([9] * 50), some_requests(14, 11, 6)
+    requests = [*some[:5], long, *some[5:]]
+    requests = [replace(r, max_new_tokens=12) for r in requests]
+    handles = [engine.submit(request) for request in requests]
+    while engine.busy:
+        engine.step()
+        sizes.append(engine.room)
+    for handle, request in zip(handles, requests):
+        assert handle.result(0.0).tokens == alone(model, request)
+    assert sizes[0] < 64 == max(sizes) and (sizes[-1] < 64) == (not ring)
+    # What was cut off a row is no beginning any more.
+    engine = Engine(model, slots=2)
+    long, short = replace(long, max_new_tokens=8), Request([5], 12, stop_ids=())
+    for request in (long, short, replace(long, prompt=[*long.prompt, 7])):
+        (result,) = serve(engine, [request])
+        assert result.tokens == alone(model, request)
+    assert engine.stats.prefix_tokens == (0 if ring else 16)
+
+
+def test_cuts_are_those_of_sorting():
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(3 * rng.standard_normal((64, 97)), jnp.float32).at[:, 90:].set(1.5)
+    for k, p in ((0, 0.3), (5, 1.0), (12, 0.9), (0, 1.0), (97, 1e-9), (200, 0.99)):
+        given = jnp.full(64, k, jnp.int32), jnp.full(64, p, jnp.float32)
+        wanted = keep_nucleus(keep_top_k(x, given[0]), given[1])
+        np.testing.assert_array_equal(rows_module.keep(x, *given), wanted)
 
 
 def test_a_broken_row_breaks_no_other():
@@ -210,20 +338,6 @@ def test_every_token_comes_with_its_experts_and_its_logarithms(tiny):
         assert [*ids] == np.argsort(-logs[at])[:4].tolist()
         np.testing.assert_allclose(values, logs[at][[*ids]], atol=1e-4)
     assert all(e.experts is None and e.logprob is None for e in second.events)
-
-
-class Steps:
-    """A constraint: ids that grow, up to 60."""
-
-    def __init__(self):
-        self.last, self.done = 2, False
-
-    def mask(self):
-        return np.arange(64) > self.last
-
-    def accept(self, token):
-        assert token > self.last
-        self.last, self.done = token, token >= 60
 
 
 def test_bias_and_constraint_shift_their_own_row_alone(tiny):

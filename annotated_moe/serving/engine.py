@@ -3,12 +3,13 @@
 come when they like, from other threads; one brings a prompt so long
 that seven others stand still while it is read; one wants its text to
 end before a word that the model spells in three tokens; one is gone,
-and its row writes on for nobody; and one meets a damaged weight, and
-must not take the others with it. By the end of this chapter you will
-have an engine that holds against all of these: a queue with a bound,
-prompts in chunks, a text a row, biases, constraints, log-probabilities
-and experts for whoever asks, and still each request gets what it would
-get alone.
+and its row writes on for nobody; one meets a damaged weight, and must
+not take the others with it; and the device waits for Python after each
+token. By the end of this chapter you will have an engine that holds
+against all of these: a queue with a bound, prompts read together or in
+chunks, a step begun before the last is read, a text a row, biases,
+constraints, log-probabilities and experts for whoever asks, and still
+each request gets what it would get alone.
 """
 
 import threading
@@ -17,7 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,27 +47,35 @@ from annotated_moe.serving.rows import (
     can_copy,
     choose_rows,
     copy_row,
+    fewer_slots,
+    in_layers,
     place_logits,
     place_row,
     record,
     recording,
     unrecord,
 )
+from annotated_moe.steps import slots_for, with_slots
 
 
 # %% book/chapters/30b_engine.md, cell 12
 @dataclass(eq=False)
 class Job:
-    """A request that has a row: what it has read and written."""
+    """A request that is read, and then written."""
 
     handle: Handle
-    row: int
     text: RowText
     seed: int
+    source: int = 0                         # the row it begins like,
+    reused: int = 0                         # in so many tokens
     read: int = 0                           # tokens of the prompt
-    tokens: list[int] = field(default_factory=list)
-    experts: np.ndarray | None = None       # [L, A], of the last step
-    logits: Any = None                      # [1, V], of its prompt
+    reading: Any = None                     # in which they are read,
+    at: int = 0                             # and in which row of it
+    row: int = -1                           # of the batch
+    sent: int = 0                           # tokens that were chosen
+    tokens: list[int] = field(default_factory=list)     # and seen
+    held: list[int] = field(default_factory=list)       # by its row
+    ended: bool = False
 
     @property
     def request(self) -> Request:
@@ -73,117 +83,182 @@ class Job:
 
 
 # %% book/chapters/30b_engine.md, cell 13
+class Flight(NamedTuple):
+    """Tokens that were chosen and not yet read."""
+
+    jobs: list[Job]
+    choice: Choice                          # on the device
+    experts: list[Any] | None               # of each place
+
+
+# %% book/chapters/30b_engine.md, cell 14
 def step(engine: "Engine") -> list[Event]:
     """A unit of work: a token a row, and a chunk of prompts.
 
-    Not from two threads at once. Its events are in the handles, too.
+    Not from two threads at once. The events are of the tokens that the
+    step before has chosen; they are in the handles, too.
     """
     engine.events = []
     engine.end_cancelled()
     with engine.model.on_mesh():
-        joined = engine.fill()
-        jobs = engine.steer(engine.decode() + engine.join(joined))
-        if jobs:
-            engine.hand_out(jobs, engine.choose(jobs))
+        jobs = engine.decode()
+        engine.hand_out()
+        jobs = [job for job in jobs if not job.ended] + engine.fill()
+        if jobs := engine.steer(jobs):
+            engine.choose(jobs)
     return engine.events
 
 
-# %% book/chapters/30b_engine.md, cell 14
+# %% book/chapters/30b_engine.md, cell 15
 def decode(engine: "Engine") -> list[Job]:
     """One more token into each row that writes; whose they are."""
-    jobs = [j for j in engine.jobs if j is not None and j.tokens]
-    if not jobs:
+    engine.heard = None
+    jobs = [j for j in engine.jobs
+            if j is not None and j.sent < j.request.max_new_tokens]
+    if not jobs or engine.flight is None:
         return []
-    tokens = np.zeros(engine.slots, np.int32)
+    engine.fit_room(max(len(j.handle.prompt) + j.sent for j in jobs))
     active = np.zeros(engine.slots, bool)
-    for job in jobs:
-        tokens[job.row], active[job.row] = job.tokens[-1], True
-        engine.held[job.row].append(job.tokens[-1])
+    active[[job.row for job in jobs]] = True
     engine.counts.steps += 1
     engine.counts.row_steps += len(jobs)
-    run, c = engine.model.decode_step, engine.model.config
+    run, tokens = engine.model.decode_step, engine.flight.choice.tokens
     if not any(job.request.experts for job in jobs):
         engine.logits, engine.cache = run(tokens, engine.cache, active)
         return jobs
+    c = engine.model.config
     kept = record(engine.cache, c, engine.active_experts)
     with recording():
         engine.logits, kept = run(tokens, kept, active)
-    engine.cache, experts = unrecord(kept, c)
-    for job in jobs:
-        job.experts = experts[:, job.row]
+    engine.cache, engine.heard = unrecord(kept)
     return jobs
-
-
-# %% book/chapters/30b_engine.md, cell 15
-def fill(engine: "Engine") -> list[Job]:
-    """Read prompts, up to the bound; who has now read all of one."""
-    joined, left = list[Job](), engine.prefill_chunk
-    while (job := engine.filling or engine.admit()) is not None:
-        prompt, most = job.handle.prompt, engine.prefill_chunk
-        part = prompt[job.read : job.read + most]
-        width = bucket(len(part), most)
-        if width > left:
-            break
-        left -= width
-        engine.counts.chunks += 1
-        engine.counts.chunk_tokens += width
-        last = job.read + len(part) == len(prompt)
-        job.logits = engine.read_chunk(job, part, width, last)
-        job.read += len(part)
-        if last:
-            engine.cache = place_row(
-                engine.cache, np.int32(job.row), engine.side)
-            engine.filling = None
-            joined.append(job)
-    return joined
 
 
 # %% book/chapters/30b_engine.md, cell 16
-def read_chunk(
-    engine: "Engine", job: Job, part: list[int], width: int, last: bool
-) -> Any:
-    """The side row reads a part of a prompt: logits [1, V]."""
-    run, c = engine.model.prefill, engine.model.config
-    tokens = pad_rows([part], width, c.pad_id)
-    count = np.array([len(part)], np.int32)
-    if not (last and job.request.experts):
-        logits, engine.side = run(tokens, count, engine.side)
-        return logits
-    kept = record(engine.side, c, engine.active_experts)
-    with recording():
-        logits, kept = run(tokens, count, kept)
-    engine.side, experts = unrecord(kept, c)
-    job.experts = experts[:, 0]
-    return logits
+PATIENCE = 64                               # steps
 
 
 # %% book/chapters/30b_engine.md, cell 17
-def join(engine: "Engine", jobs: list[Job]) -> list[Job]:
-    """Put the logits of prompts among those of the batch."""
-    for job in jobs:
-        engine.logits = place_logits(
-            engine.logits, np.int32(job.row), job.logits)
-        job.logits = None
-    return jobs
+def grow(engine: "Engine", needed: int) -> None:
+    """Have slots for `needed` tokens a row."""
+    want = slots_for(needed, engine.context)
+    if want > engine.room:
+        config = engine.model.config
+        engine.cache = with_slots(engine.cache, config, want)
+        engine.room = want
 
 
 # %% book/chapters/30b_engine.md, cell 18
+def fit_room(engine: "Engine", needed: int) -> None:
+    """So; and no more, if that was enough for PATIENCE steps."""
+    want = slots_for(needed, engine.context)
+    engine.spare = engine.spare + 1 if want < engine.room else 0
+    if engine.spare > PATIENCE and can_copy(engine.cache):
+        engine.cache = fewer_slots(engine.cache, want)
+        engine.room = want
+        for ids in engine.held:
+            del ids[want:]
+    engine.grow(needed)
+
+
+# %% book/chapters/30b_engine.md, cell 19
+@dataclass(eq=False)
+class Reading:
+    """Prompts that are read beside the batch, a row each."""
+
+    jobs: list[Job]
+    side: Any                               # their cache
+    rows: int                               # that it has,
+    slots: int                              # of so many slots
+    logits: Any = None                      # [rows, V], of their ends
+    experts: Any = None                     # of each place
+
+    def chunk(self, most: int, pad: int) -> tuple[Any, Any]:
+        """What is read next, int32 [rows, T], and the lengths."""
+        parts = [job.handle.prompt[job.read : job.read + most]
+                 for job in self.jobs]
+        parts += [[]] * (self.rows - len(parts))
+        lengths = np.array([*map(len, parts)], np.int32)
+        width = bucket(int(lengths.max()), most)
+        return pad_rows(parts, width, pad), lengths
+
+
+# %% book/chapters/30b_engine.md, cell 20
+def fill(engine: "Engine") -> list[Job]:
+    """Read prompts, up to the bound; who now has a row."""
+    joined, left = engine.seat(), engine.prefill_chunk
+    pad = engine.model.config.pad_id
+    while (reading := engine.reading or engine.admit()) is not None:
+        tokens, lengths = reading.chunk(engine.prefill_chunk, pad)
+        if tokens.size > left:
+            break
+        left -= tokens.size
+        engine.counts.chunks += 1
+        engine.counts.chunk_tokens += tokens.size
+        engine.read_chunk(reading, tokens, lengths)
+        joined += engine.seat()
+    return joined
+
+
+# %% book/chapters/30b_engine.md, cell 21
+def read_chunk(
+    engine: "Engine", reading: Reading, tokens: Any, lengths: Any
+) -> None:
+    """The side rows read these; whose prompt has ended is ready."""
+    run, c = engine.model.prefill, engine.model.config
+    jobs = reading.jobs
+    for job, length in zip(jobs, lengths.tolist()):
+        job.read += length
+    done = all(job.read == len(job.handle.prompt) for job in jobs)
+    if not (done and any(job.request.experts for job in jobs)):
+        reading.logits, reading.side = run(
+            tokens, lengths, reading.side)
+    else:
+        kept = record(reading.side, c, engine.active_experts)
+        with recording():
+            reading.logits, kept = run(tokens, lengths, kept)
+        reading.side, reading.experts = unrecord(kept)
+    if done:
+        engine.ready.extend(job for job in jobs if not job.ended)
+        engine.reading = None
+
+
+# %% book/chapters/30b_engine.md, cell 22
+def seat(engine: "Engine") -> list[Job]:
+    """Rows for those who are read, while some are free; whose."""
+    joined = list[Job]()
+    while engine.ready and engine.free:
+        job = engine.ready.popleft()
+        job.row = row = engine.take_row(job.source, job.reused)
+        engine.jobs[row], engine.held[row] = job, []
+        side, at = job.reading, np.int32(job.at)
+        engine.grow(side.slots)
+        engine.cache = place_row(
+            engine.cache, np.int32(row), side.side, at)
+        engine.logits = place_logits(
+            engine.logits, np.int32(row), side.logits, at)
+        joined.append(job)
+    return joined
+
+
+# %% book/chapters/30b_engine.md, cell 23
 LEAST_PREFIX = 16                           # tokens worth a copy
 
 
+# %% book/chapters/30b_engine.md, cell 24
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many ids two lists begin with alike."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)
 
 
-# %% book/chapters/30b_engine.md, cell 19
+# %% book/chapters/30b_engine.md, cell 25
 def find_prefix(
     engine: "Engine", prompt: list[int]
 ) -> tuple[int, int]:
     """The row that holds most of a prompt's beginning; how much."""
-    if not engine.keep:
-        return 0, 0
+    if not (engine.keep and can_copy(engine.cache)):
+        return 0, 0                         # a ring forgets beginnings
     # The last token is read again: its logits are needed.
     alike = [common_prefix(prompt[:-1], ids) for ids in engine.held]
     source = int(np.argmax(alike))
@@ -191,7 +266,7 @@ def find_prefix(
     return source, most if most >= LEAST_PREFIX else 0
 
 
-# %% book/chapters/30b_engine.md, cell 20
+# %% book/chapters/30b_engine.md, cell 26
 def take_row(engine: "Engine", source: int, reused: int) -> int:
     """A free row; `source`, of which `reused` tokens are, last."""
     free = engine.free
@@ -203,35 +278,66 @@ def take_row(engine: "Engine", source: int, reused: int) -> int:
     return free.popleft()
 
 
-# %% book/chapters/30b_engine.md, cell 21
-def admit(engine: "Engine") -> Job | None:
-    """Give the request that waits longest a row, if one is free."""
-    with engine.changed:
-        if not (engine.waiting and engine.free):
-            return None
-        handle = engine.waiting.popleft()
-    request, prompt = handle.request, handle.prompt
-    source, reused = engine.find_prefix(prompt)
-    row = engine.take_row(source, reused)
+# %% book/chapters/30b_engine.md, cell 27
+def together(engine: "Engine", handles: list[Handle]) -> int:
+    """How many of these are read at once, from the first on."""
+    most, width = engine.prefill_chunk, 0
+    for n, handle in enumerate(handles):
+        prompt = handle.prompt
+        width = max(width, bucket(len(prompt), most))
+        alone = len(prompt) > most or engine.find_prefix(prompt)[1] > 0
+        if alone or (n + 1) * width > most:
+            return max(n, 1)
+    return len(handles)
+
+
+# %% book/chapters/30b_engine.md, cell 28
+def begin(engine: "Engine", handle: Handle) -> Job:
+    """A request is a job from now on."""
+    request = handle.request
+    source, reused = engine.find_prefix(handle.prompt)
     seed = request.seed
     if seed is None:
         seed = int(engine.random.integers(2**32))
-    job = Job(
-        handle, row, RowText(engine.model.tokenizer, request.stop),
-        seed, reused,
-    )
-    engine.jobs[row] = engine.filling = job
     handle.times["started"] = time.perf_counter()
-    engine.side = engine.new_cache(1) if not reused else copy_row(
-        engine.cache, np.int32(source), np.int32(reused))
-    engine.held[row] = []
-    engine.counts.prompt_tokens += len(prompt)
+    engine.counts.prompt_tokens += len(handle.prompt)
     engine.counts.prefix_hits += reused > 0
     engine.counts.prefix_tokens += reused
-    return job
+    text = RowText(engine.model.tokenizer, request.stop)
+    return Job(handle, text, seed, source, reused, reused)
 
 
-# %% book/chapters/30b_engine.md, cell 22
+# %% book/chapters/30b_engine.md, cell 29
+def admit(engine: "Engine") -> Reading | None:
+    """Begin with those who wait longest, if one can have a row."""
+    if engine.ready or not engine.free:
+        return None
+    with engine.changed:
+        handles = [*islice(engine.waiting, engine.slots)]
+    if not handles:
+        return None
+    n, most = engine.together(handles), engine.prefill_chunk
+    with engine.changed:
+        for _ in range(n):
+            engine.waiting.popleft()
+    jobs = [engine.begin(handle) for handle in handles[:n]]
+    longest = max(len(job.handle.prompt) for job in jobs)
+    rows, slots, first = 1, bucket(longest, most), jobs[0]
+    if first.reused or longest > most:
+        engine.grow(longest)
+        slots = engine.room
+    elif n > 1:
+        rows = min(engine.slots, most // slots)
+    side = engine.new_cache(rows, slots) if not first.reused else (
+        copy_row(engine.cache, np.int32(first.source),
+                 np.int32(first.reused)))
+    engine.reading = Reading(jobs, side, rows, slots)
+    for at, job in enumerate(jobs):
+        job.reading, job.at = engine.reading, at
+    return engine.reading
+
+
+# %% book/chapters/30b_engine.md, cell 30
 def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     """bool [V]: the ids that may come next; ValueError if none may."""
     mask = np.asarray(constraint.mask(), bool)
@@ -243,7 +349,7 @@ def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     return mask
 
 
-# %% book/chapters/30b_engine.md, cell 23
+# %% book/chapters/30b_engine.md, cell 31
 def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     """Write what shifts the logits of jobs; which of them go on."""
     going = []
@@ -262,7 +368,7 @@ def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     return going
 
 
-# %% book/chapters/30b_engine.md, cell 24
+# %% book/chapters/30b_engine.md, cell 32
 def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     """Steps and settings of all rows; those without a job: greedy."""
     steps = np.zeros(rows, np.int32)
@@ -272,16 +378,16 @@ def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     )
     for job in jobs:
         request, row = job.request, job.row
-        steps[row], settings.seed[row] = len(job.tokens), job.seed
+        steps[row], settings.seed[row] = job.sent, job.seed
         settings.temperature[row] = request.temperature
         settings.top_k[row] = request.top_k or 0
         settings.top_p[row] = request.top_p
     return steps, settings
 
 
-# %% book/chapters/30b_engine.md, cell 25
-def choose_tokens(engine: "Engine", jobs: list[Job]) -> Choice:
-    """The next token of each job's row, on the host."""
+# %% book/chapters/30b_engine.md, cell 33
+def choose_tokens(engine: "Engine", jobs: list[Job]) -> None:
+    """Have the next token of each job's row chosen."""
     steps, settings = settings_of(jobs, engine.slots)
     warm = settings.temperature > 0
     cuts = (settings.top_k > 0) | (settings.top_p < 1)
@@ -295,40 +401,60 @@ def choose_tokens(engine: "Engine", jobs: list[Job]) -> Choice:
         how=how if warm.any() else "greedy",
         ranked=any(r.logprobs is not None for r in asked),
     )
-    found: Choice = jax.device_get(choice)
-    return found
+    engine.flight = Flight(jobs, choice, engine.heard)
+    for job in jobs:
+        job.sent += 1
 
 
-# %% book/chapters/30b_engine.md, cell 26
+# %% book/chapters/30b_engine.md, cell 34
 BROKEN = (
     "logits are NaN or infinite; are the weights? "
     "`annotated_moe.verify` holds them to their checksums"
 )
 
 
-def hand_out(
-    engine: "Engine", jobs: list[Job], choice: Choice
-) -> None:
-    """Each row's token: to its job, and to who asked for it."""
-    for job in jobs:
+# %% book/chapters/30b_engine.md, cell 35
+def hand_out(engine: "Engine") -> None:
+    """Wait for the last choice: to each job its token."""
+    flight, engine.flight = engine.flight, None
+    if flight is None:
+        return
+    choice: Choice = jax.device_get(flight.choice)
+    for job in flight.jobs:
         token = int(choice.tokens[job.row])
-        if not job.tokens:
-            engine.held[job.row] = list(job.handle.prompt)
+        if job.ended:                       # cancelled meanwhile
+            continue
+        if job.tokens:                      # its last is read by now
+            job.held.append(job.tokens[-1])
+        else:
+            job.held = engine.held[job.row] = [*job.handle.prompt]
         if token == NO_TOKEN:
-            engine.held[job.row] = []
+            engine.wipe(job.row)
             engine.end(job, "error", BROKEN)
         elif token in job.handle.stop_ids:
             engine.end(job, "stop")
         else:
-            engine.give(job, token, choice)
+            engine.give(job, token, choice, flight)
 
 
-# %% book/chapters/30b_engine.md, cell 27
+# %% book/chapters/30b_engine.md, cell 36
+def wipe(engine: "Engine", row: int) -> None:
+    """Zeros into all slots of a row that nobody shall begin with."""
+    engine.held[row] = []
+    empty = engine.new_cache(1, engine.room)
+    engine.cache = place_row(
+        engine.cache, np.int32(row), empty, np.int32(0))
+
+
+# %% book/chapters/30b_engine.md, cell 37
 def give(
-    engine: "Engine", job: Job, token: int, choice: Choice
+    engine: "Engine", job: Job, token: int, choice: Choice,
+    flight: Flight,
 ) -> None:
     """A token that is seen, and the end if it brings that."""
     request, row, index = job.request, job.row, len(job.tokens)
+    experts = engine.experts_of(job, flight)
+    job.reading = None
     job.tokens.append(token)
     engine.counts.new_tokens += 1
     text = job.text.push(token)
@@ -345,12 +471,26 @@ def give(
     logprob, top = ranks(choice, row, request.logprobs)
     event = Event(
         job.handle, index, token, text, logprob, top,
-        job.experts if request.experts else None, reason,
+        experts, reason,
     )
     return engine.finish(job, event) if reason else engine.tell(event)
 
 
-# %% book/chapters/30b_engine.md, cell 28
+# %% book/chapters/30b_engine.md, cell 38
+def experts_of(
+    engine: "Engine", job: Job, flight: Flight
+) -> np.ndarray | None:
+    """Of the step, or the prompt, that made a token; if asked."""
+    if not job.request.experts:
+        return None
+    heard, at = flight.experts, job.row
+    if not job.tokens:
+        heard, at = job.reading.experts, job.at
+    assert heard is not None                # because one has asked
+    return in_layers(heard, engine.model.config)[:, at]
+
+
+# %% book/chapters/30b_engine.md, cell 39
 def ranks(choice: Choice, row: int, count: int | None) -> Any:
     """A token's log-probability, and those of the likeliest."""
     if count is None:
@@ -360,7 +500,7 @@ def ranks(choice: Choice, row: int, count: int | None) -> Any:
     return float(choice.logprobs[row]), tuple(pairs)[:count]
 
 
-# %% book/chapters/30b_engine.md, cell 29
+# %% book/chapters/30b_engine.md, cell 40
 def end(
     engine: "Engine", job: Job, reason: str, error: str | None = None
 ) -> None:
@@ -371,19 +511,19 @@ def end(
     ))
 
 
-# %% book/chapters/30b_engine.md, cell 30
+# %% book/chapters/30b_engine.md, cell 41
 def finish(engine: "Engine", job: Job, event: Event) -> None:
     """Free a job's row, and tell."""
-    if engine.filling is job:
-        engine.filling = None
-    engine.jobs[job.row] = None
-    engine.free.append(job.row)
-    if engine.shift is not None:
-        engine.shift[job.row] = 0
+    job.ended = True
+    if job.row >= 0:
+        engine.jobs[job.row] = None
+        engine.free.append(job.row)
+        if engine.shift is not None:
+            engine.shift[job.row] = 0
     engine.tell(event)
 
 
-# %% book/chapters/30b_engine.md, cell 31
+# %% book/chapters/30b_engine.md, cell 42
 def tell(engine: "Engine", event: Event) -> None:
     """Give an event to whoever waits for it."""
     if reason := event.finish_reason:
@@ -396,12 +536,15 @@ def tell(engine: "Engine", event: Event) -> None:
         event.handle.cancel()
 
 
-# %% book/chapters/30b_engine.md, cell 32
+# %% book/chapters/30b_engine.md, cell 43
 def end_cancelled(engine: "Engine") -> None:
     """End what was cancelled, in rows and in the queue."""
-    for job in engine.jobs:
-        if job is not None and job.handle.cancelled:
+    for job in engine.all_jobs():
+        if job.handle.cancelled:
             engine.end(job, "cancelled")
+    engine.ready = deque(j for j in engine.ready if not j.ended)
+    if engine.reading and all(j.ended for j in engine.reading.jobs):
+        engine.reading = None
     with engine.changed:
         gone = [h for h in engine.waiting if h.cancelled]
         for handle in gone:
@@ -410,7 +553,7 @@ def end_cancelled(engine: "Engine") -> None:
         engine.tell(Event(handle, 0, finish_reason="cancelled"))
 
 
-# %% book/chapters/30b_engine.md, cell 34
+# %% book/chapters/30b_engine.md, cell 45
 def submit(
     engine: "Engine", request: Request,
     on_event: Callable[[Event], None] | None = None,
@@ -438,7 +581,7 @@ def submit(
     return handle
 
 
-# %% book/chapters/30b_engine.md, cell 35
+# %% book/chapters/30b_engine.md, cell 46
 def fit(engine: "Engine", request: Request) -> list[int]:
     """The ids of a prompt that fits; the request is checked."""
     prompt, new = np.asarray(request.prompt).tolist(), 1
@@ -454,7 +597,7 @@ def fit(engine: "Engine", request: Request) -> list[int]:
     return prompt
 
 
-# %% book/chapters/30b_engine.md, cell 36
+# %% book/chapters/30b_engine.md, cell 47
 def run(engine: "Engine", stop: threading.Event) -> None:
     """Step while there is work, until `stop` is set.
 
@@ -475,29 +618,28 @@ def run(engine: "Engine", stop: threading.Event) -> None:
         engine.close()
 
 
-# %% book/chapters/30b_engine.md, cell 37
+# %% book/chapters/30b_engine.md, cell 48
 def fail(engine: "Engine", error: Exception) -> None:
     """End all that runs, with the error; begin again with no rows."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    for job in engine.jobs:
-        if job is not None:
-            engine.end(job, "error", f"a step failed: {line}")
+    for job in engine.all_jobs():
+        engine.end(job, "error", f"a step failed: {line}")
     engine.start_over()
 
 
-# %% book/chapters/30b_engine.md, cell 38
+# %% book/chapters/30b_engine.md, cell 49
 def close(engine: "Engine") -> None:
     """Take no more requests, and cancel those that are there."""
     with engine.changed:
         engine.ended = True
         handles = [*engine.waiting]
-    for handle in handles + [j.handle for j in engine.jobs if j]:
+    for handle in handles + [j.handle for j in engine.all_jobs()]:
         handle.cancel()
     engine.events = []
     engine.end_cancelled()
 
 
-# %% book/chapters/30b_engine.md, cell 39
+# %% book/chapters/30b_engine.md, cell 50
 @dataclass
 class Stats:
     """Counts since the engine began; `waiting`, `running`: now."""
@@ -518,7 +660,7 @@ class Stats:
     chunk_tokens: int = 0                   # of these, with padding
 
 
-# %% book/chapters/30b_engine.md, cell 40
+# %% book/chapters/30b_engine.md, cell 51
 class Engine:
     """Many requests through one batch, whose rows come and go.
 
@@ -549,8 +691,8 @@ class Engine:
         self.waiting: deque[Handle] = deque()
         self.events: list[Event] = []           # of this step
         self.counts = Stats(slots=slots)
+        self.keep = keep
         self.start_over()
-        self.keep = keep and can_copy(self.cache)
 
     def start_over(self) -> None:
         """Empty rows."""
@@ -558,15 +700,26 @@ class Engine:
         self.jobs: list[Job | None] = [None] * n
         self.held: list[list[int]] = [[] for _ in range(n)]
         self.free = deque(range(n))             # the longest free first
-        self.filling: Job | None = None         # whose prompt is read
+        self.reading: Reading | None = None     # of prompts, now
+        self.ready = deque[Job]()               # read, without a row
+        self.flight: Flight | None = None       # chosen, not yet seen
+        self.heard: list[Any] | None = None     # experts of this step
         self.shift: np.ndarray | None = None    # of logits, [B, V]
-        self.cache = self.new_cache(n)
-        self.side: Any = None                   # where a prompt is read
+        self.room = slots_for(1, self.context)  # slots a row has now
+        self.spare = 0                          # steps they were many
+        self.cache = self.new_cache(n, self.room)
         self.logits = jnp.zeros((n, self.model.config.vocab_size))
 
-    def new_cache(self, rows: int) -> Cache:
+    def new_cache(self, rows: int, slots: int) -> Cache:
         with self.model.on_mesh():
-            return init_cache(self.model.config, rows, self.context)
+            return init_cache(self.model.config, rows, slots)
+
+    def all_jobs(self) -> list[Job]:
+        """What is read, ready or written, and has not ended."""
+        reading = self.reading
+        now = [] if reading is None else reading.jobs
+        jobs = [*filter(None, self.jobs), *self.ready, *now]
+        return [job for job in jobs if not job.ended]
 
     def shift_of(self, row: int) -> np.ndarray:
         """What is added to a row's logits, to be written to."""
@@ -585,7 +738,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self.waiting) or any(self.jobs)
+        return bool(self.waiting or self.all_jobs())
 
     @property
     def stats(self) -> Stats:
@@ -593,13 +746,16 @@ class Engine:
         with self.changed:
             return replace(
                 self.counts, ended=dict(self.counts.ended),
-                waiting=len(self.waiting),
+                waiting=len(self.waiting) + sum(
+                    job.row < 0 for job in self.all_jobs()),
                 running=sum(job is not None for job in self.jobs),
             )
 
     submit, step, run, close = submit, step, run, close
     fit, fail, end_cancelled = fit, fail, end_cancelled
-    decode, fill, read_chunk, join = decode, fill, read_chunk, join
-    find_prefix, take_row, admit = find_prefix, take_row, admit
-    steer, choose, hand_out = steer, choose_tokens, hand_out
-    give, end, finish, tell = give, end, finish, tell
+    decode, grow, fit_room, fill = decode, grow, fit_room, fill
+    read_chunk, seat, take_row = read_chunk, seat, take_row
+    find_prefix, together, begin = find_prefix, together, begin
+    admit, steer, choose = admit, steer, choose_tokens
+    hand_out, wipe, give, end = hand_out, wipe, give, end
+    experts_of, finish, tell = experts_of, finish, tell

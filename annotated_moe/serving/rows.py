@@ -12,6 +12,7 @@ have had alone. The next chapter makes an engine of it.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,12 +27,8 @@ from annotated_moe.cache import KVCache
 from annotated_moe.config import ModelConfig, all_places
 from annotated_moe.model import Cache, DecoderLayer, constrain_cache
 from annotated_moe.moe import Route, Router
-from annotated_moe.sampling import (
-    Sampling,
-    choose,
-    token_noise,
-    unless_broken,
-)
+from annotated_moe.sampling import Sampling, token_noise, unless_broken
+from annotated_moe.steps import take_row
 
 # %% book/chapters/30_serving.md, cell 6
 TOP = 8                                     # logprobs a token
@@ -46,7 +43,52 @@ class Choice(NamedTuple):
     top_logprobs: Any = None                # float32 [B, TOP]
 
 
-# %% book/chapters/30_serving.md, cell 7
+# %% book/chapters/30_serving.md, cell 8
+def in_order(x: Float32[Array, "B V"]) -> Int32[Array, "B V"]:
+    """Integers that compare as these numbers do; -0.0 is below 0.0."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def largest(
+    holds: Callable[[Array], Array], rows: int
+) -> Int32[Array, " {rows}"]:
+    """The largest integer of which `holds`, a row; or the least.
+
+    `holds` takes int32 [B] and gives bool [B], false from some on.
+    """
+    def add_bit(i: Array, low: Array) -> Array:
+        more = low + (jnp.int32(1) << (31 - i))         # may wrap
+        return jnp.where(holds(more), more, low)
+
+    least = jnp.full(rows, -(2**31), jnp.int32)
+    return jax.lax.fori_loop(0, 32, add_bit, least)
+
+
+# %% book/chapters/30_serving.md, cell 9
+def keep(
+    logits: Float32[Array, "B V"], k: Int[Array, " B"],
+    p: Float32[Array, " B"],
+) -> Float32[Array, "B V"]:
+    """`keep_nucleus(keep_top_k(logits, k), p)`, without sorting.
+
+    The same to the rounding of the sums that are held to `p`.
+    """
+    order = in_order(logits)
+    rows, v = order.shape
+    k = jnp.where(k > 0, jnp.minimum(k, v), v)
+    least = largest(
+        lambda at: (order >= at[:, None]).sum(-1) >= k, rows)
+    kept = jnp.where(order >= least[:, None], logits, -jnp.inf)
+    share = jax.nn.softmax(kept)
+    least = largest(
+        lambda at: jnp.where(order < at[:, None], share, 0).sum(-1)
+        < 1 - p, rows)
+    least = jnp.minimum(least, order.max(axis=-1))
+    return jnp.where(order >= least[:, None], kept, -jnp.inf)
+
+
+# %% book/chapters/30_serving.md, cell 12
 def draw(
     logits: Float32[Array, "B V"], steps: Int32[Any, " B"],
     settings: Sampling, cut: bool,
@@ -58,16 +100,15 @@ def draw(
     noise = jax.vmap(token_noise)
     random = noise(settings.seed, steps, logits)            # [B, V]
     heat = jnp.asarray(settings.temperature)
-    if cut:
-        return choose(
-            logits, random, heat, settings.top_k, settings.top_p)
     best = logits.max(axis=-1, keepdims=True)
     warm = (logits - best) / jnp.where(heat > 0, heat, 1)[:, None]
+    if cut:
+        warm = keep(warm, settings.top_k, settings.top_p)
     drawn = jnp.argmax(warm + random, axis=-1)
     return jnp.where(heat > 0, drawn, jnp.argmax(logits, axis=-1))
 
 
-# %% book/chapters/30_serving.md, cell 8
+# %% book/chapters/30_serving.md, cell 13
 @partial(jax.jit, static_argnames=("how", "ranked"))
 def choose_rows(
     logits: Float32[Array, "B V"],
@@ -96,23 +137,26 @@ def choose_rows(
     return Choice(tokens, own[:, 0], ids, top)
 
 
-# %% book/chapters/30_serving.md, cell 10
+# %% book/chapters/30_serving.md, cell 15
 @partial(jax.jit, donate_argnames="cache")
-def place_row(cache: Cache, row: Int[Any, ""], one: Cache) -> Cache:
-    """The cache, in whose `row` is now what was read apart."""
+def place_row(
+    cache: Cache, row: Int[Any, ""], side: Cache, at: Int[Any, ""] = 0
+) -> Cache:
+    """The cache, in whose `row` is now row `at` of what was read."""
+    one = take_row(side, jnp.asarray(at, jnp.int32))
     return constrain_cache(cache.evict(row).insert(row, one))
 
 
 @partial(jax.jit, donate_argnames="logits")
 def place_logits(
     logits: Float32[Array, "B V"], row: Int[Any, ""],
-    last: Float32[Array, "1 V"],
+    last: Float32[Array, "_ V"], at: Int[Any, ""] = 0,
 ) -> Float32[Array, "B V"]:
-    """The logits, in whose `row` are now those of a prompt's end."""
-    return logits.at[row].set(last[0])
+    """The logits, in whose `row` are now those of prompt `at`'s end."""
+    return logits.at[row].set(last[at])
 
 
-# %% book/chapters/30_serving.md, cell 16
+# %% book/chapters/30_serving.md, cell 21
 def batch_axes(part: KVCache) -> Any:
     """Where a cache's arrays count batch rows; -1: they do not."""
     def find(axes: tuple[str | None, ...]) -> int:
@@ -131,7 +175,7 @@ def can_copy(cache: Cache) -> bool:
     )
 
 
-# %% book/chapters/30_serving.md, cell 17
+# %% book/chapters/30_serving.md, cell 22
 @jax.jit
 def copy_row(
     cache: Cache, row: Int[Any, ""], length: Int[Any, ""]
@@ -148,7 +192,21 @@ def copy_row(
     return constrain_cache(one.with_length(length))
 
 
-# %% book/chapters/30_serving.md, cell 19
+# %% book/chapters/30_serving.md, cell 25
+@partial(jax.jit, static_argnames="slots")
+def fewer_slots(cache: Cache, slots: int) -> Cache:
+    """The first `slots` slots of full caches; rows are cut to them."""
+    def cut(x: Array, axes: tuple[str | None, ...]) -> Array:
+        return x[:, :, :slots] if axes[0] == "layers" else x
+
+    short = Cache(tuple(
+        jax.tree.map(cut, part, part.axes) for part in cache.places
+    ))
+    length = jnp.minimum(cache.length, slots)
+    return constrain_cache(short.with_length(length))
+
+
+# %% book/chapters/30_serving.md, cell 27
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recording(KVCache):
@@ -178,7 +236,7 @@ class Recording(KVCache):
         )
 
 
-# %% book/chapters/30_serving.md, cell 20
+# %% book/chapters/30_serving.md, cell 28
 def record(cache: Cache, config: ModelConfig, active: int) -> Cache:
     """The same cache, ready to keep `active` experts a token."""
     found = []
@@ -190,20 +248,25 @@ def record(cache: Cache, config: ModelConfig, active: int) -> Cache:
     return Cache(tuple(found))
 
 
-def unrecord(
-    cache: Cache, config: ModelConfig
-) -> tuple[Cache, np.ndarray]:
-    """The cache that was inside, and the experts, int32 [L, B, A]."""
-    inner, experts = [], dict[int, np.ndarray]()
-    for part, place in zip(cache.places, all_places(config)):
+def unrecord(cache: Cache) -> tuple[Cache, list[Array]]:
+    """The cache that was inside, and each place's experts."""
+    inner, experts = [], []
+    for part in cache.places:
         assert isinstance(part, Recording)
         inner.append(replace(part.inner, length=part.length))
-        experts |= dict(zip(place.layers, np.asarray(part.experts)))
-    layers = [experts[layer] for layer in sorted(experts)]
-    return Cache(tuple(inner)), np.stack(layers)
+        experts.append(part.experts)
+    return Cache(tuple(inner)), experts
 
 
-# %% book/chapters/30_serving.md, cell 21
+def in_layers(experts: list[Any], config: ModelConfig) -> np.ndarray:
+    """Places' experts on the host, layer by layer, int32 [L, B, A]."""
+    found = dict[int, np.ndarray]()
+    for own, place in zip(experts, all_places(config)):
+        found |= dict(zip(place.layers, np.asarray(own)))
+    return np.stack([found[layer] for layer in sorted(found)])
+
+
+# %% book/chapters/30_serving.md, cell 29
 def recording() -> contextlib.AbstractContextManager[Any]:
     """While it lasts, layers write their experts into a `Recording`."""
     heard: list[Any] = []                               # [B*T, A] each

@@ -348,7 +348,7 @@ def write_kept(
     stack: KeptHeads, layer: int | Int32[Array, ""], x: Any,
     slots: Int32[Array, "B T"],
 ) -> KeptHeads:
-    """`write_cache`, of the integers and of their scales."""
+    """`write_cache`, of each array that the heads consist of."""
     return jax.tree.map(
         lambda a, new: write_cache(a, layer, new, slots),
         stack, stack.like(x),

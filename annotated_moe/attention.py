@@ -936,7 +936,7 @@ class WithinDocument(Causal):
         return same & self.inner.sees(place_q, place_k)
 
 
-# %% book/chapters/29_caches.md, cell 13
+# %% book/chapters/29_caches.md, cell 12
 def attend_by_head(
     q: Float[Array, "B T Q H"],
     k: EightBitHeads,
@@ -976,7 +976,7 @@ def attend_by_head(
     return y.astype(q.dtype)
 
 
-# %% book/chapters/29_caches.md, cell 14
+# %% book/chapters/29_caches.md, cell 13
 attend_to_arrays = WAYS_TO_ATTEND[-1]
 FEW_QUERIES = 16
 

@@ -304,7 +304,6 @@ class KeptHeads:
         return jax.tree.map(lambda a: a[index], self)
 
 
-# %% book/chapters/29_caches.md, cell 7
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EightBitHeads(KeptHeads):
@@ -328,7 +327,7 @@ class EightBitHeads(KeptHeads):
         return (self.numbers * self.scales).astype(dtype)
 
 
-# %% book/chapters/29_caches.md, cell 8
+# %% book/chapters/29_caches.md, cell 7
 def eight_bit(x: Any) -> EightBitHeads:
     """Heads [..., H] in eight bits, unless they are already.
 
@@ -343,13 +342,13 @@ def eight_bit(x: Any) -> EightBitHeads:
     return EightBitHeads(numbers.astype(jnp.int8), scales)
 
 
-# %% book/chapters/29_caches.md, cell 11
+# %% book/chapters/29_caches.md, cell 10
 @write_cache.register
 def write_kept(
     stack: KeptHeads, layer: int | Int32[Array, ""], x: Any,
     slots: Int32[Array, "B T"],
 ) -> KeptHeads:
-    """`write_cache`, of the integers and of their scales."""
+    """`write_cache`, of each array that the heads consist of."""
     return jax.tree.map(
         lambda a, new: write_cache(a, layer, new, slots),
         stack, stack.like(x),
@@ -370,7 +369,7 @@ def extend_kept(kept: KeptHeads, x: Any) -> KeptHeads:
     return jax.tree.map(extend, kept, kept.like(x))
 
 
-# %% book/chapters/29_caches.md, cell 12
+# %% book/chapters/29_caches.md, cell 11
 @dataclass(frozen=True)
 class EightBit(CacheKind):
     """Keys and values in eight bits, full caches and rings alike."""
@@ -386,7 +385,7 @@ class EightBit(CacheKind):
 CACHE_KINDS["int8"] = EightBit()
 
 
-# %% book/chapters/29_caches.md, cell 23
+# %% book/chapters/29_caches.md, cell 25
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HeadBits(KeptHeads):
@@ -415,7 +414,7 @@ def head_bits(x: Any) -> HeadBits:
     return HeadBits(jax.lax.bitcast_convert_type(x, jnp.uint16))
 
 
-# %% book/chapters/29_caches.md, cell 26
+# %% book/chapters/29_caches.md, cell 29
 @dataclass(frozen=True)
 class AsItComes(CacheKind):
     """Keys and values in the compute dtype, to the bit."""
@@ -442,9 +441,9 @@ class PagedCache(KVCache):
 
     `k` and `v` are the pool, [L, pages, page, K, H or V]. `table` int32
     [B, S / page] names the page of each run of a row's slots, or
-    NO_PAGE. `users` int32 [parts, pages / parts] counts the rows that
-    have a page. Where a mesh cuts the rows into parts, each part has
-    pages of its own, numbered from 0.
+    NO_PAGE; a page is the same place in every layer. `users` int32
+    [parts, pages / parts] counts the rows that have a page. Where a
+    mesh cuts the rows into parts, each part numbers its pages from 0.
     """
 
     table: Any
@@ -509,7 +508,7 @@ class PagedCache(KVCache):
         v: Float[Array, "B T K V"],
         positions: Int32[Array, "B T"],
     ) -> Update:
-        """So; and what a layer then looks at: all slots of each row."""
+        """With these tokens; and what a layer then sees: all slots."""
         rows = jnp.arange(len(self.table))
         at = self.slots_of(rows, positions).reshape(1, -1)
         new = replace(
@@ -576,7 +575,10 @@ def write_layers(pool: Any, x: Any, at: Int[Array, "1 S"]) -> Any:
 def gather_pages(
     pool: Any, layer: Any, pages: Int[Array, "rows width"]
 ) -> Any:
-    """A layer's heads [., S, K, H] on pages that follow each other."""
+    """A layer's heads [., S, K, H], page after page.
+
+    NO_PAGE gives page 0, at positions that a row has not reached.
+    """
     def gather(a: Array) -> Array:
         found = a.at[layer, pages].get(
             mode="clip", wrap_negative_indices=False
@@ -615,9 +617,11 @@ def pages_wanted(cache: Any, new: Any) -> tuple[Any, Any]:
     they share, and how many new pages each. NumPy or JAX.
     """
     rows, at = np.arange(len(cache.table)), cache.length // cache.page
+    # A full row has begun no page: any entry will do for it.
     at = at * (at < cache.table.shape[1])
     begun = cache.table[rows, at]
     inside = (cache.length % cache.page > 0) & (begun != NO_PAGE)
+    # NO_PAGE reads the last page's users, and `inside` is False.
     shared = cache.users[cache.part, begun] > 1
     have = (cache.table != NO_PAGE).sum(axis=1)
     most = (cache.length + new) * (new > 0)
@@ -678,7 +682,7 @@ def count_users(
 def take_pages(
     cache: PagedCache, new: Int32[Array, " B"]
 ) -> PagedCache:
-    """`cache.reserve`, by whoever has the rows and their pages."""
+    """`cache.reserve`, on a device that has whole parts."""
     copies, more = pages_wanted(cache, new)                     # [B]
     parts, each = cache.users.shape
     count = copies + more

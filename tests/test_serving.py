@@ -16,7 +16,7 @@ from annotated_moe.attention import Window
 from annotated_moe.families.grok import grok_config
 from annotated_moe.lens import tap
 from annotated_moe.model import init_params
-from annotated_moe.sampling import keep_nucleus, keep_top_k
+from annotated_moe.sampling import keep, least_of_nucleus, least_of_top_k
 from annotated_moe.serve_command import add_serve, model_of
 from annotated_moe.serving import Engine, QueueFull, Request
 from annotated_moe.serving import engine as engine_module
@@ -294,8 +294,9 @@ def test_cuts_are_those_of_sorting():
     x = jnp.asarray(3 * rng.standard_normal((64, 97)), jnp.float32).at[:, 90:].set(1.5)
     for k, p in ((0, 0.3), (5, 1.0), (12, 0.9), (0, 1.0), (97, 1e-9), (200, 0.99)):
         given = jnp.full(64, k, jnp.int32), jnp.full(64, p, jnp.float32)
-        wanted = keep_nucleus(keep_top_k(x, given[0]), given[1])
-        np.testing.assert_array_equal(rows_module.keep(x, *given), wanted)
+        wanted = keep(x, least_of_top_k, given[0])
+        wanted = keep(wanted, least_of_nucleus, given[1])
+        np.testing.assert_array_equal(rows_module.keep_likely(x, *given), wanted)
 
 
 def test_a_broken_row_breaks_no_other():

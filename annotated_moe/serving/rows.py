@@ -66,13 +66,13 @@ def largest(
 
 
 # %% book/chapters/30_serving.md, cell 9
-def keep(
+def keep_likely(
     logits: Float32[Array, "B V"], k: Int[Array, " B"],
     p: Float32[Array, " B"],
 ) -> Float32[Array, "B V"]:
-    """`keep_nucleus(keep_top_k(logits, k), p)`, without sorting.
+    """The k largest, of these the nucleus, without sorting.
 
-    The same to the rounding of the sums that are held to `p`.
+    What `sample` keeps, to the rounding of the sums that are held to `p`.
     """
     order = in_order(logits)
     rows, v = order.shape
@@ -103,7 +103,7 @@ def draw(
     best = logits.max(axis=-1, keepdims=True)
     warm = (logits - best) / jnp.where(heat > 0, heat, 1)[:, None]
     if cut:
-        warm = keep(warm, settings.top_k, settings.top_p)
+        warm = keep_likely(warm, settings.top_k, settings.top_p)
     drawn = jnp.argmax(warm + random, axis=-1)
     return jnp.where(heat > 0, drawn, jnp.argmax(logits, axis=-1))
 

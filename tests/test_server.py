@@ -151,7 +151,7 @@ def test_a_completion_is_what_the_model_says_by_itself(live, model):
     _, whole = post(live.port, "/v1/completions", TEXT)
     said = TEXT["prompt"] + whole["choices"][0]["text"]
     assert said == model.tokenizer.decode([*ids, *new])
-    spaced = model.tokenizer.encode("of the")[-1]       # " the"
+    spaced = model.tokenizer.encode("of the")[-1]  # " the"
     body = {**TEXT, "max_tokens": 1, "logit_bias": {str(spaced): 100}}
     assert post(live.port, "/v1/completions", body)[1]["choices"][0]["text"] == " the"
     _, by_ids = post(live.port, "/v1/completions", {**TEXT, "prompt": ids})
@@ -441,11 +441,15 @@ def connection(port, body):
 def test_whoever_hangs_up_frees_the_row(live, streamed):
     body = {**TEXT, "max_tokens": 110, "stream": streamed, "logit_bias": {"2": -100}}
     engine, ended = live.engine, live.engine.stats.ended.get("cancelled", 0)
-    before = engine.stats.new_tokens
-    wire = connection(live.port, body)
-    until(lambda: engine.stats.new_tokens > before)
-    wire.close()
-    until(lambda: engine.stats.running == 0)
+    before, step = engine.stats.new_tokens, engine.step
+    engine.step = lambda: (time.sleep(0.01), step())  # not done before it is noticed
+    try:
+        wire = connection(live.port, body)
+        until(lambda: engine.stats.new_tokens > before)
+        wire.close()
+        until(lambda: engine.stats.running == 0)
+    finally:
+        del engine.step
     assert engine.stats.ended["cancelled"] == ended + 1
     assert engine.stats.new_tokens - before < 110
 
@@ -546,6 +550,15 @@ def test_how_many_tokens_goes_by_two_names(live):
     assert "a whole number from 1 to 2,147,483,648, not 0" in message
     status, reply = post(live.port, path, {**chat, name: 3, "max_tokens": None})
     assert status == 200 and reply["usage"]["completion_tokens"] <= 3
+
+
+def test_a_wrong_address_says_which_there_are(live):
+    for path in ("/completions", "/v1"):
+        status, reply = post(live.port, path, TEXT)
+        assert status == 404
+        assert "POST /v1/completions," in reply["error"]["message"]
+    status, data, _ = call(live.port, "GET", "/v1/completions")
+    assert status == 405 and b"POST /v1/completions," in data
 
 
 def test_the_key_and_the_names(model):

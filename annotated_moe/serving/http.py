@@ -349,9 +349,12 @@ async def refuse(http: web.Request, error: Exception) -> Response:
     if isinstance(error, Refusal):
         return refusal(error)
     if isinstance(error, HTTPException):
-        what = f"{http.method} {http.url.path:.60}"
-        return refusal(Refusal(f"{what}: {error.detail.lower()}",
-                               status=error.status_code))
+        there = ", ".join(
+            f"{min(r.methods or '')} {r.path}" for r in ROUTES)
+        return refusal(Refusal(
+            f"{http.method} {http.url.path:.60}: "
+            f"{error.detail.lower()}; there are {there}",
+            status=error.status_code))
     return refusal(Refusal("the server failed; its log says how",
                            status=500))
 

@@ -111,8 +111,8 @@ COMMANDS = {
     "/help": "this list",
     "/clear": "forget what was said",
     "/system TEXT": "what the model is told before all",
-    "/set NAME VALUE": "temperature, top_p, max_new_tokens; top_k and seed, "
-                       "none to unset; without: show all",
+    "/set NAME VALUE": "temperature, top_p, max_new_tokens; top_k "
+                       "and seed, none to unset; without: show",
     "/retry": "another reply to the last message (the same one, if "
               "there is a seed or temperature 0)",
     "/undo": "forget the last message and its reply",

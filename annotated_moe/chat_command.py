@@ -303,6 +303,7 @@ def run_chat(args: argparse.Namespace) -> None:
         thread.join()
 
 
+# %% book/chapters/98_server_details.md, cell 35
 def add_chat(commands: Any) -> None:
     text = "talk to a model in the terminal"
     sub = commands.add_parser("chat", help=text, description=text)

@@ -111,11 +111,12 @@ COMMANDS = {
     "/help": "this list",
     "/clear": "forget what was said",
     "/system TEXT": "what the model is told before all",
-    "/set NAME VALUE": "temperature, top_p, top_k, seed, "
-                       "max_new_tokens; without: show them",
-    "/retry": "another reply to the last message",
+    "/set NAME VALUE": "temperature, top_p, max_new_tokens; top_k "
+                       "and seed, none to unset; without: show",
+    "/retry": "another reply to the last message (the same one, if "
+              "there is a seed or temperature 0)",
     "/undo": "forget the last message and its reply",
-    "/save FILE": "write down what was said",
+    "/save FILE": "write down what was said [chat.txt]",
     "/exit": "end; so does Ctrl-D",
 }
 SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -127,7 +128,8 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 def set_option(talk: Talk, words: list[str]) -> str:
     """Change a setting; ValueError for what makes no sense."""
     if not words:
-        return ", ".join(f"{k} {v}" for k, v in talk.options.items())
+        return ", ".join(f"{name} {'none' if value is None else value}"
+                         for name, value in talk.options.items())
     if len(words) != 2 or words[0] not in SETTINGS:
         raise ValueError(f"/set takes a name of {', '.join(SETTINGS)} "
                          "and a value")
@@ -139,7 +141,7 @@ def set_option(talk: Talk, words: list[str]) -> str:
     changed = {**talk.options, name: new}
     talk.engine.submit(Request([1], **changed)).cancel()    # or no
     talk.options = changed
-    return f"{name} is {new}"
+    return f"{name} is {'none' if new is None else new}"
 
 
 # %% book/chapters/98_server_details.md, cell 30
@@ -301,16 +303,22 @@ def run_chat(args: argparse.Namespace) -> None:
         thread.join()
 
 
+# %% book/chapters/98_server_details.md, cell 35
 def add_chat(commands: Any) -> None:
     text = "talk to a model in the terminal"
     sub = commands.add_parser("chat", help=text, description=text)
     sub.set_defaults(run=run_chat)
     add = sub.add_argument
-    add("--model", help="checkpoint folder [the small model]")
+    add("--model",
+        help="checkpoint folder, any layout [the small model]")
     add("--system", default="", help="what it is told before all")
-    add("--max-new-tokens", type=int, default=200, help="[200]")
-    add("--temperature", type=float, default=0.8, help="[0.8]")
-    add("--top-p", type=float, default=0.95, help="[0.95]")
-    add("--top-k", type=int, help="[all]")
+    add("--max-new-tokens", type=int, default=200,
+        help="of a reply, at most [200]")
+    add("--temperature", type=float, default=0.8,
+        help="0 takes the likeliest token each time [0.8]")
+    add("--top-p", type=float, default=0.95,
+        help="nucleus: the share of probability to keep [0.95]")
+    add("--top-k", type=int, help="keep the k likeliest tokens [all]")
     add("--seed", type=int, help="same seed, same reply [any]")
-    add("--dtype", choices=list(DTYPES), help="[what is fast here]")
+    add("--dtype", choices=list(DTYPES),
+        help="what to compute in [what is fast here]")

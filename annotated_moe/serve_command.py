@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from annotated_moe.chat import named_templates
 from annotated_moe.checkpoints import load
 from annotated_moe.config import DTYPES
 from annotated_moe.generate import Model
@@ -30,28 +31,31 @@ ABOUT = {
     "slots": (int, 8, "requests that run together"),
     "context": (int, None, "tokens a request may hold [the model's]"),
     "max_waiting": (int, 64, "requests that may wait; others get 429"),
-    "max_tokens": (int, None, "new tokens a request may ask for"),
+    "max_tokens": (int, None, "new tokens a request may ask for [all "
+                   "that it may hold]"),
     "timeout": (float, 600.0, "seconds a request may take"),
     "max_body": (int, 2**20, "bytes of a request"),
 }
 
 
 def add_serve(commands: Any) -> None:
-    text = "answer OpenAI's protocol over HTTP, with a page to talk"
+    text = "answer OpenAI's protocol over HTTP, and show a page to talk"
     sub = commands.add_parser("serve", help=text, description=text)
     sub.set_defaults(run=run_serve)
     add = sub.add_argument
-    add("--model", help="checkpoint folder [the small model]")
+    add("--model",
+        help="checkpoint folder, any layout [the small model]")
     add("--name", default="annotated-moe",
         help="what clients call it [annotated-moe]")
     add("--host", default="127.0.0.1",
         help="address to listen at; 0.0.0.0 is all [127.0.0.1]")
-    add("--port", type=int, default=8000, help="[8000]; 0: any")
+    add("--port", type=int, default=8000, help="0: any free one [8000]")
     for name, (kind, default, about) in ABOUT.items():
         shown = "" if default is None else f" [{default}]"
         add(f"--{name.replace('_', '-')}", type=kind, default=default,
             help=about + shown)
-    add("--dtype", choices=list(DTYPES), help="[what is fast here]")
+    add("--dtype", choices=list(DTYPES),
+        help="what to compute in [what is fast here]")
     add("--devices", type=int, default=1, help="shard over so many [1]")
     add("--mesh", help="instead: DATAxEXPERTxMODEL, such as 1x8x1")
     sub.epilog = f"{KEY} in the environment: a key that clients need."
@@ -124,7 +128,7 @@ def run_serve(args: argparse.Namespace) -> None:
     with at:
         engine = Engine(model_of(args), args.slots, args.context,
                         max_waiting=args.max_waiting)
-        engine.model.require_tokenizer()
+        tokenizer = engine.model.require_tokenizer()
         tell("Compiling, which takes some seconds ...")
         warm_up(engine)
         service = guard.Service(
@@ -140,6 +144,9 @@ def run_serve(args: argparse.Namespace) -> None:
         ))
         at.listen(1024)                     # who calls now will wait
         greet(args.host, at.getsockname()[1], key)
+        if "default" not in named_templates(tokenizer.companions):
+            tell("The model has no chat template: it can complete a "
+                 "text, not chat.")
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, lambda *_: None)
         server.run(sockets=[at])
@@ -154,8 +161,11 @@ def tell(text: str) -> None:
 def greet(host: str, port: int, key: str) -> None:
     """Where it is, and who can come."""
     name = f"[{host}]" if ":" in host else host
-    tell(f"Listening at http://{name}:{port} (a page), .../v1 (OpenAI's"
-         " protocol); Ctrl-C finishes what runs and ends.")
+    at = f"http://{name}:{port}"
+    tell(f"Listening. A page to talk to the model: {at}\n"
+         f"For OpenAI's clients: base_url {at}/v1, api_key "
+         f"{f'as in {KEY}' if key else 'anything'}\n"
+         "Ctrl-C finishes what runs and ends.")
     if host not in LOCAL and not key:
         tell(f"Anyone who reaches this address may use it: set {KEY}, "
              "or leave out --host.")

@@ -1,5 +1,6 @@
 """The server, asked over real sockets: what is said, what is refused, who waits."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -29,6 +30,8 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 constraints = pytest.importorskip("annotated_moe.serving.constraints")
 guard = pytest.importorskip("annotated_moe.serving.guard")
+http_module = pytest.importorskip("annotated_moe.serving.http")
+protocol = pytest.importorskip("annotated_moe.serving.protocol")
 
 JSON = {"content-type": "application/json"}
 TEMPLATE = (
@@ -148,7 +151,7 @@ def test_a_completion_is_what_the_model_says_by_itself(live, model):
     _, whole = post(live.port, "/v1/completions", TEXT)
     said = TEXT["prompt"] + whole["choices"][0]["text"]
     assert said == model.tokenizer.decode([*ids, *new])
-    spaced = model.tokenizer.encode("of the")[-1]       # " the"
+    spaced = model.tokenizer.encode("of the")[-1]  # " the"
     body = {**TEXT, "max_tokens": 1, "logit_bias": {str(spaced): 100}}
     assert post(live.port, "/v1/completions", body)[1]["choices"][0]["text"] == " the"
     _, by_ids = post(live.port, "/v1/completions", {**TEXT, "prompt": ids})
@@ -438,11 +441,15 @@ def connection(port, body):
 def test_whoever_hangs_up_frees_the_row(live, streamed):
     body = {**TEXT, "max_tokens": 110, "stream": streamed, "logit_bias": {"2": -100}}
     engine, ended = live.engine, live.engine.stats.ended.get("cancelled", 0)
-    before = engine.stats.new_tokens
-    wire = connection(live.port, body)
-    until(lambda: engine.stats.new_tokens > before)
-    wire.close()
-    until(lambda: engine.stats.running == 0)
+    before, step = engine.stats.new_tokens, engine.step
+    engine.step = lambda: (time.sleep(0.01), step())  # not done before it is noticed
+    try:
+        wire = connection(live.port, body)
+        until(lambda: engine.stats.new_tokens > before)
+        wire.close()
+        until(lambda: engine.stats.running == 0)
+    finally:
+        del engine.step
     assert engine.stats.ended["cancelled"] == ended + 1
     assert engine.stats.new_tokens - before < 110
 
@@ -486,6 +493,72 @@ def test_limits_of_time_and_size(model):
         status, reply = post(server.port, "/v1/completions", TEXT)
         assert status == 504 and "longer than" in reply["error"]["message"]
         del server.engine.step
+
+
+@pytest.mark.parametrize("tokens", [12, 5])
+def test_a_slow_reader_gets_what_was_written_in_time(model, tokens):
+    """Read one line, then the rest when the time is over: 12 are all, 5 are not."""
+    service = http_module.Service(Engine(model, slots=1), "tiny")
+    options = {**TEXT, "logit_bias": {"2": -100}}
+    wish = protocol.Wish("completions", model, "tiny", 128, 128)
+    wish = protocol.read_body(options, wish)
+
+    def step_until(ticket, count):  # the engine's thread, by hand
+        while len(ticket.handle.events) < count:
+            service.engine.step()
+
+    async def slow():
+        ticket = http_module.Ticket(service, wish.request)
+        lines = http_module.lines_of(service, wish, ticket)
+        step_until(ticket, 1)
+        read = [await anext(lines)]
+        step_until(ticket, tokens)
+        await asyncio.sleep(0)  # let the events in before the end
+        ticket.expire()
+        while service.engine.busy:
+            service.engine.step()
+        return ticket, read + [line async for line in lines]
+
+    ticket, lines = asyncio.run(slow())
+    *pieces, last = [line.removeprefix(b"data: ").decode() for line in lines]
+    if tokens == 5:
+        assert json.loads(last)["error"]["message"].startswith("it took longer")
+    else:
+        assert last == "[DONE]\n\n"
+    choices = [json.loads(piece)["choices"][0] for piece in pieces]
+    said = "".join(choice["text"] for choice in choices)
+    written = [event.text for event in ticket.handle.events[:tokens]]
+    assert said.lstrip() == "".join(written).lstrip() != ""
+    assert choices[-1]["finish_reason"] == ("length" if tokens == 12 else None)
+
+
+def test_how_many_tokens_goes_by_two_names(live):
+    path = "/v1/chat/completions"
+    chat = {name: value for name, value in CHAT.items() if name != "max_tokens"}
+
+    def said(body, path=path):
+        status, reply = post(live.port, path, body)
+        assert status == 400
+        return reply["error"]["param"], reply["error"]["message"]
+
+    name = "max_completion_tokens"
+    field, message = said({**chat, name: 10**6})
+    assert field == name and message.startswith(f"{name}: this server gives 128 at")
+    field, message = said({**chat, name: 5, "max_tokens": 5})
+    assert (field, message) == (name, f"{name}: give this or max_tokens, not both")
+    field, message = said({**TEXT, "max_tokens": 0}, "/v1/completions")
+    assert "a whole number from 1 to 2,147,483,648, not 0" in message
+    status, reply = post(live.port, path, {**chat, name: 3, "max_tokens": None})
+    assert status == 200 and reply["usage"]["completion_tokens"] <= 3
+
+
+def test_a_wrong_address_says_which_there_are(live):
+    for path in ("/completions", "/v1"):
+        status, reply = post(live.port, path, TEXT)
+        assert status == 404
+        assert "POST /v1/completions," in reply["error"]["message"]
+    status, data, _ = call(live.port, "GET", "/v1/completions")
+    assert status == 405 and b"POST /v1/completions," in data
 
 
 def test_the_key_and_the_names(model):

@@ -1,10 +1,12 @@
 # Generated from book/chapters/31b_grammar.md by `make sync`; edit the chapter.
-"""Programs that talk to models want answers that they can read: a table
-of JSON with these columns, one word of three, a date. One can ask for
-it, and mostly get it. By the end of this chapter nothing else can come
-out. Before each token, everything is forbidden that no continuation
-could repair, so that a model which knows nothing writes perfect JSON,
-and `response_format` does what OpenAI says it does.
+"""A program that uses a model's answers needs them in a form that it
+can read: a JSON object with given fields, one word of three, a date. A
+prompt can ask for the form, and mostly gets it. By the end of this
+chapter every answer that ends by itself has it. Before each token we
+forbid every token after which no continuation could still satisfy the
+rule, so that even a model which never learned JSON writes it without a
+mistake. The server's field `response_format` takes the rule, and
+enforces every one that it takes.
 """
 
 import json
@@ -59,7 +61,7 @@ class Vocabulary:
         self.eos_token_id, self.bos_token_id = end, tokenizer.bos_id
         pieces = token_bytes(tokenizer)
         empty = [i for i, piece in enumerate(pieces) if not piece]
-        for i in empty:                     # 0xFF is in no text
+        for i in empty:                     # a mark, in no UTF-8
             pieces[i] = b"\xff<%d>" % i
         self.special_token_ids, self.tokens = empty, pieces
         self.ids = {piece: i for i, piece in enumerate(pieces)}
@@ -144,5 +146,5 @@ def grammar_for(model: Model, kind: str, rule: Any) -> Grammar:
         matcher, tokenizer.vocab_size, model.config.vocab_size)
 
 
-# White space between its parts is a way to never come to an end.
+# Space between the parts has no bound, so it may be all that comes.
 COMPACT = {"whitespace_flexible": False}

@@ -1,11 +1,10 @@
 # Generated from book/chapters/31_server.md, book/chapters/98_server_details.md by `make sync`; edit the chapters.
 """The engine of the last chapter answers whoever holds a Python object.
-The rest of the world has a socket, and speaks a protocol that OpenAI
-wrote down and that hundreds of programs have learned. By the end of
-this chapter `annotated-moe serve` speaks it: text goes out as it is
-written, a client that hangs up frees its row within a step, a crowd is
-told when to come back, and the official client of OpenAI does not
-notice with whom it talks.
+Other programs have a socket, and many of them speak OpenAI's protocol.
+By the end of this chapter `annotated-moe serve` speaks it, too: text
+goes out as it is written, a client that hangs up frees its row, a crowd
+is told when to come back, and OpenAI's own client library works with it
+unchanged (a test of this repository asks with it).
 """
 
 import asyncio
@@ -50,7 +49,7 @@ class Ticket:
     """A request on its way, as a client's coroutine sees it.
 
     Must be made in a running event loop. After the service's `seconds`
-    the request is cancelled, and was `late`.
+    the request is cancelled, and was `late`; events from before count.
     """
 
     def __init__(self, service: "Service", request: Request) -> None:
@@ -78,14 +77,14 @@ class Ticket:
             listen(self.handle)
 
     async def batches(self) -> AsyncIterator[list[Event]]:
-        """All events, as many at a time as have come."""
-        while True:
-            events = [await self.queue.get()]
-            while not self.queue.empty():
-                events.append(self.queue.get_nowait())
+        """All events to the end, as many at a time as have come."""
+        over = False
+        while not over:
+            events: list[Event] = []
+            while not over and not (events and self.queue.empty()):
+                events.append(await self.queue.get())
+                over = events[-1].finish_reason is not None
             yield events
-            if events[-1].finish_reason is not None:
-                return
 
 
 # %% book/chapters/31_server.md, cell 12
@@ -136,13 +135,13 @@ class Service:
         return min(max(math.ceil(turns * self.usual), 1), 60)
 
 
-# %% book/chapters/31_server.md, cell 34
+# %% book/chapters/31_server.md, cell 35
 def line_of(data: dict[str, Any]) -> bytes:
     """A server-sent event."""
     return b"data: " + dump(data) + b"\n\n"
 
 
-# %% book/chapters/31_server.md, cell 35
+# %% book/chapters/31_server.md, cell 36
 async def lines_of(
     service: Service, wish: Wish, ticket: Ticket
 ) -> AsyncIterator[bytes]:
@@ -153,21 +152,24 @@ async def lines_of(
                  "delta": {"role": "assistant", "content": ""}}
         yield line_of(answer_of(wish, [first], True) | wants)
     async for events in ticket.batches():
-        count += sum(event.token is not None for event in events)
         if wrong := failed(ticket, events[-1]):
-            yield line_of(wrong.body)
-            return
+            events.pop()                    # the rest is good text
+        count += sum(event.token is not None for event in events)
         one_by_one = wish.options.get("experts")
-        for some in [[e] for e in events] if one_by_one else [events]:
+        runs = [[e] for e in events] if one_by_one else [events]
+        for some in filter(None, runs):
             choice = choice_of(wish, some, True)
             yield line_of(answer_of(wish, [choice], True) | wants)
+        if wrong:
+            yield line_of(wrong.body)
+            return
     if wish.usage:
         usage = {"usage": usage_of(wish, count)}
         yield line_of(answer_of(wish, [], True) | usage)
     yield b"data: [DONE]\n\n"
 
 
-# %% book/chapters/31_server.md, cell 36
+# %% book/chapters/31_server.md, cell 37
 def failed(ticket: Ticket, end: Event) -> Refusal | None:
     """Why a request did not end well, if it ended, and did not."""
     if end.finish_reason == "error":
@@ -182,7 +184,7 @@ def failed(ticket: Ticket, end: Event) -> Refusal | None:
     return Refusal("the server is going down", status=503)
 
 
-# %% book/chapters/31_server.md, cell 37
+# %% book/chapters/31_server.md, cell 38
 @contextlib.asynccontextmanager
 async def while_there(
     receive: Any, ticket: Ticket
@@ -202,7 +204,7 @@ async def while_there(
         ticket.close()
 
 
-# %% book/chapters/31_server.md, cell 38
+# %% book/chapters/31_server.md, cell 39
 class Streamed:
     """An answer in lines; an ASGI application, as answers are."""
 
@@ -224,7 +226,7 @@ class Streamed:
             await send({"type": "http.response.body", "body": b""})
 
 
-# %% book/chapters/31_server.md, cell 39
+# %% book/chapters/31_server.md, cell 40
 def as_json(
     data: Any, status: int = 200,
     headers: Mapping[str, str] | None = None,
@@ -232,7 +234,7 @@ def as_json(
     return Response(dump(data), status, headers, "application/json")
 
 
-# %% book/chapters/31_server.md, cell 40
+# %% book/chapters/31_server.md, cell 41
 async def whole(
     service: Service, wish: Wish, ticket: Ticket, receive: Any
 ) -> Response:
@@ -248,7 +250,7 @@ async def whole(
     return as_json(answer | {"usage": usage_of(wish, count)})
 
 
-# %% book/chapters/31_server.md, cell 41
+# %% book/chapters/31_server.md, cell 42
 BODY_SECONDS = 30
 
 
@@ -278,12 +280,12 @@ async def read_json(http: web.Request, most: int) -> Any:
         raise Refusal(f"the body is no JSON: {why:.100}") from None
 
 
-# %% book/chapters/31_server.md, cell 42
+# %% book/chapters/31_server.md, cell 43
 def no_number(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-# %% book/chapters/31_server.md, cell 43
+# %% book/chapters/31_server.md, cell 44
 async def answer(kind: str, http: web.Request) -> Any:
     """What a POST of a completion or a chat gets."""
     service: Service = http.app.state.service
@@ -297,7 +299,7 @@ async def answer(kind: str, http: web.Request) -> Any:
     return await whole(service, wish, ticket, http.receive)
 
 
-# %% book/chapters/31_server.md, cell 44
+# %% book/chapters/31_server.md, cell 45
 def take(service: Service, wish: Wish) -> Ticket:
     """Its place in the line, or Refusal."""
     if not service.thread.is_alive():
@@ -313,7 +315,7 @@ def take(service: Service, wish: Wish) -> Ticket:
     return ticket
 
 
-# %% book/chapters/31_server.md, cell 45
+# %% book/chapters/31_server.md, cell 46
 async def health(http: web.Request) -> Response:
     """Whether requests would be answered."""
     service: Service = http.app.state.service
@@ -323,7 +325,7 @@ async def health(http: web.Request) -> Response:
     return as_json(said, 200 if good else 503)
 
 
-# %% book/chapters/31_server.md, cell 46
+# %% book/chapters/31_server.md, cell 47
 ROUTES: list[Route] = [
     Route("/v1/completions", partial(answer, "completions"),
           methods=["POST"]),
@@ -333,7 +335,7 @@ ROUTES: list[Route] = [
 ]
 
 
-# %% book/chapters/31_server.md, cell 47
+# %% book/chapters/31_server.md, cell 48
 def refusal(error: Refusal) -> Response:
     """OpenAI's form of an error."""
     after = error.retry_after
@@ -341,20 +343,23 @@ def refusal(error: Refusal) -> Response:
     return as_json(error.body, error.status, headers)
 
 
-# %% book/chapters/31_server.md, cell 48
+# %% book/chapters/31_server.md, cell 49
 async def refuse(http: web.Request, error: Exception) -> Response:
     """The answer to a request that went wrong."""
     if isinstance(error, Refusal):
         return refusal(error)
     if isinstance(error, HTTPException):
-        what = f"{http.method} {http.url.path:.60}"
-        return refusal(Refusal(f"{what}: {error.detail.lower()}",
-                               status=error.status_code))
+        there = ", ".join(
+            f"{min(r.methods or '')} {r.path}" for r in ROUTES)
+        return refusal(Refusal(
+            f"{http.method} {http.url.path:.60}: "
+            f"{error.detail.lower()}; there are {there}",
+            status=error.status_code))
     return refusal(Refusal("the server failed; its log says how",
                            status=500))
 
 
-# %% book/chapters/31_server.md, cell 49
+# %% book/chapters/31_server.md, cell 50
 def make_app(
     service: Service, more: Sequence[Route] = ()
 ) -> Starlette:

@@ -54,6 +54,7 @@ class Wish:
     options: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     usage: bool = False                     # in a stream, too
+    limit: str = "max_tokens"               # the field's name
     lead: str = ""                          # of the first word
     written: int = 0                        # characters so far
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -94,7 +95,7 @@ def number(
         if not good or not low <= value <= high:
             kind = "a whole number" if whole else "a number"
             raise ValueError(
-                f"must be {kind} from {low:g} to {high:g}, "
+                f"must be {kind} from {low:,} to {high:,}, "
                 f"not {value!r:.60}"
             )
         wish.options[option] = value if whole else float(value)
@@ -169,7 +170,7 @@ def unknown(name: str, kind: str) -> Refusal:
 def read_body(body: Any, wish: Wish) -> Wish:
     """The wish, complete; Refusal names the field that is wrong."""
     if not isinstance(body, dict):
-        raise Refusal("the body must be a table of JSON")
+        raise Refusal("the body must be a JSON object")
     fields = FIELDS[wish.kind]
     for name in body:
         if name not in fields:
@@ -187,11 +188,17 @@ def read_body(body: Any, wish: Wish) -> Wish:
 
 
 # %% book/chapters/31_server.md, cell 24
-accepts("max_tokens")(number(1, 2**31, "max_new_tokens", whole=True))
-accepts("max_completion_tokens", "chat")(
-    number(1, 2**31, "max_new_tokens", whole=True))
+@accepts("max_completion_tokens", "chat")
+@accepts("max_tokens")
+def read_most(wish: Wish, name: str, value: Any) -> None:
+    """How many tokens at most, by the old name or the new."""
+    if "max_new_tokens" in wish.options:
+        raise ValueError(f"give this or {wish.limit}, not both")
+    number(1, 2**31, "max_new_tokens", whole=True)(wish, name, value)
+    wish.limit = name
 
 
+# %% book/chapters/31_server.md, cell 25
 def complete(wish: Wish) -> Wish:
     """Set what was left open; Refusal for what does not fit."""
     options, name = wish.options, "messages" if wish.chat else "prompt"
@@ -205,8 +212,8 @@ def complete(wish: Wish) -> Wish:
     asked = options.setdefault("max_new_tokens", max(usual, 1))
     if asked > wish.max_tokens:
         raise Refusal(
-            f"max_tokens: this server gives {wish.max_tokens} at most, "
-            f"not {asked}", "max_tokens")
+            f"{wish.limit}: this server gives {wish.max_tokens} at "
+            f"most, not {asked}", wish.limit)
     if asked > left and not options.get("truncate"):
         raise Refusal(
             f"{name}: {read} tokens to read and {asked} to write do "
@@ -215,7 +222,7 @@ def complete(wish: Wish) -> Wish:
     return wish
 
 
-# %% book/chapters/31_server.md, cell 28
+# %% book/chapters/31_server.md, cell 29
 def text_of(wish: Wish, events: list[Event]) -> str:
     """Their text, as it reads behind the prompt."""
     first = events[0] if events else None
@@ -231,7 +238,7 @@ def text_of(wish: Wish, events: list[Event]) -> str:
     return text
 
 
-# %% book/chapters/31_server.md, cell 29
+# %% book/chapters/31_server.md, cell 30
 EXTRAS: list[Callable[[Wish, list[Event]], dict[str, Any]]] = []
 
 
@@ -253,7 +260,7 @@ def choice_of(
     return made
 
 
-# %% book/chapters/31_server.md, cell 30
+# %% book/chapters/31_server.md, cell 31
 def show_experts(wish: Wish, events: list[Event]) -> dict[str, Any]:
     """Ids, and the experts of each layer in the step that made them."""
     if not wish.options.get("experts"):
@@ -269,7 +276,7 @@ def show_experts(wish: Wish, events: list[Event]) -> dict[str, Any]:
 EXTRAS.append(show_experts)
 
 
-# %% book/chapters/31_server.md, cell 31
+# %% book/chapters/31_server.md, cell 32
 def answer_of(
     wish: Wish, choices: list[dict[str, Any]], chunk: bool
 ) -> dict[str, Any]:
@@ -284,7 +291,7 @@ def answer_of(
     }
 
 
-# %% book/chapters/31_server.md, cell 32
+# %% book/chapters/31_server.md, cell 33
 def usage_of(wish: Wish, count: int) -> dict[str, int]:
     """How many tokens were read, and written."""
     read = len(wish.options["prompt"])
@@ -292,9 +299,9 @@ def usage_of(wish: Wish, count: int) -> dict[str, int]:
             "total_tokens": read + count}
 
 
-# %% book/chapters/31_server.md, cell 33
+# %% book/chapters/31_server.md, cell 34
 def dump(data: Any) -> bytes:
-    """JSON in UTF-8; half a character becomes a question mark."""
+    """JSON in UTF-8; half a surrogate pair becomes a ?."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "replace")
 
@@ -399,7 +406,9 @@ def read_bias(wish: Wish, name: str, value: Any) -> None:
     """{"1234": -100}: ids are texts, because JSON has no others."""
     size, found = wish.model.config.vocab_size, dict[int, float]()
     if not isinstance(value, dict) or len(value) > 1024:
-        raise ValueError("must be a table of ids, of 1,024 at most")
+        raise ValueError(
+            "must be an object with a number for each id, of 1,024 "
+            "at most")
     for key, bias in value.items():
         known = key.isdecimal() and len(key) < 10 and int(key) < size
         good = type(bias) in (int, float) and -100 <= bias <= 100

@@ -1,13 +1,14 @@
 # Generated from book/chapters/27_int8_on_a_cpu.md by `make sync`; edit the chapter.
 """To write one token, a processor reads the weights of two experts a
 layer and multiplies each number once. So it can be as fast as its
-memory and no faster, and a weight of one byte should take a quarter of
-the time of one of four. It does not. By the end of this chapter it
-nearly will: the same integers, stored in another order, in a product
-that XLA compiles into one loop. You will see which three ways of
-writing that product look the same and are several times slower, you
-will know why from the compiled text and not from a stopwatch, and
-`load` will store every eight-bit weight so on a CPU.
+memory and no faster, and a one-byte weight should take a quarter of the
+time of a four-byte weight. In the product that we have so far it does
+not. By the end of this chapter the same integers are stored in another
+order, XLA compiles their product into one loop, and you have measured
+what share of a plain read it reaches. You will know from the compiled
+text, and not from a stopwatch alone, why other ways of writing that
+product are several times slower. And `load` will store so whatever
+eight-bit matrices it puts into a CPU's memory, except small ones.
 """
 
 import math
@@ -149,7 +150,7 @@ def rows_by_tile(
     """Rows times tiles of about a million weights, cast to `dtype`."""
     runs, f, size = w.runs.shape[-3:]
     rows = tile_rows(f, max(128, 2**20 // size))
-    tiles, group = f // rows, runs // w.scales.shape[-2]
+    tiles, in_group = f // rows, runs // w.scales.shape[-2]
     lead, n = (1,) * len(index), len(x)
 
     def times(r: Any, first: Any) -> Array:
@@ -157,7 +158,7 @@ def rows_by_tile(
         tile = jax.lax.dynamic_slice(w.runs, at, cut)
         tile = tile.reshape(rows, size).astype(dtype)
         part = jax.lax.dynamic_slice(x, (0, r * size), (n, size))
-        at, cut = (*index, r // group, first), (*lead, 1, rows)
+        at, cut = (*index, r // in_group, first), (*lead, 1, rows)
         s = jax.lax.dynamic_slice(w.scales, at, cut).reshape(1, rows)
         return jax.lax.dot_general(
             part.astype(dtype), tile, (((1,), (1,)), ((), ())),
@@ -183,10 +184,10 @@ def rows_one_by_one(
     """Each row in float32 by itself, and the scales."""
     scales = w.scales[index].astype(jnp.float32)            # [G, F]
     runs = w.runs.shape[-3]
-    group = runs // len(scales)                 # runs of one group
+    in_group = runs // len(scales)              # runs of one group
     each = [row_by_run(row, w, index) for row in x.astype(jnp.float32)]
     y = jnp.stack(each)                                  # [N, R, F]
-    parts = [y[:, r] * scales[r // group] for r in range(runs)]
+    parts = [y[:, r] * scales[r // in_group] for r in range(runs)]
     return reduce(jnp.add, parts)
 
 
@@ -230,7 +231,10 @@ def swap_last_two(block: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TurnedSource:
-    """`source` [*E, D, F] as [*E, R, F, D/R], turned when read."""
+    """`source` [*E, D, F] as [*E, R, F, D/R], turned when read.
+
+    An index asks for whole runs, or for a piece of one run.
+    """
 
     source: Any
     count: int                              # R

@@ -7,8 +7,8 @@ not. By the end of this chapter the same integers are stored in another
 order, XLA compiles their product into one loop, and you have measured
 what share of a plain read it reaches. You will know from the compiled
 text, and not from a stopwatch alone, why other ways of writing that
-product are several times slower. And `load` will store so whatever
-eight-bit matrices it puts into a CPU's memory, except small ones.
+product are several times slower. And `load` will do this on a CPU to
+every eight-bit matrix that it keeps in memory, except small ones.
 """
 
 import math
@@ -37,7 +37,7 @@ from annotated_moe.quantization import (
     tile_rows,
 )
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 12
+# %% book/chapters/27_int8_on_a_cpu.md, cell 13
 MOST = 2048                             # inputs a run
 
 
@@ -54,7 +54,7 @@ def runs_of(d: int, groups: int, parts: int = 1) -> int:
     return next(fits, least)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 14
+# %% book/chapters/27_int8_on_a_cpu.md, cell 15
 @jax.tree_util.register_pytree_node_class
 class TurnedTensor(QuantizedTensor):
     """int8 `runs` [*E, R, F, D/R] and bfloat16 `scales` [*E, G, F].
@@ -100,7 +100,7 @@ class TurnedTensor(QuantizedTensor):
         return f"TurnedTensor({self.runs!r}, {self.scales!r})"
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 15
+# %% book/chapters/27_int8_on_a_cpu.md, cell 16
 def turn(q: QuantizedTensor, parts: int = 1) -> TurnedTensor:
     """The same weight, turned; `parts`: into how many D is cut.
 
@@ -113,7 +113,7 @@ def turn(q: QuantizedTensor, parts: int = 1) -> TurnedTensor:
     return TurnedTensor(cut.swapaxes(-1, -2), q.scales)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 18
+# %% book/chapters/27_int8_on_a_cpu.md, cell 19
 def run_of(w: TurnedTensor, index: Index, r: Any) -> Array:
     """int8 [F, D/R]: one run of one matrix, and nothing else."""
     f, size = w.runs.shape[-2:]
@@ -143,7 +143,7 @@ def row_by_run(
     return jax.lax.fori_loop(0, runs, keep, empty)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 19
+# %% book/chapters/27_int8_on_a_cpu.md, cell 20
 def rows_by_tile(
     x: Float[Array, "N D"], w: TurnedTensor, index: Index, dtype: Any
 ) -> Float32[Array, "N F"]:
@@ -177,7 +177,7 @@ def rows_by_tile(
     return jax.lax.fori_loop(0, runs * tiles, add, zero)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 20
+# %% book/chapters/27_int8_on_a_cpu.md, cell 21
 def rows_one_by_one(
     x: Float[Array, "N D"], w: TurnedTensor, index: Index
 ) -> Float32[Array, "N F"]:
@@ -191,7 +191,7 @@ def rows_one_by_one(
     return reduce(jnp.add, parts)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 23
+# %% book/chapters/27_int8_on_a_cpu.md, cell 24
 def few_rows() -> int:
     """Up to how many rows are multiplied one by one."""
     return 4 if cpu_has_bfloat16() else 8
@@ -217,7 +217,7 @@ def turned_matmul(
 PRODUCTS[TurnedTensor] = turned_matmul
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 28
+# %% book/chapters/27_int8_on_a_cpu.md, cell 29
 def swap_last_two(block: np.ndarray) -> np.ndarray:
     """A copy with the last two axes swapped, by bands that caches hold.
     """
@@ -256,7 +256,7 @@ class TurnedSource:
         return swap_last_two(block.reshape(cut))
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 29
+# %% book/chapters/27_int8_on_a_cpu.md, cell 30
 SMALLEST = 2**16                        # numbers of a matrix
 
 
@@ -274,7 +274,7 @@ def stored_on_cpu(q: QuantizedTensor, parts: int) -> QuantizedTensor:
 STORED["cpu"] = stored_on_cpu
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 32
+# %% book/chapters/27_int8_on_a_cpu.md, cell 34
 def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
     """1 if `count` experts are chosen up to twice; at most 64.
 
@@ -290,7 +290,7 @@ def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
 BLOCK_ROWS[TurnedTensor] = BLOCK_ROWS[LazySlice] = rows_if_turned
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 33
+# %% book/chapters/27_int8_on_a_cpu.md, cell 35
 def int8_head(model: Model) -> Model:
     """`model` with an output matrix in 8 bits, a scale for each token.
 

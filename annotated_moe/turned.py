@@ -26,7 +26,7 @@ from annotated_moe.checkpoints import STORED
 from annotated_moe.generate import Model
 from annotated_moe.linear import PRODUCTS
 from annotated_moe.model import head_table
-from annotated_moe.moe import BLOCK_ROWS, block_rows
+from annotated_moe.moe import BLOCK_ROWS
 from annotated_moe.quantization import (
     Index,
     LazySlice,
@@ -191,7 +191,7 @@ def rows_one_by_one(
     return reduce(jnp.add, parts)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 24
+# %% book/chapters/27_int8_on_a_cpu.md, cell 25
 def few_rows() -> int:
     """Up to how many rows are multiplied one by one."""
     return 4 if cpu_has_bfloat16() else 8
@@ -217,7 +217,7 @@ def turned_matmul(
 PRODUCTS[TurnedTensor] = turned_matmul
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 29
+# %% book/chapters/27_int8_on_a_cpu.md, cell 30
 def swap_last_two(block: np.ndarray) -> np.ndarray:
     """A copy with the last two axes swapped, by bands that caches hold.
     """
@@ -256,7 +256,7 @@ class TurnedSource:
         return swap_last_two(block.reshape(cut))
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 30
+# %% book/chapters/27_int8_on_a_cpu.md, cell 31
 SMALLEST = 2**16                        # numbers of a matrix
 
 
@@ -276,15 +276,15 @@ STORED["cpu"] = stored_on_cpu
 
 # %% book/chapters/27_int8_on_a_cpu.md, cell 34
 def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
-    """1 if `count` experts are chosen up to twice; at most 64.
+    """1 if `count` experts are chosen up to twice, on average.
 
-    None, which is no wish, for other weights and small matrices.
+    None, which is no wish, for more choices, other weights and small
+    matrices.
     """
     kind = type(w.stack if isinstance(w, LazySlice) else w)
     if kind is not TurnedTensor or math.prod(w.shape[-2:]) < 2**16:
         return None
-    few = n * a <= 2 * count
-    return 1 if few else min(64, block_rows(n, a, count))
+    return 1 if n * a <= 2 * count else None
 
 
 BLOCK_ROWS[TurnedTensor] = BLOCK_ROWS[LazySlice] = rows_if_turned

@@ -274,7 +274,7 @@ def stored_on_cpu(q: QuantizedTensor, parts: int) -> QuantizedTensor:
 STORED["cpu"] = stored_on_cpu
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 34
+# %% book/chapters/27_int8_on_a_cpu.md, cell 35
 def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
     """1 if `count` experts are chosen up to twice, on average.
 
@@ -290,7 +290,7 @@ def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
 BLOCK_ROWS[TurnedTensor] = BLOCK_ROWS[LazySlice] = rows_if_turned
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 35
+# %% book/chapters/27_int8_on_a_cpu.md, cell 36
 def int8_head(model: Model) -> Model:
     """`model` with an output matrix in 8 bits, a scale for each token.
 

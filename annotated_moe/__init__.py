@@ -39,7 +39,7 @@ LOADERS["disk"] = load_from_disk
 chat_module.register_chat()
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 34
+# %% book/chapters/27_int8_on_a_cpu.md, cell 37
 __all__.append(int8_head.__name__)
 
 

@@ -1,13 +1,14 @@
 # Generated from book/chapters/27_int8_on_a_cpu.md by `make sync`; edit the chapter.
 """To write one token, a processor reads the weights of two experts a
 layer and multiplies each number once. So it can be as fast as its
-memory and no faster, and a weight of one byte should take a quarter of
-the time of one of four. It does not. By the end of this chapter it
-nearly will: the same integers, stored in another order, in a product
-that XLA compiles into one loop. You will see which three ways of
-writing that product look the same and are several times slower, you
-will know why from the compiled text and not from a stopwatch, and
-`load` will store every eight-bit weight so on a CPU.
+memory and no faster, and a one-byte weight should take a quarter of the
+time of a four-byte weight. In the product that we have so far it does
+not. By the end of this chapter the same integers are stored in another
+order, XLA compiles their product into one loop, and you have measured
+what share of a plain read it reaches. You will know from the compiled
+text, and not from a stopwatch alone, why other ways of writing that
+product are several times slower. And `load` will do this on a CPU to
+every eight-bit matrix that it keeps in memory, except small ones.
 """
 
 import math
@@ -25,7 +26,7 @@ from annotated_moe.checkpoints import STORED
 from annotated_moe.generate import Model
 from annotated_moe.linear import PRODUCTS
 from annotated_moe.model import head_table
-from annotated_moe.moe import BLOCK_ROWS, block_rows
+from annotated_moe.moe import BLOCK_ROWS
 from annotated_moe.quantization import (
     Index,
     LazySlice,
@@ -36,7 +37,7 @@ from annotated_moe.quantization import (
     tile_rows,
 )
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 12
+# %% book/chapters/27_int8_on_a_cpu.md, cell 13
 MOST = 2048                             # inputs a run
 
 
@@ -53,7 +54,7 @@ def runs_of(d: int, groups: int, parts: int = 1) -> int:
     return next(fits, least)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 14
+# %% book/chapters/27_int8_on_a_cpu.md, cell 15
 @jax.tree_util.register_pytree_node_class
 class TurnedTensor(QuantizedTensor):
     """int8 `runs` [*E, R, F, D/R] and bfloat16 `scales` [*E, G, F].
@@ -99,7 +100,7 @@ class TurnedTensor(QuantizedTensor):
         return f"TurnedTensor({self.runs!r}, {self.scales!r})"
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 15
+# %% book/chapters/27_int8_on_a_cpu.md, cell 16
 def turn(q: QuantizedTensor, parts: int = 1) -> TurnedTensor:
     """The same weight, turned; `parts`: into how many D is cut.
 
@@ -112,7 +113,7 @@ def turn(q: QuantizedTensor, parts: int = 1) -> TurnedTensor:
     return TurnedTensor(cut.swapaxes(-1, -2), q.scales)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 18
+# %% book/chapters/27_int8_on_a_cpu.md, cell 19
 def run_of(w: TurnedTensor, index: Index, r: Any) -> Array:
     """int8 [F, D/R]: one run of one matrix, and nothing else."""
     f, size = w.runs.shape[-2:]
@@ -142,14 +143,14 @@ def row_by_run(
     return jax.lax.fori_loop(0, runs, keep, empty)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 19
+# %% book/chapters/27_int8_on_a_cpu.md, cell 20
 def rows_by_tile(
     x: Float[Array, "N D"], w: TurnedTensor, index: Index, dtype: Any
 ) -> Float32[Array, "N F"]:
     """Rows times tiles of about a million weights, cast to `dtype`."""
     runs, f, size = w.runs.shape[-3:]
     rows = tile_rows(f, max(128, 2**20 // size))
-    tiles, group = f // rows, runs // w.scales.shape[-2]
+    tiles, in_group = f // rows, runs // w.scales.shape[-2]
     lead, n = (1,) * len(index), len(x)
 
     def times(r: Any, first: Any) -> Array:
@@ -157,7 +158,7 @@ def rows_by_tile(
         tile = jax.lax.dynamic_slice(w.runs, at, cut)
         tile = tile.reshape(rows, size).astype(dtype)
         part = jax.lax.dynamic_slice(x, (0, r * size), (n, size))
-        at, cut = (*index, r // group, first), (*lead, 1, rows)
+        at, cut = (*index, r // in_group, first), (*lead, 1, rows)
         s = jax.lax.dynamic_slice(w.scales, at, cut).reshape(1, rows)
         return jax.lax.dot_general(
             part.astype(dtype), tile, (((1,), (1,)), ((), ())),
@@ -176,21 +177,21 @@ def rows_by_tile(
     return jax.lax.fori_loop(0, runs * tiles, add, zero)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 20
+# %% book/chapters/27_int8_on_a_cpu.md, cell 21
 def rows_one_by_one(
     x: Float[Array, "N D"], w: TurnedTensor, index: Index
 ) -> Float32[Array, "N F"]:
     """Each row in float32 by itself, and the scales."""
     scales = w.scales[index].astype(jnp.float32)            # [G, F]
     runs = w.runs.shape[-3]
-    group = runs // len(scales)                 # runs of one group
+    in_group = runs // len(scales)              # runs of one group
     each = [row_by_run(row, w, index) for row in x.astype(jnp.float32)]
     y = jnp.stack(each)                                  # [N, R, F]
-    parts = [y[:, r] * scales[r // group] for r in range(runs)]
+    parts = [y[:, r] * scales[r // in_group] for r in range(runs)]
     return reduce(jnp.add, parts)
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 23
+# %% book/chapters/27_int8_on_a_cpu.md, cell 25
 def few_rows() -> int:
     """Up to how many rows are multiplied one by one."""
     return 4 if cpu_has_bfloat16() else 8
@@ -216,7 +217,7 @@ def turned_matmul(
 PRODUCTS[TurnedTensor] = turned_matmul
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 28
+# %% book/chapters/27_int8_on_a_cpu.md, cell 30
 def swap_last_two(block: np.ndarray) -> np.ndarray:
     """A copy with the last two axes swapped, by bands that caches hold.
     """
@@ -230,7 +231,10 @@ def swap_last_two(block: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TurnedSource:
-    """`source` [*E, D, F] as [*E, R, F, D/R], turned when read."""
+    """`source` [*E, D, F] as [*E, R, F, D/R], turned when read.
+
+    An index asks for whole runs, or for a piece of one run.
+    """
 
     source: Any
     count: int                              # R
@@ -252,7 +256,7 @@ class TurnedSource:
         return swap_last_two(block.reshape(cut))
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 29
+# %% book/chapters/27_int8_on_a_cpu.md, cell 31
 SMALLEST = 2**16                        # numbers of a matrix
 
 
@@ -270,23 +274,23 @@ def stored_on_cpu(q: QuantizedTensor, parts: int) -> QuantizedTensor:
 STORED["cpu"] = stored_on_cpu
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 32
+# %% book/chapters/27_int8_on_a_cpu.md, cell 35
 def rows_if_turned(w: Any, n: int, a: int, count: int) -> int | None:
-    """1 if `count` experts are chosen up to twice; at most 64.
+    """1 if `count` experts are chosen up to twice, on average.
 
-    None, which is no wish, for other weights and small matrices.
+    None, which is no wish, for more choices, other weights and small
+    matrices.
     """
     kind = type(w.stack if isinstance(w, LazySlice) else w)
     if kind is not TurnedTensor or math.prod(w.shape[-2:]) < 2**16:
         return None
-    few = n * a <= 2 * count
-    return 1 if few else min(64, block_rows(n, a, count))
+    return 1 if n * a <= 2 * count else None
 
 
 BLOCK_ROWS[TurnedTensor] = BLOCK_ROWS[LazySlice] = rows_if_turned
 
 
-# %% book/chapters/27_int8_on_a_cpu.md, cell 33
+# %% book/chapters/27_int8_on_a_cpu.md, cell 36
 def int8_head(model: Model) -> Model:
     """`model` with an output matrix in 8 bits, a scale for each token.
 

@@ -245,7 +245,7 @@ def test_blocks_of_one_row_while_choices_are_few():
     plain = {"linear": random_tensor(8, d=256, f=256)}
     for n in (1, 2, 8):
         assert rows_for(w, n, 2) == rows_for(lazy, n, 2) == 1
-    for n, rows in ((9, 8), (64, 32), (4096, 64)):
+    for n, rows in ((9, 8), (64, 32), (4096, 128)):
         assert rows_for(w, n, 2) == rows_for(lazy, n, 2) == rows
     for n in (2, 8, 64):
         assert rows_for(plain, n, 2) == block_rows(n, 2, 8)

@@ -141,6 +141,44 @@ def test_rings_are_read_whole():
     assert engine.stats.prefix_hits == 0
 
 
+@pytest.mark.parametrize("window", [None, 24])
+def test_eight_bit_caches_are_served_as_they_are_alone(window, monkeypatch):
+    """Grown, shrunk, copied and read together: the numbers and their scales."""
+    monkeypatch.setattr(engine_module, "slots_for", engine_module.bucket)
+    monkeypatch.setattr(engine_module, "PATIENCE", 4)
+    config = with_layers(TINY, mask=Window(window)) if window else TINY
+    float_model = make(config)
+    model = replace(float_model, kv_cache="int8")
+    engine = Engine(model, slots=3, prefill_chunk=32)
+    requests = [replace(r, temperature=1.0) for r in some_requests(12, seed=12)]
+    requests += [replace(r, prompt=[*r.prompt, 5]) for r in requests[-3:]]
+    results, differ = serve(engine, requests), 0
+    for request, result in zip(requests, results):
+        assert result.tokens == alone(model, request)
+        differ += result.tokens != alone(float_model, request)
+    assert differ                               # or it was no other cache
+    assert {x.dtype.name for x in jax.tree.leaves(engine.cache)} == {
+        "int8", "float32", "int32"}
+    assert (engine.stats.prefix_hits > 0) == (window is None)
+
+
+def test_a_cache_in_pages_is_refused(tiny):
+    for kind in ("paged", "paged-int8"):
+        wanted = f"kv_cache '{kind}' has in pages: .* 'float' or 'int8'"
+        with pytest.raises(ValueError, match=wanted):
+            Engine(replace(tiny, kv_cache=kind))
+
+
+def test_serve_keeps_its_cache_in_eight_bits():
+    parser = argparse.ArgumentParser()
+    add_serve(parser.add_subparsers())
+    for more, kind in (([], "float"), (["--kv-cache", "int8"], "int8")):
+        model = model_of(parser.parse_args(["serve", "--dtype", "float32", *more]))
+        assert Engine(model, slots=2, context=64).model.kv_cache == kind
+    with pytest.raises(SystemExit):
+        parser.parse_args(["serve", "--kv-cache", "paged"])
+
+
 @pytest.mark.parametrize("axes", [(1, 2, 2), (2, 2, 1)], ids=str)
 def test_a_mesh_says_what_one_device_says(tiny, axes):
     mesh = am.make_mesh(*axes)

@@ -143,9 +143,9 @@ def grow(engine: "Engine", needed: int) -> None:
     """Have slots for `needed` tokens a row."""
     want = slots_for(needed, engine.context)
     if want > engine.room:
-        config = engine.model.config
-        engine.cache = with_slots(engine.cache, config, want)
-        engine.room = want
+        model, engine.room = engine.model, want
+        engine.cache = with_slots(
+            engine.cache, model.config, want, model.kv_cache)
 
 
 # %% book/chapters/30b_engine.md, cell 18
@@ -668,8 +668,9 @@ class Engine:
     hold, by default the model's. `prefill_chunk`: prompt tokens read
     between two steps of the others, at most. `max_waiting`: requests
     that may wait for a row. `keep`: prompts may begin with what rows
-    have read before. `seed`: of seeds that requests leave open.
-    ValueError for numbers that make no sense.
+    have read before. `seed`: of seeds that requests leave open. The
+    cache is of the model's kind, `kv_cache`. ValueError for numbers
+    that make no sense, and for a cache in pages.
     """
 
     def __init__(
@@ -711,8 +712,9 @@ class Engine:
         self.logits = jnp.zeros((n, self.model.config.vocab_size))
 
     def new_cache(self, rows: int, slots: int) -> Cache:
-        with self.model.on_mesh():
-            return init_cache(self.model.config, rows, slots)
+        model = self.model
+        with model.on_mesh():
+            return init_cache(model.config, rows, slots, model.kv_cache)
 
     def all_jobs(self) -> list[Job]:
         """What is read, ready or written, and has not ended."""

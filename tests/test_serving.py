@@ -147,16 +147,13 @@ def test_eight_bit_caches_are_served_as_they_are_alone(window, monkeypatch):
     monkeypatch.setattr(engine_module, "slots_for", engine_module.bucket)
     monkeypatch.setattr(engine_module, "PATIENCE", 4)
     config = with_layers(TINY, mask=Window(window)) if window else TINY
-    float_model = make(config)
-    model = replace(float_model, kv_cache="int8")
+    model = replace(make(config), kv_cache="int8")
     engine = Engine(model, slots=3, prefill_chunk=32)
     requests = [replace(r, temperature=1.0) for r in some_requests(12, seed=12)]
-    requests += [replace(r, prompt=[*r.prompt, 5]) for r in requests[-3:]]
-    results, differ = serve(engine, requests), 0
-    for request, result in zip(requests, results):
-        assert result.tokens == alone(model, request)
-        differ += result.tokens != alone(float_model, request)
-    assert differ                               # or it was no other cache
+    talk = Request([5, 9] * 12, 9, stop_ids=())
+    for some in (requests, [talk], [replace(talk, prompt=[*talk.prompt, 7])]):
+        for request, result in zip(some, serve(engine, some)):
+            assert result.tokens == alone(model, request)
     assert {x.dtype.name for x in jax.tree.leaves(engine.cache)} == {
         "int8", "float32", "int32"}
     assert (engine.stats.prefix_hits > 0) == (window is None)
@@ -359,6 +356,23 @@ def test_a_broken_row_breaks_no_other():
     others = [*results[:4], *results[7:]]
     fine = Engine(whole, slots=1, max_waiting=40)
     assert [r.tokens for r in others] == [r.tokens for r in serve(fine, good)]
+
+
+def test_what_a_broken_token_left_reaches_nobody():
+    """A stop id that is broken is read by a step that nobody sees."""
+    config = replace(TINY, tied=False)
+    params = {name: dict(leaves) for name, leaves in make(config).params.items()}
+    table = params["in_out_embed"]["embeddings"]
+    params["in_out_embed"]["embeddings"] = table.at[63].set(jnp.nan)
+    broken = am.Model(config, params)
+    prompt = [3 + i % 50 for i in range(40)]
+    engine = Engine(broken, slots=1)
+    bad = Request(prompt, 9, stop_ids=[63], logit_bias={63: 1e9})
+    for good in (Request(prompt[:5], 40, stop_ids=()), Request([*prompt, 7], 9)):
+        good = replace(good, logit_bias={63: -1e9})
+        first, second = serve(engine, [bad, good])
+        assert first.finish_reason == "stop"
+        assert second.finish_reason == "length", second.error
 
 
 def test_every_token_comes_with_its_experts_and_its_logarithms(tiny):

@@ -192,6 +192,6 @@ class Handle:
                       events)
 
 
-# %% book/chapters/30b_engine.md, cell 30
+# %% book/chapters/30b_engine.md, cell 43
 class QueueFull(RuntimeError):
     """As many requests wait as may; come back later."""

@@ -72,7 +72,7 @@ def keep_likely(
 ) -> Float32[Array, "B V"]:
     """The k largest, of these the nucleus, without sorting.
 
-    What `sample` keeps, to the rounding of the sums that are held to `p`.
+    What `sample` keeps, to the rounding of sums that are held to `p`.
     """
     order = in_order(logits)
     rows, v = order.shape

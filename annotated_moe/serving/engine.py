@@ -608,7 +608,6 @@ def run(engine: "Engine", stop: threading.Event) -> None:
         engine.close()
 
 
-# %% book/chapters/30b_engine.md, cell 47
 def fail(engine: "Engine", error: Exception) -> None:
     """End all that runs, with the error; begin again with no rows."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -617,7 +616,7 @@ def fail(engine: "Engine", error: Exception) -> None:
     engine.start_over()
 
 
-# %% book/chapters/30b_engine.md, cell 48
+# %% book/chapters/30b_engine.md, cell 47
 def close(engine: "Engine") -> None:
     """Take no more requests, and cancel those that are there."""
     with engine.changed:
@@ -629,7 +628,7 @@ def close(engine: "Engine") -> None:
     engine.end_cancelled()
 
 
-# %% book/chapters/30b_engine.md, cell 49
+# %% book/chapters/30b_engine.md, cell 48
 @dataclass
 class Stats:
     """Counts since the engine began; `waiting`, `running`: now."""
@@ -650,7 +649,7 @@ class Stats:
     chunk_tokens: int = 0                   # of these, with padding
 
 
-# %% book/chapters/30b_engine.md, cell 50
+# %% book/chapters/30b_engine.md, cell 49
 class Engine:
     """Many requests through one batch, whose rows come and go.
 

@@ -56,6 +56,8 @@ def add_serve(commands: Any) -> None:
             help=about + shown)
     add("--dtype", choices=list(DTYPES),
         help="what to compute in [what is fast here]")
+    add("--kv-cache", choices=["float", "int8"], default="float",
+        help="how keys and values are kept [float]")
     add("--devices", type=int, default=1, help="shard over so many [1]")
     add("--mesh", help="instead: DATAxEXPERTxMODEL, such as 1x8x1")
     sub.epilog = f"{KEY} in the environment: a key that clients need."
@@ -94,11 +96,14 @@ def model_of(args: argparse.Namespace) -> Model:
         raise ValueError(
             f"{what} must be 1 to 512 devices, not {devices}")
     if devices == 1:
-        return load(args.model, dtype=args.dtype)
+        return load(
+            args.model, dtype=args.dtype, kv_cache=args.kv_cache)
     with contextlib.suppress(RuntimeError):
         # Only CPUs heed this, and only before a device is first used.
         jax.config.update("jax_num_cpu_devices", devices)
-    return load(args.model, make_mesh(**sizes), args.dtype)
+    mesh = make_mesh(**sizes)
+    return load(
+        args.model, mesh, args.dtype, kv_cache=args.kv_cache)
 
 
 def warm_up(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from annotated_moe.cache import KVCache
+from annotated_moe.cache import CacheKind, KVCache
 from annotated_moe.config import ModelConfig
 from annotated_moe.generate import (
     Model,
@@ -55,14 +55,20 @@ def take_row(cache: Cache, row: Int32[Array, ""]) -> Cache:
     ))
 
 
-@partial(jax.jit, static_argnames=("config", "slots"))
-def with_slots(cache: Cache, config: ModelConfig, slots: int) -> Cache:
-    """The same batch rows in a cache of `slots` slots, not fewer."""
+@partial(jax.jit, static_argnames=("config", "slots", "kv_cache"))
+def with_slots(
+    cache: Cache, config: ModelConfig, slots: int,
+    kv_cache: str | CacheKind = "float",
+) -> Cache:
+    """The same batch rows in a cache of `slots` slots, not fewer.
+
+    `kv_cache`: the kind that the cache is of.
+    """
     def put(row: Int32[Array, ""], wide: Cache) -> Cache:
         return wide.insert(row, take_row(cache, row))
 
     rows = len(cache.length)
-    wide = init_cache(config, rows, slots)
+    wide = init_cache(config, rows, slots, kv_cache)
     return constrain_cache(jax.lax.fori_loop(0, rows, put, wide))
 
 

@@ -141,6 +141,41 @@ def test_rings_are_read_whole():
     assert engine.stats.prefix_hits == 0
 
 
+@pytest.mark.parametrize("window", [None, 24])
+def test_eight_bit_caches_are_served_as_they_are_alone(window, monkeypatch):
+    """Grown, shrunk, copied and read together: the numbers and their scales."""
+    monkeypatch.setattr(engine_module, "slots_for", engine_module.bucket)
+    monkeypatch.setattr(engine_module, "PATIENCE", 4)
+    config = with_layers(TINY, mask=Window(window)) if window else TINY
+    model = replace(make(config), kv_cache="int8")
+    engine = Engine(model, slots=3, prefill_chunk=32)
+    requests = [replace(r, temperature=1.0) for r in some_requests(12, seed=12)]
+    talk = Request([5, 9] * 12, 9, stop_ids=())
+    for some in (requests, [talk], [replace(talk, prompt=[*talk.prompt, 7])]):
+        for request, result in zip(some, serve(engine, some)):
+            assert result.tokens == alone(model, request)
+    assert {x.dtype.name for x in jax.tree.leaves(engine.cache)} == {
+        "int8", "float32", "int32"}
+    assert (engine.stats.prefix_hits > 0) == (window is None)
+
+
+def test_a_cache_in_pages_is_refused(tiny):
+    for kind in ("paged", "paged-int8"):
+        wanted = f"kv_cache '{kind}' has in pages: .* 'float' or 'int8'"
+        with pytest.raises(ValueError, match=wanted):
+            Engine(replace(tiny, kv_cache=kind))
+
+
+def test_serve_keeps_its_cache_in_eight_bits():
+    parser = argparse.ArgumentParser()
+    add_serve(parser.add_subparsers())
+    for more, kind in (([], "float"), (["--kv-cache", "int8"], "int8")):
+        model = model_of(parser.parse_args(["serve", "--dtype", "float32", *more]))
+        assert Engine(model, slots=2, context=64).model.kv_cache == kind
+    with pytest.raises(SystemExit):
+        parser.parse_args(["serve", "--kv-cache", "paged"])
+
+
 @pytest.mark.parametrize("axes", [(1, 2, 2), (2, 2, 1)], ids=str)
 def test_a_mesh_says_what_one_device_says(tiny, axes):
     mesh = am.make_mesh(*axes)
@@ -321,6 +356,23 @@ def test_a_broken_row_breaks_no_other():
     others = [*results[:4], *results[7:]]
     fine = Engine(whole, slots=1, max_waiting=40)
     assert [r.tokens for r in others] == [r.tokens for r in serve(fine, good)]
+
+
+def test_what_a_broken_token_left_reaches_nobody():
+    """A stop id that is broken is read by a step that nobody sees."""
+    config = replace(TINY, tied=False)
+    params = {name: dict(leaves) for name, leaves in make(config).params.items()}
+    table = params["in_out_embed"]["embeddings"]
+    params["in_out_embed"]["embeddings"] = table.at[63].set(jnp.nan)
+    broken = am.Model(config, params)
+    prompt = [3 + i % 50 for i in range(40)]
+    engine = Engine(broken, slots=1)
+    bad = Request(prompt, 9, stop_ids=[63], logit_bias={63: 1e9})
+    for good in (Request(prompt[:5], 40, stop_ids=()), Request([*prompt, 7], 9)):
+        good = replace(good, logit_bias={63: -1e9})
+        first, second = serve(engine, [bad, good])
+        assert first.finish_reason == "stop"
+        assert second.finish_reason == "length", second.error
 
 
 def test_every_token_comes_with_its_experts_and_its_logarithms(tiny):

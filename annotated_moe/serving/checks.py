@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from annotated_moe.cache import Paged, cache_kind
 from annotated_moe.generate import announce
 from annotated_moe.lens import expert_layers
 from annotated_moe.serving.requests import Request
@@ -41,6 +42,13 @@ def check_engine(inputs: dict[str, Any]) -> None:
         raise ValueError(
             "an engine runs in one process: give it a mesh of this "
             "process's devices"
+        )
+    kind = inputs["model"].kv_cache
+    if isinstance(cache_kind(kind), Paged):
+        raise ValueError(
+            "an engine grows and copies whole rows, which kv_cache "
+            f"{kind!r} has in pages: load the model with kv_cache "
+            "'float' or 'int8'"
         )
 
 

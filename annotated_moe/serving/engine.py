@@ -1,15 +1,15 @@
 # Generated from book/chapters/30b_engine.md by `make sync`; edit the chapter.
 """A loop that knows all its requests in advance is no server. Requests
-come when they like, from other threads; one brings a prompt so long
-that seven others stand still while it is read; one wants its text to
-end before a word that the model spells in three tokens; one is gone,
-and its row writes on for nobody; one meets a damaged weight, and must
-not take the others with it; and the device waits for Python after each
-token. By the end of this chapter you will have an engine that holds
-against all of these: a queue with a bound, prompts read together or in
-chunks, a step begun before the last is read, a text a row, biases,
-constraints, log-probabilities and experts for whoever asks, and still
-each request gets what it would get alone.
+come when they like, from other threads. A long prompt makes seven
+others wait while it is read. A text shall end before a word that the
+model spells in three tokens. A client is gone, and its row writes on
+for nobody. One request meets a damaged weight, and must not take the
+others with it. And the device waits for Python after each token. By the
+end of this chapter you will have an engine that holds against all of
+these: a queue with a bound, prompts read together or in chunks, a step
+begun before the last is read, and biases, constraints,
+log-probabilities and experts for whoever asks; and still each request
+gets what it would get alone.
 """
 
 import threading
@@ -58,7 +58,7 @@ from annotated_moe.serving.rows import (
 from annotated_moe.steps import slots_for, with_slots
 
 
-# %% book/chapters/30b_engine.md, cell 12
+# %% book/chapters/30b_engine.md, cell 11
 @dataclass(eq=False)
 class Job:
     """A request that is read, and then written."""
@@ -82,7 +82,7 @@ class Job:
         return self.handle.request
 
 
-# %% book/chapters/30b_engine.md, cell 13
+# %% book/chapters/30b_engine.md, cell 12
 class Flight(NamedTuple):
     """Tokens that were chosen and not yet read."""
 
@@ -91,7 +91,7 @@ class Flight(NamedTuple):
     experts: list[Any] | None               # of each place
 
 
-# %% book/chapters/30b_engine.md, cell 14
+# %% book/chapters/30b_engine.md, cell 13
 def step(engine: "Engine") -> list[Event]:
     """A unit of work: a token a row, and a chunk of prompts.
 
@@ -109,7 +109,7 @@ def step(engine: "Engine") -> list[Event]:
     return engine.events
 
 
-# %% book/chapters/30b_engine.md, cell 15
+# %% book/chapters/30b_engine.md, cell 14
 def decode(engine: "Engine") -> list[Job]:
     """One more token into each row that writes; whose they are."""
     engine.heard = None
@@ -134,23 +134,23 @@ def decode(engine: "Engine") -> list[Job]:
     return jobs
 
 
-# %% book/chapters/30b_engine.md, cell 16
+# %% book/chapters/30b_engine.md, cell 15
 PATIENCE = 64                               # steps
 
 
-# %% book/chapters/30b_engine.md, cell 17
+# %% book/chapters/30b_engine.md, cell 16
 def grow(engine: "Engine", needed: int) -> None:
     """Have slots for `needed` tokens a row."""
     want = slots_for(needed, engine.context)
     if want > engine.room:
-        config = engine.model.config
-        engine.cache = with_slots(engine.cache, config, want)
-        engine.room = want
+        model, engine.room = engine.model, want
+        engine.cache = with_slots(
+            engine.cache, model.config, want, model.kv_cache)
 
 
-# %% book/chapters/30b_engine.md, cell 18
+# %% book/chapters/30b_engine.md, cell 17
 def fit_room(engine: "Engine", needed: int) -> None:
-    """So; and no more, if that was enough for PATIENCE steps."""
+    """Grow; or cut, if fewer were enough for PATIENCE steps."""
     want = slots_for(needed, engine.context)
     engine.spare = engine.spare + 1 if want < engine.room else 0
     if engine.spare > PATIENCE and can_copy(engine.cache):
@@ -161,7 +161,7 @@ def fit_room(engine: "Engine", needed: int) -> None:
     engine.grow(needed)
 
 
-# %% book/chapters/30b_engine.md, cell 19
+# %% book/chapters/30b_engine.md, cell 18
 @dataclass(eq=False)
 class Reading:
     """Prompts that are read beside the batch, a row each."""
@@ -183,7 +183,7 @@ class Reading:
         return pad_rows(parts, width, pad), lengths
 
 
-# %% book/chapters/30b_engine.md, cell 20
+# %% book/chapters/30b_engine.md, cell 19
 def fill(engine: "Engine") -> list[Job]:
     """Read prompts, up to the bound; who now has a row."""
     joined, left = engine.seat(), engine.prefill_chunk
@@ -200,7 +200,7 @@ def fill(engine: "Engine") -> list[Job]:
     return joined
 
 
-# %% book/chapters/30b_engine.md, cell 21
+# %% book/chapters/30b_engine.md, cell 20
 def read_chunk(
     engine: "Engine", reading: Reading, tokens: Any, lengths: Any
 ) -> None:
@@ -223,7 +223,6 @@ def read_chunk(
         engine.reading = None
 
 
-# %% book/chapters/30b_engine.md, cell 22
 def seat(engine: "Engine") -> list[Job]:
     """Rows for those who are read, while some are free; whose."""
     joined = list[Job]()
@@ -241,32 +240,31 @@ def seat(engine: "Engine") -> list[Job]:
     return joined
 
 
-# %% book/chapters/30b_engine.md, cell 23
+# %% book/chapters/30b_engine.md, cell 21
 LEAST_PREFIX = 16                           # tokens worth a copy
 
 
-# %% book/chapters/30b_engine.md, cell 24
+# %% book/chapters/30b_engine.md, cell 22
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many ids two lists begin with alike."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)
 
 
-# %% book/chapters/30b_engine.md, cell 25
+# %% book/chapters/30b_engine.md, cell 23
 def find_prefix(
     engine: "Engine", prompt: list[int]
 ) -> tuple[int, int]:
     """The row that holds most of a prompt's beginning; how much."""
     if not (engine.keep and can_copy(engine.cache)):
         return 0, 0                         # a ring forgets beginnings
-    # The last token is read again: its logits are needed.
     alike = [common_prefix(prompt[:-1], ids) for ids in engine.held]
     source = int(np.argmax(alike))
     most = alike[source]
     return source, most if most >= LEAST_PREFIX else 0
 
 
-# %% book/chapters/30b_engine.md, cell 26
+# %% book/chapters/30b_engine.md, cell 24
 def take_row(engine: "Engine", source: int, reused: int) -> int:
     """A free row; `source`, of which `reused` tokens are, last."""
     free = engine.free
@@ -278,7 +276,7 @@ def take_row(engine: "Engine", source: int, reused: int) -> int:
     return free.popleft()
 
 
-# %% book/chapters/30b_engine.md, cell 27
+# %% book/chapters/30b_engine.md, cell 25
 def together(engine: "Engine", handles: list[Handle]) -> int:
     """How many of these are read at once, from the first on."""
     most, width = engine.prefill_chunk, 0
@@ -291,7 +289,7 @@ def together(engine: "Engine", handles: list[Handle]) -> int:
     return len(handles)
 
 
-# %% book/chapters/30b_engine.md, cell 28
+# %% book/chapters/30b_engine.md, cell 26
 def begin(engine: "Engine", handle: Handle) -> Job:
     """A request is a job from now on."""
     request = handle.request
@@ -307,7 +305,7 @@ def begin(engine: "Engine", handle: Handle) -> Job:
     return Job(handle, text, seed, source, reused, reused)
 
 
-# %% book/chapters/30b_engine.md, cell 29
+# %% book/chapters/30b_engine.md, cell 27
 def admit(engine: "Engine") -> Reading | None:
     """Begin with those who wait longest, if one can have a row."""
     if engine.ready or not engine.free:
@@ -337,7 +335,7 @@ def admit(engine: "Engine") -> Reading | None:
     return engine.reading
 
 
-# %% book/chapters/30b_engine.md, cell 30
+# %% book/chapters/30b_engine.md, cell 28
 def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     """bool [V]: the ids that may come next; ValueError if none may."""
     mask = np.asarray(constraint.mask(), bool)
@@ -349,7 +347,7 @@ def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     return mask
 
 
-# %% book/chapters/30b_engine.md, cell 31
+# %% book/chapters/30b_engine.md, cell 29
 def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     """Write what shifts the logits of jobs; which of them go on."""
     going = []
@@ -368,7 +366,7 @@ def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     return going
 
 
-# %% book/chapters/30b_engine.md, cell 32
+# %% book/chapters/30b_engine.md, cell 30
 def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     """Steps and settings of all rows; those without a job: greedy."""
     steps = np.zeros(rows, np.int32)
@@ -385,7 +383,6 @@ def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     return steps, settings
 
 
-# %% book/chapters/30b_engine.md, cell 33
 def choose_tokens(engine: "Engine", jobs: list[Job]) -> None:
     """Have the next token of each job's row chosen."""
     steps, settings = settings_of(jobs, engine.slots)
@@ -406,14 +403,14 @@ def choose_tokens(engine: "Engine", jobs: list[Job]) -> None:
         job.sent += 1
 
 
-# %% book/chapters/30b_engine.md, cell 34
+# %% book/chapters/30b_engine.md, cell 31
 BROKEN = (
     "logits are NaN or infinite; are the weights? "
     "`annotated_moe.verify` holds them to their checksums"
 )
 
 
-# %% book/chapters/30b_engine.md, cell 35
+# %% book/chapters/30b_engine.md, cell 32
 def hand_out(engine: "Engine") -> None:
     """Wait for the last choice: to each job its token."""
     flight, engine.flight = engine.flight, None
@@ -429,7 +426,7 @@ def hand_out(engine: "Engine") -> None:
         else:
             job.held = engine.held[job.row] = [*job.handle.prompt]
         if token == NO_TOKEN:
-            engine.wipe(job.row)
+            engine.held[job.row] = []           # nobody begins with it
             engine.end(job, "error", BROKEN)
         elif token in job.handle.stop_ids:
             engine.end(job, "stop")
@@ -437,16 +434,7 @@ def hand_out(engine: "Engine") -> None:
             engine.give(job, token, choice, flight)
 
 
-# %% book/chapters/30b_engine.md, cell 36
-def wipe(engine: "Engine", row: int) -> None:
-    """Zeros into all slots of a row that nobody shall begin with."""
-    engine.held[row] = []
-    empty = engine.new_cache(1, engine.room)
-    engine.cache = place_row(
-        engine.cache, np.int32(row), empty, np.int32(0))
-
-
-# %% book/chapters/30b_engine.md, cell 37
+# %% book/chapters/30b_engine.md, cell 33
 def give(
     engine: "Engine", job: Job, token: int, choice: Choice,
     flight: Flight,
@@ -476,7 +464,7 @@ def give(
     return engine.finish(job, event) if reason else engine.tell(event)
 
 
-# %% book/chapters/30b_engine.md, cell 38
+# %% book/chapters/30b_engine.md, cell 34
 def experts_of(
     engine: "Engine", job: Job, flight: Flight
 ) -> np.ndarray | None:
@@ -490,7 +478,7 @@ def experts_of(
     return in_layers(heard, engine.model.config)[:, at]
 
 
-# %% book/chapters/30b_engine.md, cell 39
+# %% book/chapters/30b_engine.md, cell 35
 def ranks(choice: Choice, row: int, count: int | None) -> Any:
     """A token's log-probability, and those of the likeliest."""
     if count is None:
@@ -500,7 +488,7 @@ def ranks(choice: Choice, row: int, count: int | None) -> Any:
     return float(choice.logprobs[row]), tuple(pairs)[:count]
 
 
-# %% book/chapters/30b_engine.md, cell 40
+# %% book/chapters/30b_engine.md, cell 36
 def end(
     engine: "Engine", job: Job, reason: str, error: str | None = None
 ) -> None:
@@ -511,7 +499,7 @@ def end(
     ))
 
 
-# %% book/chapters/30b_engine.md, cell 41
+# %% book/chapters/30b_engine.md, cell 37
 def finish(engine: "Engine", job: Job, event: Event) -> None:
     """Free a job's row, and tell."""
     job.ended = True
@@ -523,7 +511,7 @@ def finish(engine: "Engine", job: Job, event: Event) -> None:
     engine.tell(event)
 
 
-# %% book/chapters/30b_engine.md, cell 42
+# %% book/chapters/30b_engine.md, cell 38
 def tell(engine: "Engine", event: Event) -> None:
     """Give an event to whoever waits for it."""
     if reason := event.finish_reason:
@@ -536,7 +524,7 @@ def tell(engine: "Engine", event: Event) -> None:
         event.handle.cancel()
 
 
-# %% book/chapters/30b_engine.md, cell 43
+# %% book/chapters/30b_engine.md, cell 39
 def end_cancelled(engine: "Engine") -> None:
     """End what was cancelled, in rows and in the queue."""
     for job in engine.all_jobs():
@@ -553,7 +541,7 @@ def end_cancelled(engine: "Engine") -> None:
         engine.tell(Event(handle, 0, finish_reason="cancelled"))
 
 
-# %% book/chapters/30b_engine.md, cell 45
+# %% book/chapters/30b_engine.md, cell 41
 def submit(
     engine: "Engine", request: Request,
     on_event: Callable[[Event], None] | None = None,
@@ -581,7 +569,7 @@ def submit(
     return handle
 
 
-# %% book/chapters/30b_engine.md, cell 46
+# %% book/chapters/30b_engine.md, cell 42
 def fit(engine: "Engine", request: Request) -> list[int]:
     """The ids of a prompt that fits; the request is checked."""
     prompt, new = np.asarray(request.prompt).tolist(), 1
@@ -597,7 +585,7 @@ def fit(engine: "Engine", request: Request) -> list[int]:
     return prompt
 
 
-# %% book/chapters/30b_engine.md, cell 47
+# %% book/chapters/30b_engine.md, cell 43
 def run(engine: "Engine", stop: threading.Event) -> None:
     """Step while there is work, until `stop` is set.
 
@@ -618,7 +606,6 @@ def run(engine: "Engine", stop: threading.Event) -> None:
         engine.close()
 
 
-# %% book/chapters/30b_engine.md, cell 48
 def fail(engine: "Engine", error: Exception) -> None:
     """End all that runs, with the error; begin again with no rows."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -627,7 +614,7 @@ def fail(engine: "Engine", error: Exception) -> None:
     engine.start_over()
 
 
-# %% book/chapters/30b_engine.md, cell 49
+# %% book/chapters/30b_engine.md, cell 44
 def close(engine: "Engine") -> None:
     """Take no more requests, and cancel those that are there."""
     with engine.changed:
@@ -639,7 +626,7 @@ def close(engine: "Engine") -> None:
     engine.end_cancelled()
 
 
-# %% book/chapters/30b_engine.md, cell 50
+# %% book/chapters/30b_engine.md, cell 45
 @dataclass
 class Stats:
     """Counts since the engine began; `waiting`, `running`: now."""
@@ -660,7 +647,7 @@ class Stats:
     chunk_tokens: int = 0                   # of these, with padding
 
 
-# %% book/chapters/30b_engine.md, cell 51
+# %% book/chapters/30b_engine.md, cell 46
 class Engine:
     """Many requests through one batch, whose rows come and go.
 
@@ -668,8 +655,9 @@ class Engine:
     hold, by default the model's. `prefill_chunk`: prompt tokens read
     between two steps of the others, at most. `max_waiting`: requests
     that may wait for a row. `keep`: prompts may begin with what rows
-    have read before. `seed`: of seeds that requests leave open.
-    ValueError for numbers that make no sense.
+    have read before. `seed`: of seeds that requests leave open. The
+    cache is of the model's kind, `kv_cache`. ValueError for numbers
+    that make no sense, and for a cache in pages.
     """
 
     def __init__(
@@ -711,8 +699,9 @@ class Engine:
         self.logits = jnp.zeros((n, self.model.config.vocab_size))
 
     def new_cache(self, rows: int, slots: int) -> Cache:
-        with self.model.on_mesh():
-            return init_cache(self.model.config, rows, slots)
+        model = self.model
+        with model.on_mesh():
+            return init_cache(model.config, rows, slots, model.kv_cache)
 
     def all_jobs(self) -> list[Job]:
         """What is read, ready or written, and has not ended."""
@@ -757,5 +746,5 @@ class Engine:
     read_chunk, seat, take_row = read_chunk, seat, take_row
     find_prefix, together, begin = find_prefix, together, begin
     admit, steer, choose = admit, steer, choose_tokens
-    hand_out, wipe, give, end = hand_out, wipe, give, end
+    hand_out, give, end = hand_out, give, end
     experts_of, finish, tell = experts_of, finish, tell

@@ -114,7 +114,6 @@ class Event:
         return self.handle.request
 
 
-# %% book/chapters/30b_engine.md, cell 10
 @dataclass(frozen=True, eq=False)
 class Result:
     """All that came of a request."""
@@ -126,7 +125,7 @@ class Result:
     events: list[Event]
 
 
-# %% book/chapters/30b_engine.md, cell 11
+# %% book/chapters/30b_engine.md, cell 10
 class Handle:
     """A request on its way; any thread may use it.
 
@@ -192,6 +191,6 @@ class Handle:
                       events)
 
 
-# %% book/chapters/30b_engine.md, cell 44
+# %% book/chapters/30b_engine.md, cell 40
 class QueueFull(RuntimeError):
     """As many requests wait as may; come back later."""

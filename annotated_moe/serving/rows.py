@@ -1,14 +1,14 @@
 # Generated from book/chapters/30_serving.md by `make sync`; edit the chapter.
 """A batch is as slow as its slowest row. Eight people ask; seven get
-their few words, and then sit in a step that computes nothing for them
-until the eighth has its page, while a ninth waits outside. The release
-of Grok-1 was built around the cure, a batch whose rows come and go, and
-stopped short of it. By the end of this chapter you will have what such
-a batch is made of, programs that choose a token for rows of different
-age, put a new prompt among rows that write, copy the beginning of one
-row into another and say which experts a row was given, and a loop of
-thirty lines in which every request gets, token for token, what it would
-have had alone. The next chapter makes an engine of it.
+their few words, and their rows then compute for nobody until the eighth
+has its page, while a ninth waits outside. The release of Grok-1 was
+built around the cure, a batch whose rows come and go, and stopped short
+of it. By the end of this chapter you will have the programs for such a
+batch: they choose a token for rows of different age, put a new prompt
+among rows that write, copy the beginning of a row, and record which
+experts a row was given. A loop of thirty lines runs them, and every
+request gets, token for token, what it would have had alone. The next
+chapter makes an engine of it.
 """
 
 import contextlib
@@ -142,9 +142,26 @@ def choose_rows(
 def place_row(
     cache: Cache, row: Int[Any, ""], side: Cache, at: Int[Any, ""] = 0
 ) -> Cache:
-    """The cache, in whose `row` is now row `at` of what was read."""
+    """The cache, in whose `row` is now row `at` of what was read.
+
+    All of it: slots that were not read are zero.
+    """
+    def widen(part: KVCache, slots: int) -> KVCache:
+        more = 0, max(slots - part.slots, 0)
+
+        def pad(x: Array, axes: tuple[str | None, ...]) -> Array:
+            if axes[0] != "layers":             # not [L, B, S, ...]
+                return x
+            return jnp.pad(x, [(0, 0), (0, 0), more, (0, 0), (0, 0)])
+
+        return jax.tree.map(pad, part, part.axes)
+
     one = take_row(side, jnp.asarray(at, jnp.int32))
-    return constrain_cache(cache.evict(row).insert(row, one))
+    wide = Cache(tuple(
+        widen(part, old.slots)
+        for part, old in zip(one.places, cache.places)
+    ))
+    return constrain_cache(cache.insert(row, wide))
 
 
 @partial(jax.jit, donate_argnames="logits")
@@ -156,40 +173,31 @@ def place_logits(
     return logits.at[row].set(last[at])
 
 
-# %% book/chapters/30_serving.md, cell 21
-def batch_axes(part: KVCache) -> Any:
-    """Where a cache's arrays count batch rows; -1: they do not."""
-    def find(axes: tuple[str | None, ...]) -> int:
-        return axes.index("batch") if "batch" in axes else -1
-
-    return jax.tree.map(
-        find, part.axes, is_leaf=lambda x: type(x) is tuple)
-
-
-def can_copy(cache: Cache) -> bool:
-    """Whether a row's first tokens can be taken out of a cache."""
-    return all(
-        part.room is not None
-        and all(at >= 0 for at in jax.tree.leaves(batch_axes(part)))
-        for part in cache.places
-    )
-
-
 # %% book/chapters/30_serving.md, cell 22
+def can_copy(cache: Cache) -> bool:
+    """Whether a row's first tokens can be taken out: not of a ring."""
+    return all(part.room is not None for part in cache.places)
+
+
 @jax.jit
 def copy_row(
     cache: Cache, row: Int[Any, ""], length: Int[Any, ""]
 ) -> Cache:
-    """A cache of one row: the first `length` tokens of `row`."""
-    def cut(x: Array, at: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, row, 1, at)
+    """A cache of one row: the first `length` tokens of `row`.
 
-    one = Cache(tuple(
-        jax.tree.map(cut, part, batch_axes(part))
-        for part in cache.places
-    ))
+    As many slots as the cache has; those behind them are zero.
+    """
+    def blank(x: Array, axes: tuple[str | None, ...]) -> Array:
+        if axes[0] != "layers":                 # not [L, B, S, ...]
+            return x
+        there = jnp.arange(x.shape[2]) < length             # [S]
+        return jnp.where(there[:, None, None], x, 0)
+
+    one = take_row(cache, jnp.asarray(row, jnp.int32))
+    kept = Cache(tuple(
+        jax.tree.map(blank, part, part.axes) for part in one.places))
     length = jnp.asarray(length, jnp.int32)[None]
-    return constrain_cache(one.with_length(length))
+    return constrain_cache(kept.with_length(length))
 
 
 # %% book/chapters/30_serving.md, cell 25

@@ -12,6 +12,7 @@ compiled, on the same weights, in turns. First they must agree on the logits.
 
 import argparse
 import functools
+import math
 import os
 import statistics
 import time
@@ -31,7 +32,7 @@ from annotated_moe.params import ParamSpec
 from annotated_moe.quantization import QuantizedTensor
 from annotated_moe.rope import rope
 from annotated_moe.sampling import greedy
-from annotated_moe.turned import turn
+from annotated_moe.turned import SMALLEST, turn
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ def as_loaded(params: Any) -> Any:
         return params
 
     def one(w: Any) -> Any:
-        return turn(w) if whole(w) else w
+        wide = whole(w) and math.prod(w.shape[-2:]) >= SMALLEST
+        return turn(w) if wide else w
 
     def whole(w: Any) -> bool:
         return isinstance(w, QuantizedTensor)

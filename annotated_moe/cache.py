@@ -3,6 +3,7 @@
 """
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -290,14 +291,20 @@ class RingCache(KVCache):
 
 
 # %% book/chapters/29_caches.md, cell 6
-class KeptHeads:
+class KeptHeads(ABC):
     """What stands for an array of heads in a cache; it has a shape.
 
     `like` makes an array one of its kind, `astype` is the way back.
+    The first of its arrays is shaped as the heads are.
     """
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return jax.tree.leaves(self)[0].shape
+
+    @abstractmethod
     def like(self, x: Any) -> Any:
-        raise NotImplementedError
+        """Heads as arrays, or of this kind already, as this kind."""
 
     def __getitem__(self, index: Any) -> Any:
         """Of the leading axes: a layer, a row, a run of slots."""
@@ -315,10 +322,6 @@ class EightBitHeads(KeptHeads):
 
     numbers: Any
     scales: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.numbers.shape
 
     def like(self, x: Any) -> "EightBitHeads":
         return eight_bit(x)
@@ -393,10 +396,6 @@ class HeadBits(KeptHeads):
     """
 
     bits: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.bits.shape
 
     def like(self, x: Any) -> "HeadBits":
         return head_bits(x)

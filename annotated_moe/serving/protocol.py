@@ -117,15 +117,6 @@ def truth(wish: Wish, name: str, value: Any) -> bool:
 
 
 # %% book/chapters/31_server.md, cell 19
-@accepts("model")
-def read_model(wish: Wish, name: str, value: Any) -> None:
-    if value != wish.name:
-        raise Refusal(
-            f"model: there is no {value!r:.60} here, only "
-            f"{wish.name!r}", name, 404, "model_not_found")
-
-
-# %% book/chapters/31_server.md, cell 20
 @accepts("stream")
 def read_stream(wish: Wish, name: str, value: Any) -> None:
     wish.stream = truth(wish, name, value)
@@ -134,6 +125,15 @@ def read_stream(wish: Wish, name: str, value: Any) -> None:
 @accepts("experts")
 def read_experts(wish: Wish, name: str, value: Any) -> None:
     wish.options["experts"] = truth(wish, name, value)
+
+
+# %% book/chapters/31_server.md, cell 20
+@accepts("model")
+def read_model(wish: Wish, name: str, value: Any) -> None:
+    if value != wish.name:
+        raise Refusal(
+            f"model: there is no {value!r:.60} here, only "
+            f"{wish.name!r}", name, 404, "model_not_found")
 
 
 # %% book/chapters/31_server.md, cell 21

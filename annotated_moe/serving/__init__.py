@@ -13,7 +13,7 @@ from annotated_moe.serving.requests import (
     Result,
 )
 
-# %% book/chapters/30b_engine.md, cell 45
+# %% book/chapters/30b_engine.md, cell 47
 __all__ = ["Engine", "Event", "Handle", "QueueFull", "Request",
            "Result", "Stats"]
 

@@ -148,6 +148,7 @@ def grow(engine: "Engine", needed: int) -> None:
 PATIENCE = 64                               # steps
 
 
+# %% book/chapters/30b_engine.md, cell 17
 def fit_room(engine: "Engine", needed: int) -> None:
     """Grow; or cut, if fewer were enough for PATIENCE steps."""
     want = slots_for(needed, engine.context)
@@ -160,7 +161,7 @@ def fit_room(engine: "Engine", needed: int) -> None:
     engine.grow(needed)
 
 
-# %% book/chapters/30b_engine.md, cell 17
+# %% book/chapters/30b_engine.md, cell 18
 @dataclass(eq=False)
 class Reading:
     """Prompts that are read beside the batch, a row each."""
@@ -182,7 +183,7 @@ class Reading:
         return pad_rows(parts, width, pad), lengths
 
 
-# %% book/chapters/30b_engine.md, cell 18
+# %% book/chapters/30b_engine.md, cell 19
 def fill(engine: "Engine") -> list[Job]:
     """Read prompts, up to the bound; who now has a row."""
     joined, left = engine.seat(), engine.prefill_chunk
@@ -199,7 +200,7 @@ def fill(engine: "Engine") -> list[Job]:
     return joined
 
 
-# %% book/chapters/30b_engine.md, cell 19
+# %% book/chapters/30b_engine.md, cell 20
 def read_chunk(
     engine: "Engine", reading: Reading, tokens: Any, lengths: Any
 ) -> None:
@@ -239,17 +240,18 @@ def seat(engine: "Engine") -> list[Job]:
     return joined
 
 
-# %% book/chapters/30b_engine.md, cell 20
+# %% book/chapters/30b_engine.md, cell 21
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many ids two lists begin with alike."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)
 
 
-# %% book/chapters/30b_engine.md, cell 21
+# %% book/chapters/30b_engine.md, cell 22
 LEAST_PREFIX = 16                           # tokens worth a copy
 
 
+# %% book/chapters/30b_engine.md, cell 23
 def find_prefix(
     engine: "Engine", prompt: list[int]
 ) -> tuple[int, int]:
@@ -262,7 +264,7 @@ def find_prefix(
     return source, most if most >= LEAST_PREFIX else 0
 
 
-# %% book/chapters/30b_engine.md, cell 22
+# %% book/chapters/30b_engine.md, cell 24
 def take_row(engine: "Engine", source: int, reused: int) -> int:
     """A free row; `source`, of which `reused` tokens are, last."""
     free = engine.free
@@ -274,7 +276,7 @@ def take_row(engine: "Engine", source: int, reused: int) -> int:
     return free.popleft()
 
 
-# %% book/chapters/30b_engine.md, cell 23
+# %% book/chapters/30b_engine.md, cell 25
 def together(engine: "Engine", handles: list[Handle]) -> int:
     """How many of these are read at once, from the first on."""
     most, width = engine.prefill_chunk, 0
@@ -287,7 +289,7 @@ def together(engine: "Engine", handles: list[Handle]) -> int:
     return len(handles)
 
 
-# %% book/chapters/30b_engine.md, cell 24
+# %% book/chapters/30b_engine.md, cell 26
 def begin(engine: "Engine", handle: Handle) -> Job:
     """A request is a job from now on."""
     request = handle.request
@@ -303,26 +305,25 @@ def begin(engine: "Engine", handle: Handle) -> Job:
     return Job(handle, text, seed, source, reused, reused)
 
 
-# %% book/chapters/30b_engine.md, cell 25
+# %% book/chapters/30b_engine.md, cell 27
 def admit(engine: "Engine") -> Reading | None:
     """Begin with those who wait longest, if one can have a row."""
     if engine.ready or not engine.free:
         return None
     with engine.changed:
         handles = [*islice(engine.waiting, engine.slots)]
+        handles = handles[: engine.together(handles)]
+        for _ in handles:
+            engine.waiting.popleft()
     if not handles:
         return None
-    n, most = engine.together(handles), engine.prefill_chunk
-    with engine.changed:
-        for _ in range(n):
-            engine.waiting.popleft()
-    jobs = [engine.begin(handle) for handle in handles[:n]]
+    jobs, most = [*map(engine.begin, handles)], engine.prefill_chunk
     longest = max(len(job.handle.prompt) for job in jobs)
     rows, slots, first = 1, bucket(longest, most), jobs[0]
     if first.reused or longest > most:
         engine.grow(longest)
         slots = engine.room
-    elif n > 1:
+    elif len(jobs) > 1:
         rows = min(engine.slots, most // slots)
     side = engine.new_cache(rows, slots) if not first.reused else (
         copy_row(engine.cache, np.int32(first.source),
@@ -333,7 +334,7 @@ def admit(engine: "Engine") -> Reading | None:
     return engine.reading
 
 
-# %% book/chapters/30b_engine.md, cell 26
+# %% book/chapters/30b_engine.md, cell 28
 def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     """bool [V]: the ids that may come next; ValueError if none may."""
     mask = np.asarray(constraint.mask(), bool)
@@ -345,7 +346,7 @@ def allowed_ids(constraint: Any, vocab_size: int) -> np.ndarray:
     return mask
 
 
-# %% book/chapters/30b_engine.md, cell 27
+# %% book/chapters/30b_engine.md, cell 29
 def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     """Write what shifts the logits of jobs; which of them go on."""
     going = []
@@ -364,7 +365,7 @@ def steer(engine: "Engine", jobs: list[Job]) -> list[Job]:
     return going
 
 
-# %% book/chapters/30b_engine.md, cell 28
+# %% book/chapters/30b_engine.md, cell 30
 def settings_of(jobs: list[Job], rows: int) -> tuple[Any, Sampling]:
     """Steps and settings of all rows; those without a job: greedy."""
     steps = np.zeros(rows, np.int32)
@@ -401,14 +402,14 @@ def choose_tokens(engine: "Engine", jobs: list[Job]) -> None:
         job.sent += 1
 
 
-# %% book/chapters/30b_engine.md, cell 29
+# %% book/chapters/30b_engine.md, cell 31
 BROKEN = (
     "logits are NaN or infinite; are the weights? "
     "`annotated_moe.verify` holds them to their checksums"
 )
 
 
-# %% book/chapters/30b_engine.md, cell 30
+# %% book/chapters/30b_engine.md, cell 32
 def hand_out(engine: "Engine") -> None:
     """Wait for the last choice: to each job its token."""
     flight, engine.flight = engine.flight, None
@@ -432,7 +433,7 @@ def hand_out(engine: "Engine") -> None:
             engine.give(job, token, choice, flight)
 
 
-# %% book/chapters/30b_engine.md, cell 31
+# %% book/chapters/30b_engine.md, cell 33
 def give(
     engine: "Engine", job: Job, token: int, choice: Choice,
     flight: Flight,
@@ -462,7 +463,7 @@ def give(
     return engine.finish(job, event) if reason else engine.tell(event)
 
 
-# %% book/chapters/30b_engine.md, cell 32
+# %% book/chapters/30b_engine.md, cell 34
 def experts_of(
     engine: "Engine", job: Job, flight: Flight
 ) -> np.ndarray | None:
@@ -476,7 +477,7 @@ def experts_of(
     return in_layers(heard, engine.model.config)[:, at]
 
 
-# %% book/chapters/30b_engine.md, cell 33
+# %% book/chapters/30b_engine.md, cell 35
 def ranks(choice: Choice, row: int, count: int | None) -> Any:
     """A token's log-probability, and those of the likeliest."""
     if count is None:
@@ -486,7 +487,7 @@ def ranks(choice: Choice, row: int, count: int | None) -> Any:
     return float(choice.logprobs[row]), tuple(pairs)[:count]
 
 
-# %% book/chapters/30b_engine.md, cell 34
+# %% book/chapters/30b_engine.md, cell 36
 def end(
     engine: "Engine", job: Job, reason: str, error: str | None = None
 ) -> None:
@@ -497,7 +498,7 @@ def end(
     ))
 
 
-# %% book/chapters/30b_engine.md, cell 35
+# %% book/chapters/30b_engine.md, cell 37
 def finish(engine: "Engine", job: Job, event: Event) -> None:
     """Free a job's row, and tell."""
     job.ended = True
@@ -509,7 +510,7 @@ def finish(engine: "Engine", job: Job, event: Event) -> None:
     engine.tell(event)
 
 
-# %% book/chapters/30b_engine.md, cell 36
+# %% book/chapters/30b_engine.md, cell 38
 def tell(engine: "Engine", event: Event) -> None:
     """Give an event to whoever waits for it."""
     if reason := event.finish_reason:
@@ -522,7 +523,7 @@ def tell(engine: "Engine", event: Event) -> None:
         event.handle.cancel()
 
 
-# %% book/chapters/30b_engine.md, cell 37
+# %% book/chapters/30b_engine.md, cell 39
 def end_cancelled(engine: "Engine") -> None:
     """End what was cancelled, in rows and in the queue."""
     for job in engine.all_jobs():
@@ -539,7 +540,7 @@ def end_cancelled(engine: "Engine") -> None:
         engine.tell(Event(handle, 0, finish_reason="cancelled"))
 
 
-# %% book/chapters/30b_engine.md, cell 39
+# %% book/chapters/30b_engine.md, cell 41
 def submit(
     engine: "Engine", request: Request,
     on_event: Callable[[Event], None] | None = None,
@@ -567,7 +568,7 @@ def submit(
     return handle
 
 
-# %% book/chapters/30b_engine.md, cell 40
+# %% book/chapters/30b_engine.md, cell 42
 def fit(engine: "Engine", request: Request) -> list[int]:
     """The ids of a prompt that fits; the request is checked."""
     prompt, new = np.asarray(request.prompt).tolist(), 1
@@ -583,7 +584,7 @@ def fit(engine: "Engine", request: Request) -> list[int]:
     return prompt
 
 
-# %% book/chapters/30b_engine.md, cell 41
+# %% book/chapters/30b_engine.md, cell 43
 def run(engine: "Engine", stop: threading.Event) -> None:
     """Step while there is work, until `stop` is set.
 
@@ -612,7 +613,7 @@ def fail(engine: "Engine", error: Exception) -> None:
     engine.start_over()
 
 
-# %% book/chapters/30b_engine.md, cell 42
+# %% book/chapters/30b_engine.md, cell 44
 def close(engine: "Engine") -> None:
     """Take no more requests, and cancel those that are there."""
     with engine.changed:
@@ -624,7 +625,7 @@ def close(engine: "Engine") -> None:
     engine.end_cancelled()
 
 
-# %% book/chapters/30b_engine.md, cell 43
+# %% book/chapters/30b_engine.md, cell 45
 @dataclass
 class Stats:
     """Counts since the engine began; `waiting`, `running`: now."""
@@ -645,7 +646,7 @@ class Stats:
     chunk_tokens: int = 0                   # of these, with padding
 
 
-# %% book/chapters/30b_engine.md, cell 44
+# %% book/chapters/30b_engine.md, cell 46
 class Engine:
     """Many requests through one batch, whose rows come and go.
 

@@ -191,6 +191,6 @@ class Handle:
                       events)
 
 
-# %% book/chapters/30b_engine.md, cell 38
+# %% book/chapters/30b_engine.md, cell 40
 class QueueFull(RuntimeError):
     """As many requests wait as may; come back later."""
